@@ -1,0 +1,26 @@
+# Needs python3 (3.11 or newer), make and a C++ compiler; everything else goes into .venv.
+PYTHON ?= python3
+
+.PHONY: generate test lint clean
+
+generate: .venv/runtime
+	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4
+
+test: lint
+	.venv/bin/python -m pytest
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/runtime
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,101 @@
+"""Bifurcated attention: N rows of queries share one context, whose keys and values are read once.
+
+Athiwaratkun et al., "Bifurcated Attention: Accelerating Massively Parallel Decoding with Shared Prefixes in LLMs",
+arXiv 2403.08845 (2024), section 4. The paper splits the two matrix products of attention at the border between the
+shared context and each row's own decoded tokens. Here each side is a *partial attention* with its own softmax, and the
+sides are merged by their log-sum-exp, which is the same number: it needs no score tensor that spans both, takes any
+number of parts (a tree of prefixes), and lets each side use its own kernel.
+
+This file needs torch and nothing else. Copy it into another repository and use it there.
+
+Shapes: N rows, S query positions, H query heads, G key/value heads, P = H // G query heads per key/value head,
+T context length, L slots of decoded keys, D head dimension; R rows of keys, each shared by N // R rows of queries.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Partial = tuple[Tensor, Tensor]
+
+
+def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
+    """Attention over one block of keys, together with what merges it with other blocks.
+
+    q [B,G,Q,D], k [B,G,L,D], v [B,G,L,D], mask bool broadcastable to [B,G,Q,L], True where a key is visible.
+    Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
+    fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
+
+    Two matrix products and a softmax: compiled on a CPU this is faster than the fused kernels (BENCHMARKS.md).
+    The score tensor is overwritten in place, so the block is for inference: it does not support autograd.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if k.shape[-2] == 0:  # amax refuses an empty dimension
+        return q.new_zeros(q.shape, dtype=dtype), q.new_full((*q.shape[:-1], 1), -math.inf, dtype=dtype)
+    scores = (q @ k.mT).to(dtype).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
+    if mask is not None:
+        scores = scores.masked_fill_(~mask, -math.inf)
+    # A finite floor keeps (-inf) - (-inf) = nan out of rows that see nothing.
+    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # [B,G,Q,1]
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(-1, keepdim=True)  # [B,G,Q,1]
+    out = (weights.to(v.dtype) @ v).to(dtype) / total.clamp_min(torch.finfo(dtype).tiny)  # [B,G,Q,D]
+    return out, peak + total.log()
+
+
+def merge_partials(partials: Sequence[Partial]) -> Partial:
+    """Merges partial attentions over disjoint blocks of keys into the attention over all of them.
+
+    partials: (out [..., D], lse [..., 1]) each, as partial_attention returns them. Returns (out, lse) of the union, so
+    merging is associative; merging with a block that saw nothing (lse -inf) returns the other block unchanged.
+    """
+    if len(partials) == 1:
+        return partials[0]
+    lses = torch.stack([lse for _, lse in partials])  # [parts,...,1]
+    peak = lses.amax(0).clamp_min(torch.finfo(lses.dtype).min)
+    weights = (lses - peak).exp()  # [parts,...,1]
+    total = weights.sum(0)
+    out = sum(out * weight for (out, _), weight in zip(partials, weights, strict=True))
+    return out / total.clamp_min(torch.finfo(lses.dtype).tiny), peak + total.log()
+
+
+def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
+    """Partial attention of N rows of queries against R rows of keys, each shared by N // R consecutive query rows.
+
+    q [N,H,S,D], k [R,G,L,D], v [R,G,L,D], mask bool broadcastable to [R,1,S,L]. Returns out [N,H,S,D], lse [N,H,S,1].
+    The rows that share a key, and the P query heads of its group, become further queries of one product: every key is
+    read once, whatever N and P are, for multi-head, grouped-query and multi-query attention alike.
+    """
+    N, H, S, D = q.shape
+    R, G = k.shape[:2]
+    n, P = N // R, H // G
+    if n * R != N or P * G != H or k.shape[-1] != D or v.shape != k.shape:
+        raise ValueError(
+            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}: expected q [N,H,S,D] and "
+            "k, v [R,G,L,D] with N a multiple of R and H a multiple of G"
+        )
+    q = q.reshape(R, n, G, P, S, D).transpose(1, 2).reshape(R, G, n * P * S, D)
+    if mask is not None and mask.shape[-2] > 1:
+        mask = mask.repeat(1, 1, n * P, 1)  # [R,1,n*P*S,L]
+    out, lse = partial_attention(q, k, v, mask)  # [R,G,n*P*S,D] [R,G,n*P*S,1]
+    out = out.reshape(R, G, n, P, S, D).transpose(1, 2).reshape(N, H, S, D)
+    lse = lse.reshape(R, G, n, P, S, 1).transpose(1, 2).reshape(N, H, S, 1)
+    return out, lse
+
+
+def bifurcated_attention(
+    q: Tensor, k_context: Tensor, v_context: Tensor, k_decoded: Tensor, v_decoded: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The paper's operation: N samples attend to one shared context and to their own decoded tokens.
+
+    q [N,H,S,D], k_context and v_context [1,G,T,D] (or [R,G,T,D]: R contexts, each shared by N // R consecutive rows),
+    k_decoded and v_decoded [N,G,L,D], mask bool broadcastable to [N,1,S,L], True where a decoded key is visible (None:
+    all are). Returns [N,H,S,D] in q's dtype; the softmax and the merge are in fp32. All tensors share one dtype.
+
+    Raises ValueError where the shapes do not fit. Source: arXiv 2403.08845, section 4.2 and appendix E.
+    """
+    context = shared_attention(q, k_context, v_context)
+    decoded = shared_attention(q, k_decoded, v_decoded, mask)
+    return merge_partials([context, decoded])[0].to(q.dtype)

@@ -1,0 +1,810 @@
+"""N samples of one prompt: encode -> prefill -> fork -> decode -> rank -> text, and the command line over it.
+
+The prompt is read once, at one row, into a key/value cache; that cache is forked into N rows, which hold only what they
+decode; every decode step reads the prompt's keys and values once for all rows (bifurcated_attention.py).
+
+    samples = generate(model, prompt_tokens, request, tokenizer)
+
+prints nothing and reads no globals. Shapes: N rows, S positions, T context length, L slots, V vocabulary.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import secrets
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from checkpoint import Checkpoint, load_model, read_checkpoint
+from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
+from plan import (
+    Memory,
+    available_memory,
+    choose_attention,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    human,
+    parse_size,
+    plan_memory,
+)
+from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
+
+DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
+    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
+    least min_p times as likely as the most likely)."""
+
+    temperature: float
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or above")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. attention: a key of LAYOUTS. rows_at_once: larger num_samples run in waves of so many."""
+
+    num_samples: int
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    attention: str = "bifurcated"
+    eos_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 2048
+    rows_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: it would end every sample at once")
+
+    def check_length(self, args: ModelArgs, context: int) -> None:
+        """Raises ValueError where `context` tokens and the new ones do not fit the model."""
+        total = context + self.max_new_tokens
+        if context < 1:
+            raise ValueError("the prompt is empty: give at least one token")
+        if total > args.context_limit:
+            raise ValueError(
+                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
+                f"context limit of {args.context_limit}: shorten one of them"
+            )
+
+
+@dataclass
+class Sample:
+    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The distribution to draw from: probs [N,K] and the token ids [N,K] they belong to, in ascending order of id.
+
+    ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
+    """
+    logits, ids = logits / sampling.temperature, None
+    if sampling.top_k is not None or sampling.top_p is not None:
+        k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+        logits, ids = logits.topk(k)  # descending [N,K]
+    probs = logits.softmax(-1)
+    if sampling.top_p is not None:
+        before = probs.cumsum(-1) - probs  # mass of the likelier tokens
+        probs = probs.masked_fill(before >= sampling.top_p, 0)
+    if sampling.min_p is not None:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    if ids is not None:
+        # By id, so that rounding which swaps two near-equal logits cannot move every boundary between tokens.
+        ids, order = ids.sort(-1)
+        probs = probs.gather(-1, order)
+    return probs, ids
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draws a token per row. logits [N,V], uniform [N] in [0,1) -> tokens [N], log-probabilities [N].
+
+    The inverse of the cumulative distribution, in fp64, at one number per row: it costs one pass over the vocabulary,
+    where noise on every logit costs a random number for each. The number belongs to (seed, sample, step), so a sample
+    does not depend on which rows decode beside it. The log-probability is that of the untempered, unfiltered model.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        token = logits.argmax(-1, keepdim=True)  # [N,1]
+    else:
+        probs, ids = candidates(logits, sampling)
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # [N,K]
+        # 1 - uniform is in (0,1], so the first entry that reaches the target has a probability above 0.
+        token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])  # [N,1]
+        token = token if ids is None else ids.gather(-1, token)
+    return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
+
+
+# How N rows hold one context. Bifurcated is the engine; the others copy it, or expand it at each step, to compare with.
+LAYOUTS: dict[str, Callable[[KVCache, int, int], KVCache]] = {
+    "bifurcated": KVCache.fork,
+    "contiguous": KVCache.copy,
+    "expanded": SDPACache.fork,
+}
+
+
+class Monitor:
+    """Times a run and hears of its events. Override the methods to show, stream or keep what passes.
+
+    streams: whether `text` is to be called with each sample's text as it comes.
+    """
+
+    streams = False
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.perf_counter()
+        self.prefill_s = self.first_token_s = 0.0
+        self.step_s: list[float] = []
+        self.decode_tokens = self.waves = 0
+        self.finished: list[Sample] = []
+
+    def lap(self) -> float:
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
+
+    def prefilled(self) -> None:
+        self.prefill_s = self.lap()
+
+    def wave(self) -> None:
+        """A wave's cache is ready to decode."""
+        self.waves += 1
+        self.lap()
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        """`steps` more decode steps have run, which drew `tokens` tokens for unfinished samples.
+
+        steps is 0 for a wave's first tokens, which are drawn from the prompt's logits.
+        """
+        seconds = self.lap()
+        if steps:
+            self.step_s += [seconds / steps] * steps
+            self.decode_tokens += tokens
+        elif not self.step_s:
+            self.first_token_s = self.last - self.begin
+
+    def text(self, sample: Sample) -> None:
+        """A sample's text may have grown; called only where `streams` is set or there are stop strings."""
+
+    def done(self, sample: Sample, cache: KVCache, row: int) -> None:
+        """A sample is finished; the keys and values of all its tokens but the last stand in this row of the cache."""
+        self.finished.append(sample)
+
+
+Step = Callable[[Tensor, Tensor, KVCache], Tensor]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The two callables of a run. prefill: tokens [1,S], input_pos [1,S], cache -> hidden [1,S,dim].
+    decode: tokens [N,1], input_pos [N,1], cache -> logits [N,V]."""
+
+    prefill: Callable[[Tensor, Tensor, Prefill], Tensor]
+    decode: Step
+
+
+def make_steps(model: Transformer, compile_decode: bool = False, compile_prefill: bool = False) -> Steps:
+    """The model's steps, each compiled or eager. One compiled decode step serves every N >= 2, context and capacity."""
+
+    def decode(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        return model(tokens, input_pos, cache)[:, -1]
+
+    compiled = torch.compile(decode, fullgraph=True)
+
+    def decode_compiled(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+        mark_dynamic(tokens, input_pos, cache)
+        return compiled(tokens, input_pos, cache)
+
+    prefill = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
+    return Steps(prefill, decode_compiled if compile_decode else decode)
+
+
+def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
+    """Marks the rows and slots of a step's arguments as sizes that vary, so that no new value of them recompiles.
+
+    A size of 1 cannot be marked: torch.compile always specialises on it.
+    """
+    marks = [(tokens, 0), (input_pos, 0)]
+    link: KVCache | None = cache
+    while link is not None:
+        marks += [(tensor, dim) for tensor in link.k + link.v for dim in (0, 2)] + [(link.start, 0)]
+        link = link.parent
+    for tensor, dim in marks:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[int], chunk: int) -> Tensor:
+    """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
+    device = cache.start.device
+    begin = cache.slots - len(tokens)
+    for first in range(0, len(tokens), chunk):
+        part = torch.tensor([tokens[first : first + chunk]], device=device)  # [1,S]
+        input_pos = begin + first + torch.arange(part.shape[1], device=device)[None]  # [1,S]
+        hidden = steps.prefill(part, input_pos, Prefill(cache, begin + first))
+    return model.logits(hidden[:, -1:])[:, -1]
+
+
+class Decoder:
+    """Draws samples that continue one context, in waves of rows that decode together."""
+
+    def __init__(
+        self, steps: Steps, request: Request, tokenizer: Tokenizer | None = None, monitor: Monitor | None = None
+    ) -> None:
+        if request.stop and tokenizer is None:
+            raise ValueError(f"stop strings {request.stop} need a tokenizer")
+        self.steps, self.request, self.tokenizer = steps, request, tokenizer
+        self.monitor = monitor or Monitor()
+        self.streams: dict[int, TextStream] = {}
+        self.history: Sequence[int] = ()
+
+    def draw(self, context: KVCache, logits: Tensor, history: Sequence[int]) -> list[Sample]:
+        """logits [1,V] at the context's last token, history: the context's tokens. Returns the samples by index."""
+        request = self.request
+        samples = [Sample(index) for index in range(request.num_samples)]
+        self.history = history
+        if self.tokenizer and (request.stop or self.monitor.streams):
+            self.streams = {sample.index: TextStream(self.tokenizer, history) for sample in samples}
+        # One number per (sample, step), drawn on the host: the same for every layout, wave and device.
+        generator = torch.Generator().manual_seed(request.seed)
+        shape = (request.num_samples, request.max_new_tokens)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        size = request.rows_at_once or request.num_samples
+        for first in range(0, len(samples), size):
+            wave = samples[first : first + size]
+            self.decode(context, logits, wave, uniforms[first : first + size].to(logits.device))
+        return samples
+
+    def decode(self, context: KVCache, logits: Tensor, rows: list[Sample], uniforms: Tensor) -> None:
+        """Decodes until every row is done. logits [1,V], uniforms [N,max_new_tokens]."""
+        limit = self.request.max_new_tokens
+        free = min(limit, DECODE_SLOTS)  # slots not yet written
+        cache = LAYOUTS[self.request.attention](context, len(rows), free)
+        # Reading tokens on the host waits for the device, so an accelerator is asked only every few steps.
+        stride = 1 if logits.device.type == "cpu" else 8
+        self.monitor.wave()
+        token, logprob = sample(logits.expand(len(rows), -1), uniforms[:, 0], self.request.sampling)
+        input_pos = torch.full((len(rows), 1), context.slots, device=logits.device)
+        pending = [(token, logprob)]
+        for step in range(1, limit + 1):
+            if len(pending) == stride or step in (1, limit):
+                self.collect(rows, pending, cache, step > 1)
+                pending = []
+                kept = rows_to_keep([row.finish_reason is None for row in rows])
+                if not kept:
+                    return
+                if len(kept) < len(rows):
+                    rows = [rows[row] for row in kept]
+                    index = torch.tensor(kept, device=logits.device)
+                    cache, token, input_pos, uniforms = (
+                        cache.select(index), token[index], input_pos[index], uniforms[index],
+                    )  # fmt: skip
+            if free == 0:
+                free = min(DECODE_SLOTS, limit - step)
+                cache.reserve(cache.slots + free)
+            logits = self.steps.decode(token[:, None], input_pos, cache)  # [N,V]
+            token, logprob = sample(logits, uniforms[:, step], self.request.sampling)
+            pending.append((token, logprob))
+            input_pos = input_pos + 1
+            free -= 1
+
+    def collect(self, rows: list[Sample], pending: list[tuple[Tensor, Tensor]], cache: KVCache, stepped: bool) -> None:
+        """Brings the tokens of the last steps to the host and ends the rows that are done."""
+        tokens = torch.stack([token for token, _ in pending], 1).tolist()  # [N][steps]
+        logprobs = torch.stack([logprob for _, logprob in pending], 1).tolist()
+        drawn = 0
+        for index, row in enumerate(rows):
+            for token, logprob in zip(tokens[index], logprobs[index], strict=True):
+                if row.finish_reason is None:
+                    drawn += 1
+                    self.record(row, token, logprob)
+                    if row.finish_reason is not None:
+                        self.monitor.done(row, cache, index)
+        self.monitor.stepped(len(pending) if stepped else 0, drawn)
+
+    def record(self, row: Sample, token: int, logprob: float) -> None:
+        """Adds a token to an unfinished sample and finishes it where its end is reached."""
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        if token in self.request.eos_ids:
+            row.finish_reason = "eos"
+        elif len(row.tokens) == self.request.max_new_tokens:
+            row.finish_reason = "length"
+        stream = self.streams.get(row.index)
+        if stream is None:
+            if self.tokenizer and row.finish_reason is not None:
+                row.text = continuation_text(self.tokenizer, self.history, without_eos(row))
+            return
+        piece = "" if row.finish_reason == "eos" else stream.push([token])
+        if row.finish_reason is not None:
+            piece += stream.flush()
+        # A stop string may begin in text that came before this piece.
+        overlap = len(row.text) - max(map(len, self.request.stop), default=1) + 1
+        row.text += piece
+        ends = [at for stop in self.request.stop if (at := row.text.find(stop, max(0, overlap))) >= 0]
+        if ends:
+            row.text, row.finish_reason = row.text[: min(ends)], "stop"
+        self.monitor.text(row)
+
+
+def without_eos(sample: Sample) -> list[int]:
+    """The tokens that are text."""
+    return sample.tokens[:-1] if sample.finish_reason == "eos" else sample.tokens
+
+
+def rows_to_keep(live: Sequence[bool]) -> list[int]:
+    """The rows that go on decoding: all, until half are done; then the live ones, filled up to a power of two.
+
+    Never fewer than two of several, since the compiled step for many rows does not serve one. Empty when none is live.
+    """
+    alive = sum(live)
+    size = max(2, 1 << (alive - 1).bit_length())
+    if alive == 0:
+        return []
+    if 2 * alive > len(live) or size >= len(live):
+        return list(range(len(live)))
+    finished = [row for row, is_live in enumerate(live) if not is_live]
+    return sorted([row for row, is_live in enumerate(live) if is_live] + finished[: size - alive])
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompt_tokens: Sequence[int],
+    request: Request,
+    tokenizer: Tokenizer | None = None,
+    steps: Steps | None = None,
+    monitor: Monitor | None = None,
+) -> list[Sample]:
+    """Draws request.num_samples continuations of prompt_tokens, in order of their index; `rank` puts the best first.
+
+    Without a tokenizer the samples carry tokens and no text. steps: what make_steps returned (default: eager). monitor:
+    hears of prefill, steps and finished samples. Raises ValueError, before any kernel runs, where the request does not
+    fit the model.
+    """
+    request.check_length(model.args, len(prompt_tokens))
+    steps, monitor = steps or make_steps(model), monitor or Monitor()
+    decoder = Decoder(steps, request, tokenizer, monitor)
+    context = KVCache.empty(model.args, 1, len(prompt_tokens), model.norm.weight)
+    logits = prefill(steps, model, context, prompt_tokens, request.prefill_chunk)
+    monitor.prefilled()
+    return decoder.draw(context, logits, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
+
+    rank: int
+    count: int
+    sample: Sample
+
+
+def rank(samples: Sequence[Sample]) -> list[Ranked]:
+    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
+    groups: dict[object, list[Sample]] = {}
+    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
+        groups.setdefault(each.text or tuple(each.tokens), []).append(each)
+    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
+
+
+@torch.no_grad()
+def rescore(model: Transformer, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """Log-probability of each token after `context`, from one plain forward pass over the whole without any cache."""
+    device = model.norm.weight.device
+    whole = torch.tensor([[*context, *tokens]], device=device)  # [1,S]
+    hidden = model.hidden(whole, torch.arange(whole.shape[1], device=device)[None], NoCache())
+    logits = model.logits(hidden[:, len(context) - 1 : -1]).float()  # [1,tokens,V]
+    return logits.log_softmax(-1).gather(-1, whole[:, len(context) :, None])[0, :, 0].tolist()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag and every default of the command line."""
+
+    class OneLineParser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            self.exit(2, f"error: {message}; see --help\n")
+
+    parser = OneLineParser(
+        description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    model = parser.add_argument_group("model")
+    default_checkpoint = Path(__file__).resolve().parent / "checkpoints" / "tiny" / "model.pth"
+    model.add_argument(
+        "--checkpoint_path", type=Path, default=default_checkpoint, help="model.pth, or a model's folder"
+    )
+    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda where there is one")
+    model.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument("--prompt", help="text; an integer makes a synthetic prompt of so many tokens")
+    prompt.add_argument("--prompt_file", help="read the prompt from a UTF-8 file; - is stdin")
+    prompt.add_argument("--interactive", action="store_true", help="several turns; the context grows by what you keep")
+    prompt.add_argument("--pick", action="store_true", help="in --interactive, choose the reply to keep by its number")
+    draw = parser.add_argument_group("sampling")
+    draw.add_argument("-n", "--num_samples", "--parallel_samples", type=int, default=1, help="drawn in parallel")
+    draw.add_argument("--top", type=int, help="print the so many best; default all")
+    draw.add_argument("--max_new_tokens", type=int, default=200)
+    draw.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    draw.add_argument("--top_k", type=int, default=200, help="draw from the k most likely tokens; 0 is off")
+    draw.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this mass")
+    draw.add_argument("--min_p", type=float, help="draw from tokens at least this likely, relative to the likeliest")
+    draw.add_argument("--seed", type=int, help="same seed, same samples; default: a new one, in the report")
+    draw.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a sample before this text; repeatable"
+    )
+    draw.add_argument("--ignore_eos", action="store_true", help="go on past the end of text, to max_new_tokens")
+    run = parser.add_argument_group("execution")
+    run.add_argument("--attention", choices=("auto", *LAYOUTS), default="auto", help="how the samples hold the context")
+    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decode step; default: where it pays")
+    run.add_argument("--compile_prefill", action="store_true")
+    run.add_argument("--prefill_chunk", type=int, default=2048, help="tokens of the prompt read at a time")
+    run.add_argument("--max_memory", type=parse_size, help="such as 4GB; default: what is free")
+    run.add_argument("--plan", action="store_true", help="print the memory plan and run nothing")
+    output = parser.add_argument_group("output")
+    output.add_argument("--format", choices=("text", "jsonl"), default="text")
+    output.add_argument("--report", type=Path, help="write the report as JSON to this file")
+    output.add_argument("--num_runs", type=int, default=1, help="timed repetitions; the samples are the same in each")
+    output.add_argument("--profile", type=Path, help="write a chrome trace of the run to this file")
+    output.add_argument("--selfcheck", action="store_true", help="score the printed samples again without a cache")
+    output.add_argument("--quiet", action="store_true", help="no progress and no report on stderr")
+    return parser
+
+
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """The prompt's text; None in --interactive without one. Raises ValueError where it is missing or not UTF-8."""
+    if options.prompt is not None and options.prompt_file is not None:
+        raise ValueError("--prompt and --prompt_file are both given: give one")
+    text = options.prompt
+    if options.prompt_file is not None:
+        name = "stdin" if options.prompt_file == "-" else options.prompt_file
+        data = sys.stdin.buffer.read() if name == "stdin" else Path(name).read_bytes()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt in {name} is not UTF-8 (byte {error.start}): convert it") from error
+    if text is None and not options.interactive:
+        raise ValueError("no prompt: give --prompt TEXT, --prompt_file PATH or --interactive")
+    if text == "":
+        raise ValueError("the prompt is empty: give some text")
+    return text
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, vocab_size: int, seed: int) -> list[int]:
+    """BOS and the text's tokens; for an integer, so many random ones."""
+    if text.strip().isdecimal():
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(vocab_size, (int(text),), generator=generator).tolist()
+    return bos(tokenizer) + tokenizer.encode(text)
+
+
+def bos(tokenizer: Tokenizer) -> list[int]:
+    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command line that was found good: what it asks for, and how it will run."""
+
+    options: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    prompt_tokens: list[int]
+    request: Request
+    memory: Memory
+    attention_reason: str
+    compiled: bool
+    compile_reason: str
+
+
+def set_up(options: argparse.Namespace) -> Session:
+    """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
+    for name in ("num_runs", "top"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
+    for path in (options.report, options.profile):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    attention, attention_reason = choose_attention(options.attention, options.num_samples)
+    request = Request(
+        options.num_samples,
+        options.max_new_tokens,
+        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
+        seed,
+        attention,
+        stop=tuple(options.stop),
+        prefill_chunk=options.prefill_chunk,
+    )
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    text = read_prompt(options)
+    checkpoint = read_checkpoint(options.checkpoint_path)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    args = checkpoint.args
+    tokens = [] if text is None else encode_prompt(text, tokenizer, args.vocab_size, seed)
+    if text is not None and not options.plan:
+        request.check_length(args, len(tokens))
+    available = options.max_memory or available_memory(device)
+    memory = plan_memory(args, dtype, len(tokens), request.num_samples, request.max_new_tokens, attention, available)
+    # A model trained on texts that BOS alone separates ends one by beginning the next.
+    ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | tokenizer.eos_ids | set(bos(tokenizer))
+    request = replace(request, eos_ids=ends, rows_at_once=memory.rows_at_once)
+    steps = options.num_runs * memory.waves * request.max_new_tokens
+    compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
+    return Session(
+        options, device, dtype, checkpoint, tokenizer, tokens, request, memory, attention_reason, compiled, why
+    )
+
+
+class Console(Monitor):
+    """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
+
+    Used as a context manager around a run: where it is interrupted, what is finished is printed.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.options = session.options
+        self.streams = self.options.num_samples == 1 and self.options.format == "text"
+        self.bar = not self.streams and not self.options.quiet and sys.stderr.isatty()
+        # Text that may turn out to be the beginning of a stop string is held back.
+        self.held = max(map(len, self.options.stop), default=1) - 1
+        self.shown = 0
+        self.caches: dict[int, tuple[KVCache, int]] = {}
+
+    def text(self, sample: Sample) -> None:
+        end = len(sample.text) - (self.held if sample.finish_reason is None else 0)
+        if self.streams and end > self.shown:
+            print(sample.text[self.shown : end], end="", flush=True)
+            self.shown = end
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        super().stepped(steps, tokens)
+        if self.bar:
+            finished = f"{len(self.finished)}/{self.options.num_samples} samples finished"
+            print(f"\r{len(self.step_s)} steps, {finished} ", end="", file=sys.stderr, flush=True)
+
+    def done(self, sample: Sample, cache: KVCache, row: int) -> None:
+        super().done(sample, cache, row)
+        if self.options.interactive:
+            self.caches[sample.index] = cache, row
+
+    def show(self, samples: Sequence[Sample]) -> list[Ranked]:
+        """Prints the best of the samples, unless they were shown live, and returns all."""
+        ranked = rank(samples)
+        if not self.streams:
+            print_samples(ranked[: self.options.top], self.options)
+        return ranked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.bar:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if self.streams and kind is not BrokenPipeError:
+            print(flush=True)
+        if kind is KeyboardInterrupt:
+            self.show(self.finished)
+
+
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None:
+    """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
+    for each in ranked:
+        drawn = each.sample
+        if options.format == "jsonl":
+            fields = asdict(drawn)
+            row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
+            print(json.dumps(row | {"mean_logprob": drawn.mean_logprob}, ensure_ascii=False))
+        elif options.num_samples == 1:
+            print(drawn.text)
+        else:
+            times = f", {each.count} times" if each.count > 1 else ""
+            print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
+            print(drawn.text, end="\n\n")
+    sys.stdout.flush()
+
+
+def make_report(session: Session, monitors: Sequence[Monitor]) -> dict[str, object]:
+    """What ran, and how fast: medians over the steps of all runs. Values that do not apply are None."""
+    memory, request, device = session.memory, session.request, session.device
+    steps = [second for monitor in monitors for second in monitor.step_s]
+    step = statistics.median(steps) if steps else None
+    # The first compiled call compiles: what it took beyond a step is no decoding.
+    compile_s = steps[0] - step if session.compiled and step else None
+    rate = sum(monitor.decode_tokens for monitor in monitors) / (sum(steps) - (compile_s or 0.0)) if step else None
+    prefill_s = statistics.median(monitor.prefill_s for monitor in monitors)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "attention": request.attention,
+        "attention_reason": session.attention_reason,
+        "compiled": session.compiled,
+        "compile_reason": session.compile_reason,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "seed": request.seed,
+        "context_tokens": len(session.prompt_tokens),
+        "num_samples": request.num_samples,
+        "waves": memory.waves,
+        "prefill_s": prefill_s,
+        "prefill_tokens_per_s": len(session.prompt_tokens) / prefill_s,
+        "first_token_s": statistics.median(monitor.first_token_s for monitor in monitors),
+        "decode_ms_per_step": step and 1000 * step,
+        "tokens_per_s_per_sample": rate and rate / memory.rows_at_once,
+        "tokens_per_s": rate,
+        "compile_s": compile_s,
+        "kv_context_bytes": memory.context,
+        "kv_decoded_bytes": memory.decoded,
+        "kv_unshared_bytes": memory.unshared,
+        "bytes_per_step": memory.per_step,
+        "bandwidth_gb_s": step and memory.per_step / step / 1e9,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak,
+    }
+
+
+def print_report(report: dict[str, object]) -> None:
+    for name, value in report.items():
+        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(f"{name:>24}  {text}" + (f" ({human(value)})" if name.endswith("_bytes") else ""), file=sys.stderr)
+
+
+def run_once(session: Session, model: Transformer, steps: Steps) -> None:
+    """--num_runs runs of one prompt, then the samples, the self-check and the report."""
+    options, monitors = session.options, []
+    for run in range(1, options.num_runs + 1):
+        with Console(session) as console:
+            console.streams &= run == options.num_runs
+            samples = generate(model, session.prompt_tokens, session.request, session.tokenizer, steps, console)
+        monitors.append(console)
+    ranked = console.show(samples)[: options.top]
+    report = make_report(session, monitors)
+    if options.selfcheck:
+        report["selfcheck_max_difference"] = max(
+            abs(decoded - scored)
+            for each in ranked
+            for decoded, scored in zip(
+                each.sample.logprobs, rescore(model, session.prompt_tokens, each.sample.tokens), strict=True
+            )
+        )
+    if not options.quiet:
+        print_report(report)
+    if options.report:
+        options.report.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+
+
+class Conversation:
+    """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
+
+    def __init__(self, session: Session, model: Transformer, steps: Steps) -> None:
+        self.request, self.tokenizer = session.request, session.tokenizer
+        self.model, self.steps = model, steps
+        self.context = KVCache.empty(model.args, 1, 0, model.norm.weight)
+        self.history: list[int] = []  # the tokens of the context, then the pending ones
+        self.pending: list[int] = []  # kept, but not yet in the context
+
+    @torch.no_grad()
+    def turn(self, tokens: Sequence[int], monitor: Monitor) -> list[Sample]:
+        """Reads the user's tokens and draws replies. Raises ValueError, with nothing changed, where they do not fit."""
+        self.request.check_length(self.model.args, len(self.history) + len(tokens))
+        new = [*self.pending, *tokens]
+        self.context.reserve(self.context.slots + len(new))
+        logits = prefill(self.steps, self.model, self.context, new, self.request.prefill_chunk)
+        monitor.prefilled()
+        self.history += tokens
+        self.pending = []
+        request = replace(self.request, seed=self.request.seed + len(self.history))  # new numbers for every turn
+        return Decoder(self.steps, request, self.tokenizer, monitor).draw(self.context, logits, self.history)
+
+    def keep(self, reply: Sample, cache: KVCache, row: int) -> None:
+        """Goes on from this reply: its keys and values move into the context from the row that decoded it."""
+        tokens = without_eos(reply)
+        cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
+        self.context.append(cache, row, len(cached))
+        self.pending = tokens[len(cached) :]
+        self.history += tokens
+
+
+def interact(session: Session, model: Transformer, steps: Steps) -> None:
+    """--interactive: a turn for --prompt, if given, then one per line of stdin, until it ends."""
+    options, tokenizer = session.options, session.tokenizer
+    conversation = Conversation(session, model, steps)
+    tokens = session.prompt_tokens
+    while tokens or (line := ask("> ")) is not None:
+        tokens = tokens or (tokenizer.encode(line) if conversation.history else bos(tokenizer) + tokenizer.encode(line))
+        try:
+            with Console(session) as console:
+                samples = conversation.turn(tokens, console)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            ranked = console.show(samples)[: options.top]
+            reply = pick(ranked) if options.pick else ranked[0].sample
+            conversation.keep(reply, *console.caches[reply.index])
+        tokens = []
+
+
+def ask(question: str) -> str | None:
+    """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples."""
+    print(question, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def pick(ranked: Sequence[Ranked]) -> Sample:
+    """Asks which reply to keep, until a number answers; an empty answer keeps the best."""
+    while not (answer := ask(f"keep [1-{len(ranked)}]: ") or "1").isdecimal() or not 1 <= int(answer) <= len(ranked):
+        print(f"{answer!r} is not a number from 1 to {len(ranked)}", file=sys.stderr)
+    return ranked[int(answer) - 1].sample
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
+    options = build_parser().parse_args(arguments)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
+    try:
+        session = set_up(options)
+        if options.plan:
+            print(session.memory)
+            return 0
+        model = load_model(session.checkpoint, session.device, session.dtype)
+        steps = make_steps(model, session.compiled, options.compile_prefill)
+        with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profile:
+            (interact if options.interactive else run_once)(session, model, steps)
+        if options.profile:
+            profile.export_chrome_trace(str(options.profile))
+    except BrokenPipeError:
+        # The reader has left. What Python still holds for stdout would raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""What is decided before anything is loaded: device, dtype, cache layout, whether compiling pays, and the memory plan.
+
+A room of its own because the command line, the benchmark and the tests take the same decisions from shapes alone.
+"""
+
+import argparse
+import os
+import shutil
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import ModelArgs, Transformer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run needs. rows_at_once: the samples that fit together; more run in waves."""
+
+    weights: int
+    context: int
+    decoded_per_sample: int
+    workspace_per_sample: int
+    unshared: int
+    available: int
+    num_samples: int
+    rows_at_once: int
+
+    @property
+    def waves(self) -> int:
+        return -(-self.num_samples // self.rows_at_once)
+
+    @property
+    def decoded(self) -> int:
+        """Decoded keys and values of the rows that run together, when they are full."""
+        return self.decoded_per_sample * self.rows_at_once
+
+    @property
+    def workspace(self) -> int:
+        """Scores and logits of the rows that run together."""
+        return self.workspace_per_sample * self.rows_at_once
+
+    @property
+    def per_step(self) -> int:
+        """What a decode step must read: weights, the context once, and half of what its rows will have decoded."""
+        return self.weights + self.context + self.decoded // 2
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (
+                f"weights                     {human(self.weights):>10}",
+                f"context K/V, held once      {human(self.context):>10}",
+                f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
+                f"workspace                   {human(self.workspace):>10}  scores, logits",
+                f"an unshared K/V cache       {human(self.unshared):>10}  {self.num_samples} copies of the context",
+                f"available                   {human(self.available):>10}",
+                f"waves                       {self.waves:>10}",
+            )
+        )
+
+
+def plan_memory(
+    args: ModelArgs,
+    dtype: torch.dtype,
+    context: int,
+    num_samples: int,
+    max_new_tokens: int,
+    attention: str,
+    available: int,
+) -> Memory:
+    """The plan for a prompt of `context` tokens. Raises ValueError where not even one sample fits."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in Transformer(args).parameters()) * dtype.itemsize
+    token = args.kv_values_per_token * dtype.itemsize
+    decoded = (max_new_tokens + (context if attention == "contiguous" else 0)) * token
+    scores = args.n_head * context * 8  # of one layer, in fp32 and in the model's dtype
+    if attention == "expanded":
+        scores += (context + max_new_tokens) * token // args.n_layer
+    workspace = max(scores, args.vocab_size * 24)  # logits, their probabilities, and the running sum of those in fp64
+    fixed = weights + context * token
+    rows = min(num_samples, max(0, available - fixed) // (decoded + workspace))
+    if rows < 1:
+        raise ValueError(
+            f"one sample needs {human(fixed + decoded + workspace)} (weights {human(weights)}, context K/V "
+            f"{human(context * token)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
+        )
+    unshared = num_samples * (context + max_new_tokens) * token
+    return Memory(weights, context * token, decoded, workspace, unshared, available, num_samples, rows)
+
+
+def human(size: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "4GB", "512MiB", "1.5e9"."""
+    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("KMGTIBkmgtib ")
+    try:
+        return int(float(number) * units[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes on the device; on a CPU also within the limit of the container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = meminfo.read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
+
+
+def choose_device(name: str) -> torch.device:
+    """--device. Raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known: use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype; auto is bfloat16, except on a CPU without instructions for it."""
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def choose_attention(name: str, num_samples: int) -> tuple[str, str]:
+    """(layout, why) of --attention."""
+    if name != "auto":
+        return name, f"--attention {name}"
+    sharing = (
+        "one sample reads the context in place" if num_samples == 1 else f"{num_samples} samples share the context"
+    )
+    return "bifurcated", f"auto: {sharing}"
+
+
+# Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.
+COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 1.5, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
+
+
+def choose_compile(
+    asked: bool | None, device: torch.device, n_layer: int, steps: int, step_bytes: int
+) -> tuple[bool, str]:
+    """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
+
+    steps: decode steps of the run; step_bytes: what one reads. Compiling is taken to save half of a step. The estimate
+    uses no clock, so that the same command always takes the same path.
+    """
+    if asked is False:
+        return False, "--no-compile"
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not any(map(shutil.which, compilers)) or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return False, "no C++ compiler, or no Python.h, was found: running eagerly"
+    if asked:
+        return True, "--compile"
+    decode = steps * (n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type])
+    cost = COMPILE + n_layer * COMPILE_PER_LAYER
+    return decode / 2 > cost, f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s"

@@ -1,0 +1,207 @@
+"""Makes the model that ships with the repository: samples a corpus of stories, trains a vocabulary and a model on it.
+
+    python scripts/train_tiny.py sample --checkpoint_path STORIES15M --out stories.txt --stories 32768
+    python scripts/train_tiny.py train --corpus stories.txt --out checkpoints/tiny
+
+`train` needs a text file alone: stories with a line <|endoftext|> after each.
+"""
+
+import argparse
+import io
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import args_from_config, load_model, read_checkpoint, save_model
+from generate import Request, Sampling, generate
+from model import NoCache, Transformer
+from tokenizer import load_tokenizer
+
+SEPARATOR = "<|endoftext|>"
+SEQUENCE = 320  # tokens per training window
+PEAK_LEARNING_RATE = 3e-3
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: float, rows: int = 256) -> None:
+    """Appends whole stories, drawn from the bare BOS token, to `out`; unfinished ones are dropped."""
+    checkpoint = read_checkpoint(checkpoint_path)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    assert tokenizer.bos_id is not None, "stories are sampled from BOS"
+    kept = 0
+    with out.open("a", encoding="utf-8") as file:
+        for seed in range(math.ceil(stories / rows)):
+            request = Request(
+                num_samples=rows,
+                max_new_tokens=checkpoint.args.context_limit - 1,
+                sampling=Sampling(temperature, top_k=200),
+                seed=seed,
+                # A model trained on stories that BOS alone separates ends one by BOS.
+                eos_ids=checkpoint.eos_ids | {tokenizer.bos_id},
+            )
+            for each in generate(model, [tokenizer.bos_id], request, tokenizer):
+                if each.finish_reason == "eos":
+                    file.write(f"{each.text.strip()}\n{SEPARATOR}\n")
+                    kept += 1
+            file.flush()
+            log(f"{(seed + 1) * rows} sampled, {kept} whole, {file.tell() / 1e6:.1f} MB")
+
+
+def train_tokenizer(stories: list[str], out: Path) -> None:
+    """A SentencePiece BPE vocabulary with bytes for what it does not know, as Llama's."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for story in stories for line in story.splitlines() if line),
+        model_writer=model,
+        vocab_size=CONFIG["vocab_size"],
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.9999,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        input_sentence_size=200_000,
+        shuffle_input_sentence=False,
+        minloglevel=2,
+    )
+    out.write_bytes(model.getvalue())
+
+
+def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Random windows of the token stream, [batch,length+1] each."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        begins = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
+        yield tokens[begins + torch.arange(length + 1)].long()
+
+
+def loss_of(model: Transformer, batch: Tensor) -> Tensor:
+    """Mean cross-entropy, nats per token. batch [N,S+1]."""
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    input_pos = torch.arange(inputs.shape[1], device=batch.device).expand_as(inputs)
+    return F.cross_entropy(model(inputs, input_pos, NoCache()).float().flatten(0, 1), targets.flatten())
+
+
+def initialise(model: Transformer) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            scale = 0.02 / math.sqrt(2 * model.args.n_layer) if name.endswith(("wo.weight", "w2.weight")) else 0.02
+            torch.nn.init.normal_(parameter, std=scale)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 200 steps, then a cosine down to a twentieth of the peak."""
+    if step < 200:
+        return peak * (step + 1) / 200
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def validation_loss(model: Transformer, tokens: Tensor, length: int) -> float:
+    windows = tokens[: (len(tokens) - 1) // length * length + 1].unfold(0, length + 1, length).long()  # [N,S+1]
+    losses = [loss_of(model, part) * len(part) for part in windows.split(32)]
+    return float(sum(losses)) / len(windows)
+
+
+def read_stories(corpus: Path, seed: int) -> list[str]:
+    """The distinct stories of a corpus, shuffled."""
+    stories = [story.strip() for story in corpus.read_text("utf-8").split(SEPARATOR)]
+    stories = [story for story in dict.fromkeys(stories) if story]
+    random.Random(seed).shuffle(stories)
+    return stories
+
+
+def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
+    """Trains vocabulary and model on all but the last 1 % of the stories, which the validation loss is taken on."""
+    stories = read_stories(corpus, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(stories, out / "tokenizer.model")
+    tokenizer = load_tokenizer(out)
+    (eos_id,) = tokenizer.eos_ids
+    encoded = [[tokenizer.bos_id, *tokenizer.encode(story), eos_id] for story in stories]
+    held_out = max(1, len(encoded) // 100)
+    training, validation = (
+        torch.tensor([token for story in part for token in story], dtype=torch.int16)
+        for part in (encoded[:-held_out], encoded[-held_out:])
+    )
+    log(f"{len(stories)} stories, {len(training)} training tokens, {len(validation)} validation tokens")
+
+    torch.manual_seed(seed)
+    model = Transformer(args_from_config(CONFIG))
+    initialise(model)
+    log(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    compiled_loss = torch.compile(loss_of)
+    began, mean = time.perf_counter(), None
+    for step, windows in enumerate(batches(training, batch, SEQUENCE, steps, seed), 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, steps, PEAK_LEARNING_RATE)
+        loss = compiled_loss(model, windows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        if step % 100 == 0 or step == steps:
+            log(f"step {step}/{steps}, training loss {mean:.3f}, {(time.perf_counter() - began) / step:.3f} s per step")
+        if step % 1000 == 0 or step == steps:
+            log(f"validation loss {validation_loss(model, validation, SEQUENCE):.3f} nats per token")
+            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            state.pop("output.weight")  # tied
+            save_model(out, CONFIG, state)
+
+
+def log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the model that ships with the repository.")
+    commands = parser.add_subparsers(required=True, dest="command")
+    corpus = commands.add_parser("sample", help="append stories, sampled from a checkpoint, to a text file")
+    corpus.add_argument("--checkpoint_path", type=Path, required=True)
+    corpus.add_argument("--out", type=Path, required=True)
+    corpus.add_argument("--stories", type=int, default=40960)
+    corpus.add_argument("--temperature", type=float, default=0.9)
+    training = commands.add_parser("train", help="train vocabulary and model on a text file")
+    training.add_argument("--corpus", type=Path, required=True)
+    training.add_argument("--out", type=Path, required=True)
+    training.add_argument("--steps", type=int, default=6000)
+    training.add_argument("--batch", type=int, default=32)
+    training.add_argument("--seed", type=int, default=0)
+    options = vars(parser.parse_args())
+    command = {"sample": sample_corpus, "train": train}[options.pop("command")]
+    command(**options)
+
+
+if __name__ == "__main__":
+    main()
