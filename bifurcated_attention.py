@@ -21,6 +21,22 @@ from torch import Tensor
 Partial = tuple[Tensor, Tensor]
 
 
+def raw_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
+
+    A product of half-precision matrices is rounded to half precision, and a score of 20 in bfloat16 is then off by up to
+    0.06: enough for shared and unshared decoding to drift apart. A second product, accumulated onto minus the first one,
+    is what that rounding lost; kernels accumulate in fp32, so the sum has some 16 bits.
+    """
+    if q.dtype in (torch.float32, torch.float64):
+        return q @ k.mT
+    if q.shape[-2] == 1:  # a matrix-vector product: compiled, the conversion is fused into it and costs nothing
+        return q.float() @ k.float().mT
+    rounded = q @ k.mT
+    lost = torch.baddbmm(rounded.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=-1)  # [B*G,Q,L]
+    return rounded.float().add_(lost.view_as(rounded))
+
+
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
     """Attention over one block of keys, together with what merges it with other blocks.
 
@@ -28,13 +44,13 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
-    Two matrix products and a softmax: compiled on a CPU this is faster than the fused kernels (BENCHMARKS.md).
+    Matrix products and a softmax: compiled on a CPU this is faster than the fused kernels (BENCHMARKS.md).
     The score tensor is overwritten in place, so the block is for inference: it does not support autograd.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((*q.shape[:-1], 1), -math.inf, dtype=dtype)
-    scores = (q @ k.mT).to(dtype).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
+    scores = raw_scores(q, k).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf)
     # A finite floor keeps (-inf) - (-inf) = nan out of rows that see nothing.
