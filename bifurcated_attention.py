@@ -24,17 +24,20 @@ Partial = tuple[Tensor, Tensor]
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
 
-    A product of half-precision matrices is rounded to half precision, and a score of 20 in bfloat16 is then off by up to
-    0.06: enough for shared and unshared decoding to drift apart. A second product, accumulated onto minus the first one,
+    A product of half-precision matrices is rounded to half precision: a score of 20 in bfloat16 is then off by up to
+    0.06, enough for shared and unshared decoding to drift apart. A second product, accumulated onto minus the first,
     is what that rounding lost; kernels accumulate in fp32, so the sum has some 16 bits.
     """
     if q.dtype in (torch.float32, torch.float64):
         return q @ k.mT
     if q.shape[-2] == 1:  # a matrix-vector product: compiled, the conversion is fused into it and costs nothing
         return q.float() @ k.float().mT
-    rounded = q @ k.mT
-    lost = torch.baddbmm(rounded.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1).mT, beta=-1)  # [B*G,Q,L]
-    return rounded.float().add_(lost.view_as(rounded))
+    B, G = k.shape[:2]
+    q, k = q.flatten(0, 1), k.flatten(0, 1)  # [B*G,Q,D] [B*G,L,D]
+    product = torch.bmm(q, k.mT)  # [B*G,Q,L]
+    scores = product.float()
+    scores.add_(product.baddbmm_(q, k.mT, beta=-1))  # what the rounding lost
+    return scores.unflatten(0, (B, G))
 
 
 def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:

@@ -89,25 +89,29 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     for field, value in SUPPORTED.items():
         if config.get(field, value) != value:
             raise ValueError(f"{field} {config[field]!r} is not supported, only {value!r}")
+
+    def integer(field: str, default: int | None = None) -> int:
+        value = config.get(field) or default
+        if not isinstance(value, int):
+            raise ValueError(f"{field} is {value!r}, not a number: the model's shape is not known without it")
+        return value
+
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    try:
-        heads = config["num_attention_heads"]
-        return ModelArgs(
-            dim=config["hidden_size"],
-            n_layer=config["num_hidden_layers"],
-            n_head=heads,
-            n_kv_head=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            hidden_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            context_limit=config["max_position_embeddings"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            rope_scaling=rope_scaling(rope),
-            tied_output=config.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise ValueError(f"the field {error} is missing") from error
+    heads = integer("num_attention_heads")
+    return ModelArgs(
+        dim=integer("hidden_size"),
+        n_layer=integer("num_hidden_layers"),
+        n_head=heads,
+        n_kv_head=integer("num_key_value_heads", heads),
+        head_dim=integer("head_dim", integer("hidden_size") // heads),
+        hidden_dim=integer("intermediate_size"),
+        vocab_size=integer("vocab_size"),
+        context_limit=integer("max_position_embeddings"),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        rope_scaling=rope_scaling(rope),
+        tied_output=config.get("tie_word_embeddings", False),
+    )
 
 
 def rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
@@ -116,12 +120,10 @@ def rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise ValueError(f"rope type {kind!r} is not supported, only default and llama3")
-    return RopeScaling(
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [field for field in fields if field not in rope]:
+        raise ValueError(f"rope scaling lacks {', '.join(missing)}")
+    return RopeScaling(*(rope[field] for field in fields))
 
 
 HF_NAMES = {

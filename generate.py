@@ -35,12 +35,15 @@ from plan import (
     choose_device,
     choose_dtype,
     human,
+    keep_freed_memory,
     parse_size,
     plan_memory,
+    release_freed_memory,
 )
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
 DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
+SAMPLE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits worked on at a time, to bound memory and stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Request:
     attention: str = "bifurcated"
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    prefill_chunk: int = 2048
+    prefill_chunk: int = 512
     rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
@@ -118,14 +121,14 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
     ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
     """
-    logits, ids = logits / sampling.temperature, None
+    ids = None
     if sampling.top_k is not None or sampling.top_p is not None:
         k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
         logits, ids = logits.topk(k)  # descending [N,K]
-    probs = logits.softmax(-1)
+    probs = (logits / sampling.temperature).softmax(-1)
     if sampling.top_p is not None:
-        before = probs.cumsum(-1) - probs  # mass of the likelier tokens
-        probs = probs.masked_fill(before >= sampling.top_p, 0)
+        mass = probs.cumsum(-1, dtype=torch.float64)  # a token is kept while the likelier ones hold less than top_p
+        probs = probs.masked_fill(mass - probs >= sampling.top_p * mass[:, -1:], 0)
     if sampling.min_p is not None:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
     if ids is not None:
@@ -136,6 +139,14 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """draw_tokens, so many rows at a time that their fp32 logits stay within SAMPLE_LOGITS."""
+    rows = max(1, SAMPLE_LOGITS[logits.device.type] // logits.shape[-1])
+    parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+    tokens, logprobs = zip(*(draw_tokens(*part, sampling) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Draws a token per row. logits [N,V], uniform [N] in [0,1) -> tokens [N], log-probabilities [N].
 
     The inverse of the cumulative distribution, in fp64, at one number per row: it costs one pass over the vocabulary,
@@ -260,7 +271,9 @@ def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[i
         part = torch.tensor([tokens[first : first + chunk]], device=device)  # [1,S]
         input_pos = begin + first + torch.arange(part.shape[1], device=device)[None]  # [1,S]
         hidden = steps.prefill(part, input_pos, Prefill(cache, begin + first))
-    return model.logits(hidden[:, -1:])[:, -1]
+    logits = model.logits(hidden[:, -1:])[:, -1]
+    release_freed_memory(device)
+    return logits
 
 
 class Decoder:
@@ -320,8 +333,10 @@ class Decoder:
             if free == 0:
                 free = min(DECODE_SLOTS, limit - step)
                 cache.reserve(cache.slots + free)
-            logits = self.steps.decode(token[:, None], input_pos, cache)  # [N,V]
-            token, logprob = sample(logits, uniforms[:, step], self.request.sampling)
+            # The logits get no name: it would keep them alive through the next step.
+            token, logprob = sample(
+                self.steps.decode(token[:, None], input_pos, cache), uniforms[:, step], self.request.sampling
+            )
             pending.append((token, logprob))
             input_pos = input_pos + 1
             free -= 1
@@ -476,7 +491,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--attention", choices=("auto", *LAYOUTS), default="auto", help="how the samples hold the context")
     run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decode step; default: where it pays")
     run.add_argument("--compile_prefill", action="store_true")
-    run.add_argument("--prefill_chunk", type=int, default=2048, help="tokens of the prompt read at a time")
+    run.add_argument("--prefill_chunk", type=int, default=512, help="tokens of the prompt read at a time")
     run.add_argument("--max_memory", type=parse_size, help="such as 4GB; default: what is free")
     run.add_argument("--plan", action="store_true", help="print the memory plan and run nothing")
     output = parser.add_argument_group("output")
@@ -784,6 +799,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
+    keep_freed_memory()
     try:
         session = set_up(options)
         if options.plan:

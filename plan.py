@@ -4,9 +4,11 @@ A room of its own because the command line, the benchmark and the tests take the
 """
 
 import argparse
+import ctypes
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +124,31 @@ def available_memory(device: torch.device) -> int:
     if limit.exists() and (text := limit.read_text().strip()).isdigit():
         free = min(free, int(text) - int(used.read_text()))
     return free
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the large blocks that a step frees for the next step, for the rest of this process.
+
+    By default it hands them back to the system, and every step pays for page faults on fresh ones: at N = 64 and a
+    context of 4096 that was four fifths of an eager step (BENCHMARKS.md). A setting of the process, so `main` asks for
+    it and a library does not; elsewhere than on glibc it does nothing.
+    """
+    if (mallopt := libc("mallopt")) is not None:
+        mallopt(ctypes.c_int(-3), ctypes.c_int(32 << 20))  # M_MMAP_THRESHOLD, at its maximum
+        mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Hands freed memory back to the system, between phases that need blocks of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif (malloc_trim := libc("malloc_trim")) is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
+def libc(name: str) -> Callable[..., int] | None:
+    """A function of the C library of this process, None where it has no such one."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,6 +25,7 @@ from torch import Tensor
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
 from generate import Request, Sampling, generate
 from model import NoCache, Transformer
+from plan import keep_freed_memory
 from tokenizer import load_tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -105,10 +106,12 @@ def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> I
 
 
 def loss_of(model: Transformer, batch: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token. batch [N,S+1]."""
+    """Mean cross-entropy, nats per token; the products in bfloat16. batch [N,S+1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     input_pos = torch.arange(inputs.shape[1], device=batch.device).expand_as(inputs)
-    return F.cross_entropy(model(inputs, input_pos, NoCache()).float().flatten(0, 1), targets.flatten())
+    with torch.autocast(batch.device.type, torch.bfloat16):
+        logits = model(inputs, input_pos, NoCache())  # [N,S,V]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def initialise(model: Transformer) -> None:
@@ -159,7 +162,8 @@ def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
     model = Transformer(args_from_config(CONFIG))
     initialise(model)
     log(f"{sum(parameter.numel() for parameter in model.parameters())} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    keep_freed_memory()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     compiled_loss = torch.compile(loss_of)
     began, mean = time.perf_counter(), None
     for step, windows in enumerate(batches(training, batch, SEQUENCE, steps, seed), 1):
@@ -195,7 +199,7 @@ def main() -> None:
     training = commands.add_parser("train", help="train vocabulary and model on a text file")
     training.add_argument("--corpus", type=Path, required=True)
     training.add_argument("--out", type=Path, required=True)
-    training.add_argument("--steps", type=int, default=6000)
+    training.add_argument("--steps", type=int, default=5000, help="optimiser steps")
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())

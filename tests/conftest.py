@@ -1,0 +1,43 @@
+"""What several test files need: small random models, and where the shared data lies if it does."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import ModelArgs, Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+TINY = ROOT / "checkpoints" / "tiny"
+STORIES = SHARED / "models" / "stories15M"
+
+sys.path.insert(0, str(ROOT / "scripts"))
+torch.set_num_threads(1)  # the models here are too small to share
+
+needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
+
+# Odd on purpose: nothing here is a multiple of 8 but by accident.
+GQA = ModelArgs(
+    dim=30, n_layer=3, n_head=6, n_kv_head=2, head_dim=10, hidden_dim=52, vocab_size=97, context_limit=4096
+)  # fmt: skip
+MHA = ModelArgs(
+    dim=28, n_layer=2, n_head=3, n_kv_head=3, head_dim=14, hidden_dim=44, vocab_size=61, context_limit=99,
+    tied_output=True,
+)  # fmt: skip
+
+
+def random_model(args: ModelArgs, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
+    """Weights large enough that the logits differ clearly between tokens."""
+    torch.manual_seed(seed)
+    model = Transformer(args).to(dtype).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
+    model.tok_embeddings.weight.normal_()
+    return model
+
+
+def random_tokens(args: ModelArgs, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(args.vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,147 @@
+"""Files on disk. Oracle: the tensors that were written; errors name the file and the remedy."""
+
+import json
+
+import pytest
+import torch
+from conftest import GQA, STORIES, TINY, needs_stories, random_model
+from convert_hf_checkpoint import convert
+from safetensors.torch import save_file
+
+from checkpoint import args_from_config, load_model, read_checkpoint, read_weights, save_model
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": GQA.dim,
+    "intermediate_size": GQA.hidden_dim,
+    "num_hidden_layers": GQA.n_layer,
+    "num_attention_heads": GQA.n_head,
+    "num_key_value_heads": GQA.n_kv_head,
+    "head_dim": GQA.head_dim,
+    "vocab_size": GQA.vocab_size,
+    "max_position_embeddings": GQA.context_limit,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": [7, 8],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path, CONFIG, random_model(GQA, torch.float32).state_dict())
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["", "model.pth"])
+def test_a_saved_model_comes_back(folder, name):
+    checkpoint = read_checkpoint(folder / name)
+    assert checkpoint.args == GQA and checkpoint.eos_ids == {7, 8}
+    model = load_model(checkpoint, "cpu", torch.float32)
+    expected = random_model(GQA, torch.float32).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert load_model(checkpoint, "cpu", torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_eos_ids_of_both_files_count(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert read_checkpoint(folder).eos_ids == {7, 8, 9}
+
+
+@needs_stories
+def test_a_converted_model_equals_its_source(tmp_path):
+    source, converted = read_checkpoint(STORIES), read_checkpoint(convert(STORIES, tmp_path))
+    assert converted.args == source.args
+    before, after = read_weights(source), read_weights(converted)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "tokenizer.model").read_bytes() == (STORIES / "tokenizer.model").read_bytes()
+
+
+def test_a_tied_model_holds_one_table():
+    model = load_model(read_checkpoint(TINY), "cpu", torch.float32)
+    assert model.args.tied_output and model.output.weight is model.tok_embeddings.weight
+
+
+def refused(path, match):
+    with pytest.raises((ValueError, OSError), match=match):
+        load_model(read_checkpoint(path), "cpu", torch.float32)
+
+
+def test_missing_files_are_named(folder, tmp_path):
+    refused(tmp_path / "nothing", "no checkpoint at .*nothing")
+    (folder / "config.json").unlink()
+    refused(folder, "no config.json beside")
+    (folder / "model.pth").unlink()
+    refused(folder, "no model.pth and no")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, -1])
+def test_a_truncated_checkpoint_is_named(folder, size):
+    data = (folder / "model.pth").read_bytes()
+    (folder / "model.pth").write_bytes(data[:size])
+    refused(folder, "model.pth is truncated or not a PyTorch checkpoint")
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], 3])
+def test_a_foreign_checkpoint_is_named(folder, content):
+    torch.save(content, folder / "model.pth")
+    refused(folder, "does not hold a plain state dict")
+
+
+def test_a_truncated_safetensors_file_is_named(folder):
+    (folder / "model.pth").unlink()
+    save_file({"model.norm.weight": torch.ones(GQA.dim)}, folder / "model.safetensors")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-10])
+    refused(folder, "model.safetensors is truncated or not a safetensors file")
+
+
+def test_keys_that_do_not_match_the_config_are_listed(folder):
+    state = random_model(GQA, torch.float32).state_dict()
+    state["layers.0.attention.wq.bias"] = state.pop("norm.weight")
+    state["output.weight"] = state["output.weight"][:-1].clone()
+    torch.save(state, folder / "model.pth")
+    refused(
+        folder,
+        r"1 missing: norm.weight; 1 not in the model: layers.0.attention.wq.bias; "
+        r"1 of another shape: output.weight \(96, 30\) instead of \(97, 30\)",
+    )
+
+
+@pytest.mark.parametrize(
+    "change,match",
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": ...}, "vocab_size is None, not a number"),
+        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a number"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling lacks low_freq_factor, high"),
+    ],
+)
+def test_a_config_that_this_network_does_not_compute_is_refused(change, match):
+    config = {field: value for field, value in (CONFIG | change).items() if value is not ...}
+    with pytest.raises(ValueError, match=match):
+        args_from_config(config)
+
+
+@pytest.mark.parametrize("text,match", [("{", "is not JSON"), ("[]", "holds a list")])
+def test_a_broken_config_is_named(folder, text, match):
+    (folder / "config.json").write_text(text)
+    refused(folder, f"config.json {match}")
+
+
+def test_nothing_is_overwritten_where_saving_fails(folder):
+    before = (folder / "model.pth").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_model(folder, CONFIG, {"norm.weight": lambda: None})
+    assert (folder / "model.pth").read_bytes() == before
+    assert not list(folder.glob("*.unfinished"))
+
+
+def test_config_files_are_read_as_written():
+    checkpoint = read_checkpoint(TINY)
+    assert checkpoint.config == json.loads((TINY / "config.json").read_text())
+    assert checkpoint.weights == (TINY / "model.pth",)

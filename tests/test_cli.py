@@ -1,0 +1,241 @@
+"""The command line, run as a user runs it, in a subprocess. Oracle: exit status, stdout, one line on stderr, files."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+
+
+def lines_of(result: subprocess.CompletedProcess) -> list[dict]:
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
+    report_path = tmp_path / "r.json"
+    result = run(
+        *PROMPT, "-n", 8, "--top", 3, "--max_new_tokens", 40, "--format", "jsonl", "--report", report_path,
+        "--selfcheck", "--dtype", "float32",
+    )  # fmt: skip
+    rows = lines_of(result)
+    assert [row["rank"] for row in rows] == [1, 2, 3]
+    assert [row["mean_logprob"] for row in rows] == sorted((row["mean_logprob"] for row in rows), reverse=True)
+    for row in rows:
+        assert row.keys() == {
+            "rank", "sample", "count", "text", "tokens", "logprobs", "mean_logprob", "finish_reason"
+        }  # fmt: skip
+        assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
+    report = json.loads(report_path.read_text())
+    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
+    assert report["kv_unshared_bytes"] > report["kv_context_bytes"] + report["kv_decoded_bytes"]
+    assert report["compile_s"] is None and report["compiled"] is False
+    assert report["selfcheck_max_difference"] < 1e-4
+    for name in (
+        "attention_reason", "device", "dtype", "torch", "context_tokens", "prefill_s", "prefill_tokens_per_s",
+        "first_token_s", "decode_ms_per_step", "tokens_per_s_per_sample", "tokens_per_s", "bytes_per_step",
+        "bandwidth_gb_s", "peak_memory_bytes",
+    ):  # fmt: skip
+        assert report[name], name
+    assert "decode_ms_per_step" in result.stderr
+
+
+def test_stdout_is_the_sample_and_nothing_else():
+    rows = lines_of(run(*PROMPT, "--max_new_tokens", 20, "--format", "jsonl", "--quiet"))
+    result = run(*PROMPT, "--max_new_tokens", 20, "--quiet")
+    assert result.stdout == rows[0]["text"] + "\n" and result.stderr == ""
+
+
+def test_a_report_of_one_token_has_no_decode_numbers(tmp_path):
+    run(*PROMPT, "--max_new_tokens", 1, "--report", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["decode_ms_per_step"] is report["tokens_per_s"] is report["bandwidth_gb_s"] is None
+
+
+def test_waves_and_layouts_draw_the_same_samples():
+    base = [*PROMPT, "-n", 5, "--max_new_tokens", 15, "--format", "jsonl", "--dtype", "float32"]
+    expected = [row["tokens"] for row in lines_of(run(*base))]
+    waves = run(*base, "--max_memory", "8.4MB")
+    assert re.search(r"waves +[2-5]\n", waves.stderr), waves.stderr
+    for result in (waves, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
+        assert [row["tokens"] for row in lines_of(result)] == expected
+
+
+def test_prompts_from_a_file_and_from_stdin(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("Once upon a time", "utf-8")
+    base = ["--seed", 1, "--max_new_tokens", 10, "--quiet"]
+    expected = run(*base, "--prompt", "Once upon a time").stdout
+    assert run(*base, "--prompt_file", path).stdout == expected
+    assert run(*base, "--prompt_file", "-", input="Once upon a time").stdout == expected
+
+
+def test_a_plan_runs_nothing():
+    result = run("--plan", "-n", 2048, "--prompt", 200000, "--max_memory", "100GB")
+    assert result.returncode == 0
+    assert re.search(r"waves +[1-9]", result.stdout) and "an unshared K/V cache" in result.stdout
+
+
+def test_several_runs_and_a_profile(tmp_path):
+    result = run(*PROMPT, "--num_runs", 3, "--max_new_tokens", 5, "--profile", tmp_path / "trace.json")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 1
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_help_is_grouped():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(group in result.stdout for group in ("model:", "prompt:", "sampling:", "execution:", "output:"))
+
+
+def test_three_turns_with_a_choice():
+    said = "Once upon a time\n2\nThen the dog\n9\n1\nThe end\n\n"
+    arguments = ("--interactive", "-n", 3, "--max_new_tokens", 12, "--pick", "--seed", 1, "--format", "jsonl")
+    result = run(*arguments, input=said)
+    rows = lines_of(result)
+    assert [row["rank"] for row in rows] == [1, 2, 3] * 3
+    assert "'9' is not a number from 1 to 3" in result.stderr
+
+
+def test_one_sample_is_streamed_while_it_decodes():
+    """Oracle: on a terminal the text arrives in several reads, and adds up to what is printed without one."""
+    expected = run(*PROMPT, "--max_new_tokens", 60, "--quiet").stdout
+    master, slave = pty.openpty()
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "--max_new_tokens", "60", "--quiet"]
+    with subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL, env=ENVIRONMENT):
+        os.close(slave)
+        pieces = []
+        while True:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:
+                break
+            if not piece:
+                break
+            pieces.append(piece)
+    os.close(master)
+    assert len(pieces) > 3
+    assert b"".join(pieces).decode().replace("\r\n", "\n") == expected
+
+
+def test_a_closed_pipe_ends_quietly():
+    command = f"{sys.executable} {ROOT / 'generate.py'} {' '.join(PROMPT[:1])} Once -n 300 --max_new_tokens 60 --quiet"
+    result = subprocess.run(
+        f"{command} | head -c 10", shell=True, capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+    )
+    assert result.returncode == 0 and result.stderr == "" and len(result.stdout) == 10
+
+
+def test_an_interrupt_prints_what_is_finished_and_exits_130():
+    """256 rows decode up to 450 tokens; those that reached their end by the time of the interrupt are printed."""
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "256", "--max_new_tokens", "450"]
+    master, slave = pty.openpty()  # a terminal on stderr shows the progress that tells when to interrupt
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=ENVIRONMENT) as process:
+        os.close(slave)
+        seen, limit = "", time.monotonic() + 100
+        while not re.search(r" [1-9]\d*/256 samples finished", seen):
+            seen = seen[-200:] + os.read(master, 4096).decode()
+            assert time.monotonic() < limit
+        process.send_signal(signal.SIGINT)
+        stdout = process.stdout.read()
+    os.close(master)
+    assert process.returncode == 130
+    assert stdout.startswith("[1] mean log-probability") and ", eos" in stdout
+
+
+def foreign(folder):
+    torch.save({"some.weight": torch.ones(2)}, folder / "model.pth")
+
+
+def truncated(folder):
+    (folder / "model.pth").write_bytes((folder / "model.pth").read_bytes()[:5000])
+
+
+def without_tokenizer(folder):
+    (folder / "tokenizer.model").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (foreign, "the weights do not match config.json; 47 missing: layers.0.attention.wk.weight, "),
+        (truncated, "is truncated or not a PyTorch checkpoint"),
+        (without_tokenizer, "no tokenizer.model or tokenizer.json in"),
+        (shutil.rmtree, "no checkpoint at"),
+    ],
+)
+def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    damage(folder)
+    assert_refused(run(*PROMPT, "--checkpoint_path", folder), message)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        ([], "no prompt: give --prompt TEXT"),
+        (["--prompt", "a", "--prompt_file", "b"], "are both given"),
+        (["--prompt_file", "no/such/file"], "No such file or directory: 'no/such/file'"),
+        (
+            ["--prompt", "500"],
+            "prompt of 500 tokens + max_new_tokens 200 = 700 is over the model's context limit of 512",
+        ),
+        (["--prompt", "30000"], "prompt of 30000 tokens"),
+        ([*PROMPT, "-n", "0"], "num_samples 0 must be at least 1"),
+        ([*PROMPT, "-n", "three"], "invalid int value: 'three'"),
+        ([*PROMPT, "--top", "0"], "top 0 must be at least 1"),
+        ([*PROMPT, "--max_new_tokens", "0"], "max_new_tokens 0 must be at least 1"),
+        ([*PROMPT, "--top_p", "0"], "top_p 0.0 must be above 0"),
+        ([*PROMPT, "--top_p", "1.01"], "top_p 1.01 must be above 0 and at most 1"),
+        ([*PROMPT, "--top_k", "-1"], "top_k -1 must be at least 1"),
+        ([*PROMPT, "--temperature", "-1"], "temperature -1.0 must be 0"),
+        ([*PROMPT, "--stop", ""], "a stop string is empty"),
+        ([*PROMPT, "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        ([*PROMPT, "--device", "gpu"], "device 'gpu' is not known"),
+        ([*PROMPT, "--attention", "magic"], "invalid choice: 'magic'"),
+        ([*PROMPT, "--max_memory", "4 bananas"], "'4 bananas' is not a size"),
+        ([*PROMPT, "--max_memory", "1MB"], "one sample needs"),
+        ([*PROMPT, "--report", "no/such/folder/r.json"], "cannot be written"),
+        ([*PROMPT, "--num_runs", "0"], "num_runs 0 must be at least 1"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_gets_one_line(arguments, message):
+    assert_refused(run(*arguments), message)
+
+
+def test_a_prompt_file_that_is_not_utf8_gets_one_line(tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1") * 3)
+    assert_refused(run("--prompt_file", tmp_path / "latin1.txt"), "latin1.txt is not UTF-8 (byte 0)")
+
+
+def test_nothing_is_overwritten_by_a_refused_command(tmp_path):
+    (tmp_path / "r.json").write_text("precious")
+    assert_refused(run(*PROMPT, "-n", 0, "--report", tmp_path / "r.json"), "num_samples 0")
+    assert (tmp_path / "r.json").read_text() == "precious"
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert result.stdout == ""

@@ -1,0 +1,95 @@
+"""What is decided from shapes alone. Oracles: bytes of tensors that are really allocated; arithmetic done by hand."""
+
+import argparse
+
+import pytest
+import torch
+from conftest import GQA, MHA, random_model
+
+from model import KVCache
+from plan import choose_compile, choose_device, choose_dtype, human, parse_size, plan_memory
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("args", [GQA, MHA], ids=["GQA", "MHA, tied"])
+def test_planned_bytes_are_those_of_the_tensors(args):
+    model = random_model(args, torch.bfloat16)
+    memory = plan_memory(args, torch.bfloat16, 50, 6, 16, "bifurcated", 10**9)
+    root = KVCache.empty(args, 1, 50, model.norm.weight)
+    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.context == root.nbytes
+    assert memory.decoded == KVCache.fork(root, 6, 16).nbytes
+    assert memory.unshared == KVCache.copy(root, 6, 16).nbytes
+    assert memory.per_step == memory.weights + memory.context + memory.decoded // 2
+    assert memory.waves == 1
+
+
+def test_waves_fit_what_is_available():
+    one = plan_memory(GQA, torch.float32, 50, 1, 16, "bifurcated", 10**9)
+    fixed, each = one.weights + one.context, one.decoded_per_sample + one.workspace_per_sample
+    for rows in (1, 3, 64):
+        memory = plan_memory(GQA, torch.float32, 50, 100, 16, "bifurcated", fixed + rows * each + each // 2)
+        assert memory.rows_at_once == rows
+        assert memory.waves == -(-100 // rows)
+
+
+def test_an_unshared_layout_plans_its_copies():
+    shared = plan_memory(GQA, torch.float32, 50, 4, 16, "bifurcated", 10**9)
+    copied = plan_memory(GQA, torch.float32, 50, 4, 16, "contiguous", 10**9)
+    assert copied.decoded == shared.decoded + 4 * shared.context
+
+
+def test_a_plan_that_cannot_hold_one_sample_says_what_it_needs():
+    with pytest.raises(ValueError, match="one sample needs .* is available: shorten the prompt, or raise --max_memory"):
+        plan_memory(GQA, torch.float32, 10**6, 4, 16, "bifurcated", 10**8)
+
+
+@pytest.mark.parametrize(
+    "text,size", [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5e3", 1500), ("2 kb", 2000), ("1TB", 10**12)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 GBB", "four", "4XB", "infGB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "size,text", [(0, "0 B"), (999, "999 B"), (999_600, "1 MB"), (1.5e12, "1.5 TB"), (3.2e15, "3200 TB")]
+)
+def test_human(size, text):
+    assert human(size) == text
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(ValueError, match="'nonsense' is not known"):
+        choose_device("nonsense")
+    with pytest.raises(ValueError, match="'meta' is not supported"):
+        choose_device("meta")
+    with pytest.raises(ValueError, match="cuda:77' is not there"):
+        choose_device("cuda:77")
+    assert choose_device("cpu") == CPU
+
+
+def test_dtypes():
+    assert choose_dtype("float16", CPU) == torch.float16
+    assert choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+
+
+def test_compiling_pays_for_long_runs_only():
+    assert choose_compile(None, CPU, 12, 10, 10**8)[0] is False
+    long, why = choose_compile(None, CPU, 12, 10**5, 10**8)
+    assert long is True and why.startswith("auto: 100000 steps take about")
+    assert choose_compile(False, CPU, 12, 10**5, 10**8) == (False, "--no-compile")
+    assert choose_compile(True, CPU, 12, 1, 1) == (True, "--compile")
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    compiled, why = choose_compile(True, CPU, 12, 10**5, 10**8)
+    assert compiled is False and "no C++ compiler" in why
