@@ -24,14 +24,14 @@ Partial = tuple[Tensor, Tensor]
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
 
-    A product of half-precision matrices is rounded to half precision: a score of 20 in bfloat16 is then off by up to
-    0.06, enough for shared and unshared decoding to drift apart. A second product, accumulated onto minus the first,
-    is what that rounding lost; kernels accumulate in fp32, so the sum has some 16 bits.
+    A product of bfloat16 matrices is rounded to bfloat16: a score of 20 is then off by up to 0.06, enough for shared
+    and unshared decoding to drift apart. A second product, accumulated onto minus the first, is what that rounding
+    lost; kernels accumulate in fp32, so the sum has some 16 bits. Float16 would overflow on the way, so it is widened,
+    as is a single query: compiled, the conversion is fused into a matrix-vector product and costs nothing.
     """
-    if q.dtype in (torch.float32, torch.float64):
-        return q @ k.mT
-    if q.shape[-2] == 1:  # a matrix-vector product: compiled, the conversion is fused into it and costs nothing
-        return q.float() @ k.float().mT
+    if q.dtype != torch.bfloat16 or q.shape[-2] == 1:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return q.to(dtype) @ k.to(dtype).mT
     B, G = k.shape[:2]
     q, k = q.flatten(0, 1), k.flatten(0, 1)  # [B*G,Q,D] [B*G,L,D]
     product = torch.bmm(q, k.mT)  # [B*G,Q,L]
@@ -60,6 +60,7 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # [B,G,Q,1]
     weights = scores.sub_(peak).exp_()
     total = weights.sum(-1, keepdim=True)  # [B,G,Q,1]
+    v = v if v.dtype == torch.bfloat16 else v.to(dtype)  # float16 would overflow in the sum over the keys
     out = (weights.to(v.dtype) @ v).to(dtype) / total.clamp_min(torch.finfo(dtype).tiny)  # [B,G,Q,D]
     return out, peak + total.log()
 
@@ -83,17 +84,17 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
 def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
     """Partial attention of N rows of queries against R rows of keys, each shared by N // R consecutive query rows.
 
-    q [N,H,S,D], k [R,G,L,D], v [R,G,L,D], mask bool broadcastable to [R,1,S,L]. Returns out [N,H,S,D], lse [N,H,S,1].
+    q [N,H,S,D], k [R,G,L,D], v [R,G,L,D], mask bool [R or 1,1,S or 1,L]. Returns out [N,H,S,D], lse [N,H,S,1].
     The rows that share a key, and the P query heads of its group, become further queries of one product: every key is
     read once, whatever N and P are, for multi-head, grouped-query and multi-query attention alike.
     """
     N, H, S, D = q.shape
     R, G = k.shape[:2]
-    n, P = N // R, H // G
-    if n * R != N or P * G != H or k.shape[-1] != D or v.shape != k.shape:
+    n, P = N // max(R, 1), H // max(G, 1)
+    if n * R != N or P * G != H or k.shape[-1] != D or v.shape != k.shape or (mask is not None and mask.dim() != 4):
         raise ValueError(
-            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}: expected q [N,H,S,D] and "
-            "k, v [R,G,L,D] with N a multiple of R and H a multiple of G"
+            f"q {tuple(q.shape)} does not fit k {tuple(k.shape)} and v {tuple(v.shape)}: expected q [N,H,S,D], "
+            "k, v [R,G,L,D] with N a multiple of R and H a multiple of G, and a mask of four dimensions"
         )
     q = q.reshape(R, n, G, P, S, D).transpose(1, 2).reshape(R, G, n * P * S, D)
     if mask is not None and mask.shape[-2] > 1:
@@ -110,11 +111,13 @@ def bifurcated_attention(
     """The paper's operation: N samples attend to one shared context and to their own decoded tokens.
 
     q [N,H,S,D], k_context and v_context [1,G,T,D] (or [R,G,T,D]: R contexts, each shared by N // R consecutive rows),
-    k_decoded and v_decoded [N,G,L,D], mask bool broadcastable to [N,1,S,L], True where a decoded key is visible (None:
-    all are). Returns [N,H,S,D] in q's dtype; the softmax and the merge are in fp32. All tensors share one dtype.
+    k_decoded and v_decoded [N,G,L,D], mask bool [N or 1,1,S or 1,L], True where a decoded key is visible (None: all
+    are). Returns [N,H,S,D] in q's dtype; the softmax and the merge are in fp32. All tensors share one dtype.
 
     Raises ValueError where the shapes do not fit. Source: arXiv 2403.08845, section 4.2 and appendix E.
     """
+    if k_decoded.shape[0] != q.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows and k_decoded {k_decoded.shape[0]}: each sample has its own")
     context = shared_attention(q, k_context, v_context)
     decoded = shared_attention(q, k_decoded, v_decoded, mask)
     return merge_partials([context, decoded])[0].to(q.dtype)

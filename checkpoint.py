@@ -52,10 +52,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     try:
         args = args_from_config(config)
-    except ValueError as error:
+        eos_ids = as_ids(config.get("eos_token_id"))
+    except (ValueError, TypeError, AttributeError) as error:  # a field of another type than it must be
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     generation = folder / "generation_config.json"
-    eos_ids = as_ids(config.get("eos_token_id"))
     if generation.exists():
         eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
     return Checkpoint(folder, weights, config, args, eos_ids)
@@ -73,7 +73,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:
     """The three forms that eos_token_id takes."""
-    return frozenset(value if isinstance(value, list) else [] if value is None else [value])
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise ValueError(f"eos_token_id {value!r} is not a token id, nor a list of them")
+    return frozenset(ids)
 
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -92,8 +95,8 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
 
     def integer(field: str, default: int | None = None) -> int:
         value = config.get(field) or default
-        if not isinstance(value, int):
-            raise ValueError(f"{field} is {value!r}, not a number: the model's shape is not known without it")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field} is {value!r}, not a positive number: the model's shape is not known without it")
         return value
 
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -107,8 +110,8 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=integer("intermediate_size"),
         vocab_size=integer("vocab_size"),
         context_limit=integer("max_position_embeddings"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=config.get("rope_theta") or rope.get("rope_theta", 10000.0),
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
         rope_scaling=rope_scaling(rope),
         tied_output=config.get("tie_word_embeddings", False),
     )
@@ -167,12 +170,11 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def read_pth(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is truncated or not a PyTorch checkpoint ({reason}): convert or fetch it again"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise ValueError(f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
     return state
 
@@ -196,7 +198,10 @@ def check_weights(args: ModelArgs, state: Mapping[str, Tensor]) -> None:
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     )
-    found = {"missing": missing, "not in the model": unknown, "of another shape": wrong}
+    kinds = sorted(
+        f"{name} {state[name].dtype}" for name in expected if name in state and not state[name].is_floating_point()
+    )
+    found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
     problems = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names]
     if problems:
         raise ValueError("the weights do not match config.json; " + "; ".join(problems))

@@ -12,11 +12,8 @@ import argparse
 import contextlib
 import json
 import os
-import resource
 import secrets
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,16 +31,19 @@ from plan import (
     choose_compile,
     choose_device,
     choose_dtype,
-    human,
     keep_freed_memory,
     parse_size,
     plan_memory,
     release_freed_memory,
 )
+from report import Monitor, measure, print_report
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
 DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
-SAMPLE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}  # logits worked on at a time, to bound memory and stay in a CPU's cache
+SAMPLE_LOGITS = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 26,
+}  # logits worked on at a time, to bound memory and stay in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or above")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k} must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -70,7 +70,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. attention: a key of LAYOUTS. rows_at_once: larger num_samples run in waves of so many."""
+    """What to draw. attention: a key of LAYOUTS. prefill_chunk: tokens of the prompt read at a time; None: all.
+    rows_at_once: larger num_samples run in waves of so many; None: all together."""
 
     num_samples: int
     max_new_tokens: int
@@ -79,12 +80,12 @@ class Request:
     attention: str = "bifurcated"
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if "" in self.stop:
             raise ValueError("a stop string is empty: it would end every sample at once")
@@ -103,12 +104,13 @@ class Request:
 
 @dataclass
 class Sample:
-    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length."""
+    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length.
+    text: None where there is no tokenizer."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    text: str = ""
+    text: str | None = None
     finish_reason: str | None = None
 
     @property
@@ -173,53 +175,6 @@ LAYOUTS: dict[str, Callable[[KVCache, int, int], KVCache]] = {
 }
 
 
-class Monitor:
-    """Times a run and hears of its events. Override the methods to show, stream or keep what passes.
-
-    streams: whether `text` is to be called with each sample's text as it comes.
-    """
-
-    streams = False
-
-    def __init__(self) -> None:
-        self.begin = self.last = time.perf_counter()
-        self.prefill_s = self.first_token_s = 0.0
-        self.step_s: list[float] = []
-        self.decode_tokens = self.waves = 0
-        self.finished: list[Sample] = []
-
-    def lap(self) -> float:
-        last, self.last = self.last, time.perf_counter()
-        return self.last - last
-
-    def prefilled(self) -> None:
-        self.prefill_s = self.lap()
-
-    def wave(self) -> None:
-        """A wave's cache is ready to decode."""
-        self.waves += 1
-        self.lap()
-
-    def stepped(self, steps: int, tokens: int) -> None:
-        """`steps` more decode steps have run, which drew `tokens` tokens for unfinished samples.
-
-        steps is 0 for a wave's first tokens, which are drawn from the prompt's logits.
-        """
-        seconds = self.lap()
-        if steps:
-            self.step_s += [seconds / steps] * steps
-            self.decode_tokens += tokens
-        elif not self.step_s:
-            self.first_token_s = self.last - self.begin
-
-    def text(self, sample: Sample) -> None:
-        """A sample's text may have grown; called only where `streams` is set or there are stop strings."""
-
-    def done(self, sample: Sample, cache: KVCache, row: int) -> None:
-        """A sample is finished; the keys and values of all its tokens but the last stand in this row of the cache."""
-        self.finished.append(sample)
-
-
 Step = Callable[[Tensor, Tensor, KVCache], Tensor]
 
 
@@ -263,14 +218,14 @@ def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
             torch._dynamo.mark_dynamic(tensor, dim)
 
 
-def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[int], chunk: int) -> Tensor:
+def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[int], chunk: int | None) -> Tensor:
     """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
-    device = cache.start.device
+    device, chunk = cache.start.device, chunk or len(tokens)
     begin = cache.slots - len(tokens)
     for first in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[first : first + chunk]], device=device)  # [1,S]
         input_pos = begin + first + torch.arange(part.shape[1], device=device)[None]  # [1,S]
-        hidden = steps.prefill(part, input_pos, Prefill(cache, begin + first))
+        hidden = steps.prefill(part, input_pos, Prefill(cache, begin + first, part.shape[1]))
     logits = model.logits(hidden[:, -1:])[:, -1]
     release_freed_memory(device)
     return logits
@@ -288,19 +243,21 @@ class Decoder:
         self.monitor = monitor or Monitor()
         self.streams: dict[int, TextStream] = {}
         self.history: Sequence[int] = ()
+        self.begin = 0  # the position of the first token drawn
 
     def draw(self, context: KVCache, logits: Tensor, history: Sequence[int]) -> list[Sample]:
         """logits [1,V] at the context's last token, history: the context's tokens. Returns the samples by index."""
         request = self.request
-        samples = [Sample(index) for index in range(request.num_samples)]
-        self.history = history
+        samples = [Sample(index, text=self.tokenizer and "") for index in range(request.num_samples)]
+        self.history, self.begin = history, context.slots
         if self.tokenizer and (request.stop or self.monitor.streams):
             self.streams = {sample.index: TextStream(self.tokenizer, history) for sample in samples}
         # One number per (sample, step), drawn on the host: the same for every layout, wave and device.
         generator = torch.Generator().manual_seed(request.seed)
         shape = (request.num_samples, request.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
-        size = request.rows_at_once or request.num_samples
+        waves = -(-len(samples) // (request.rows_at_once or len(samples)))
+        size = -(-len(samples) // waves)
         for first in range(0, len(samples), size):
             wave = samples[first : first + size]
             self.decode(context, logits, wave, uniforms[first : first + size].to(logits.device))
@@ -318,7 +275,7 @@ class Decoder:
         input_pos = torch.full((len(rows), 1), context.slots, device=logits.device)
         pending = [(token, logprob)]
         for step in range(1, limit + 1):
-            if len(pending) == stride or step in (1, limit):
+            if len(pending) == stride or step in (1, 2, limit):  # the first step alone: it may compile
                 self.collect(rows, pending, cache, step > 1)
                 pending = []
                 kept = rows_to_keep([row.finish_reason is None for row in rows])
@@ -327,9 +284,8 @@ class Decoder:
                 if len(kept) < len(rows):
                     rows = [rows[row] for row in kept]
                     index = torch.tensor(kept, device=logits.device)
-                    cache, token, input_pos, uniforms = (
-                        cache.select(index), token[index], input_pos[index], uniforms[index],
-                    )  # fmt: skip
+                    cache.keep(index)
+                    token, input_pos, uniforms = token[index], input_pos[index], uniforms[index]
             if free == 0:
                 free = min(DECODE_SLOTS, limit - step)
                 cache.reserve(cache.slots + free)
@@ -352,7 +308,7 @@ class Decoder:
                     drawn += 1
                     self.record(row, token, logprob)
                     if row.finish_reason is not None:
-                        self.monitor.done(row, cache, index)
+                        self.monitor.done(row, cache, index, self.begin)
         self.monitor.stepped(len(pending) if stepped else 0, drawn)
 
     def record(self, row: Sample, token: int, logprob: float) -> None:
@@ -437,7 +393,7 @@ def rank(samples: Sequence[Sample]) -> list[Ranked]:
     """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
     groups: dict[object, list[Sample]] = {}
     for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
-        groups.setdefault(each.text or tuple(each.tokens), []).append(each)
+        groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
     return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
 
 
@@ -460,47 +416,49 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = OneLineParser(
         description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    model = parser.add_argument_group("model")
-    default_checkpoint = Path(__file__).resolve().parent / "checkpoints" / "tiny" / "model.pth"
-    model.add_argument(
-        "--checkpoint_path", type=Path, default=default_checkpoint, help="model.pth, or a model's folder"
-    )
-    model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto: cuda where there is one")
-    model.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt", help="text; an integer makes a synthetic prompt of so many tokens")
-    prompt.add_argument("--prompt_file", help="read the prompt from a UTF-8 file; - is stdin")
-    prompt.add_argument("--interactive", action="store_true", help="several turns; the context grows by what you keep")
-    prompt.add_argument("--pick", action="store_true", help="in --interactive, choose the reply to keep by its number")
-    draw = parser.add_argument_group("sampling")
-    draw.add_argument("-n", "--num_samples", "--parallel_samples", type=int, default=1, help="drawn in parallel")
-    draw.add_argument("--top", type=int, help="print the so many best; default all")
-    draw.add_argument("--max_new_tokens", type=int, default=200)
-    draw.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
-    draw.add_argument("--top_k", type=int, default=200, help="draw from the k most likely tokens; 0 is off")
-    draw.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this mass")
-    draw.add_argument("--min_p", type=float, help="draw from tokens at least this likely, relative to the likeliest")
-    draw.add_argument("--seed", type=int, help="same seed, same samples; default: a new one, in the report")
-    draw.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end a sample before this text; repeatable"
-    )
-    draw.add_argument("--ignore_eos", action="store_true", help="go on past the end of text, to max_new_tokens")
-    run = parser.add_argument_group("execution")
-    run.add_argument("--attention", choices=("auto", *LAYOUTS), default="auto", help="how the samples hold the context")
-    run.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the decode step; default: where it pays")
-    run.add_argument("--compile_prefill", action="store_true")
-    run.add_argument("--prefill_chunk", type=int, default=512, help="tokens of the prompt read at a time")
-    run.add_argument("--max_memory", type=parse_size, help="such as 4GB; default: what is free")
-    run.add_argument("--plan", action="store_true", help="print the memory plan and run nothing")
-    output = parser.add_argument_group("output")
-    output.add_argument("--format", choices=("text", "jsonl"), default="text")
-    output.add_argument("--report", type=Path, help="write the report as JSON to this file")
-    output.add_argument("--num_runs", type=int, default=1, help="timed repetitions; the samples are the same in each")
-    output.add_argument("--profile", type=Path, help="write a chrome trace of the run to this file")
-    output.add_argument("--selfcheck", action="store_true", help="score the printed samples again without a cache")
-    output.add_argument("--quiet", action="store_true", help="no progress and no report on stderr")
+
+    def flag(name: str, help: str, *aliases: str, **settings: object) -> None:
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    group = parser.add_argument_group("model")
+    tiny = Path(__file__).resolve().parent / "checkpoints" / "tiny" / "model.pth"
+    flag("--checkpoint_path", "model.pth, or a model's folder; default: checkpoints/tiny", type=Path, default=tiny)
+    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    flag("--dtype", "auto is bfloat16 where the device has it", choices=dtypes, default="auto")
+    group = parser.add_argument_group("prompt")
+    flag("--prompt", "text; an integer makes a synthetic prompt of so many tokens")
+    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
+    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
+    flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
+    group = parser.add_argument_group("sampling")
+    flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=1)
+    flag("--top", "print the so many best; default: all", type=int)
+    flag("--max_new_tokens", "per sample", type=int, default=200)
+    flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
+    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=200)
+    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
+    flag("--seed", "same seed, same samples; default: a new one, which the report names", type=int)
+    flag("--stop", "end a sample before this text; repeatable", action="append", default=[], metavar="TEXT")
+    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
+    group = parser.add_argument_group("execution")
+    flag("--attention", "how the samples hold the context", choices=("auto", *LAYOUTS), default="auto")
+    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
+    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
+    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=512)
+    flag("--max_memory", "such as 4GB; default: what is free", type=parse_size)
+    flag("--plan", "print the memory plan and run nothing", action="store_true")
+    group = parser.add_argument_group("output")
+    flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    flag("--report", "write the report as JSON to this file", type=Path)
+    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
+    flag("--profile", "write a chrome trace of the run to this file", type=Path)
+    flag("--selfcheck", "score the printed samples again without a cache", action="store_true")
+    flag("--quiet", "no progress and no report on stderr", action="store_true")
     return parser
 
 
@@ -523,12 +481,20 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return text
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, vocab_size: int, seed: int) -> list[int]:
-    """BOS and the text's tokens; for an integer, so many random ones."""
-    if text.strip().isdecimal():
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(vocab_size, (int(text),), generator=generator).tolist()
-    return bos(tokenizer) + tokenizer.encode(text)
+def prompt_length(options: argparse.Namespace) -> int | None:
+    """The tokens of a synthetic prompt, which an integer as --prompt asks for; None for a text."""
+    text = (options.prompt or "").strip()
+    return int(text) if text.isdecimal() else None
+
+
+def encode(text: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The text's tokens. Raises ValueError where the model has no such token."""
+    tokens = tokenizer.encode(text)
+    if max(tokens, default=0) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(tokens)}, the model has {vocab_size}: it is not its tokenizer"
+        )
+    return tokens
 
 
 def bos(tokenizer: Tokenizer) -> list[int]:
@@ -557,6 +523,10 @@ def set_up(options: argparse.Namespace) -> Session:
     for name in ("num_runs", "top"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
+    if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
+        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+    if options.pick and not options.interactive:
+        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
     for path in (options.report, options.profile):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
@@ -577,11 +547,16 @@ def set_up(options: argparse.Namespace) -> Session:
     checkpoint = read_checkpoint(options.checkpoint_path)
     tokenizer = load_tokenizer(checkpoint.folder)
     args = checkpoint.args
-    tokens = [] if text is None else encode_prompt(text, tokenizer, args.vocab_size, seed)
-    if text is not None and not options.plan:
-        request.check_length(args, len(tokens))
-    available = options.max_memory or available_memory(device)
-    memory = plan_memory(args, dtype, len(tokens), request.num_samples, request.max_new_tokens, attention, available)
+    length, tokens = prompt_length(options), []
+    if length is None and text is not None:
+        tokens = bos(tokenizer) + encode(text, tokenizer, args.vocab_size)
+        length = len(tokens)
+    if length is not None and not options.plan:
+        request.check_length(args, length)
+        generator = torch.Generator().manual_seed(seed)
+        tokens = tokens or torch.randint(args.vocab_size, (length,), generator=generator).tolist()
+    available = available_memory(device) if options.max_memory is None else options.max_memory
+    memory = plan_memory(args, dtype, length or 0, request.num_samples, request.max_new_tokens, attention, available)
     # A model trained on texts that BOS alone separates ends one by beginning the next.
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | tokenizer.eos_ids | set(bos(tokenizer))
     request = replace(request, eos_ids=ends, rows_at_once=memory.rows_at_once)
@@ -595,20 +570,22 @@ def set_up(options: argparse.Namespace) -> Session:
 class Console(Monitor):
     """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
 
-    Used as a context manager around a run: where it is interrupted, what is finished is printed.
+    Used as a context manager around a run: where it is interrupted, what is finished is printed. earlier: the samples
+    of a run of the same request before.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, earlier: Sequence[Sample] = ()) -> None:
         super().__init__()
-        self.options = session.options
+        self.options, self.earlier = session.options, earlier
         self.streams = self.options.num_samples == 1 and self.options.format == "text"
         self.bar = not self.streams and not self.options.quiet and sys.stderr.isatty()
         # Text that may turn out to be the beginning of a stop string is held back.
         self.held = max(map(len, self.options.stop), default=1) - 1
-        self.shown = 0
-        self.caches: dict[int, tuple[KVCache, int]] = {}
+        self.shown, self.live = 0, ""
+        self.caches: dict[int, KVCache] = {}
 
     def text(self, sample: Sample) -> None:
+        self.live = sample.text
         end = len(sample.text) - (self.held if sample.finish_reason is None else 0)
         if self.streams and end > self.shown:
             print(sample.text[self.shown : end], end="", flush=True)
@@ -617,13 +594,15 @@ class Console(Monitor):
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
         if self.bar:
-            finished = f"{len(self.finished)}/{self.options.num_samples} samples finished"
-            print(f"\r{len(self.step_s)} steps, {finished} ", end="", file=sys.stderr, flush=True)
+            finished, total = len(self.finished), self.options.num_samples
+            bar = "#" * (20 * finished // total)
+            note = f"\r[{bar:<20}] {len(self.step_s)} steps, {finished}/{total} samples finished"
+            print(note, end="", file=sys.stderr, flush=True)
 
-    def done(self, sample: Sample, cache: KVCache, row: int) -> None:
-        super().done(sample, cache, row)
+    def done(self, sample: Sample, cache: KVCache, row: int, begin: int) -> None:
+        super().done(sample, cache, row, begin)
         if self.options.interactive:
-            self.caches[sample.index] = cache, row
+            self.caches[sample.index] = cache.row(row, begin)
 
     def show(self, samples: Sequence[Sample]) -> list[Ranked]:
         """Prints the best of the samples, unless they were shown live, and returns all."""
@@ -638,10 +617,10 @@ class Console(Monitor):
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.bar:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if self.streams and kind is not BrokenPipeError:
-            print(flush=True)
+        if self.streams and kind in (None, KeyboardInterrupt):
+            print(self.live[self.shown :], flush=True)
         if kind is KeyboardInterrupt:
-            self.show(self.finished)
+            self.show(self.earlier or self.finished)
 
 
 def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None:
@@ -661,60 +640,36 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None
     sys.stdout.flush()
 
 
-def make_report(session: Session, monitors: Sequence[Monitor]) -> dict[str, object]:
-    """What ran, and how fast: medians over the steps of all runs. Values that do not apply are None."""
-    memory, request, device = session.memory, session.request, session.device
-    steps = [second for monitor in monitors for second in monitor.step_s]
-    step = statistics.median(steps) if steps else None
-    # The first compiled call compiles: what it took beyond a step is no decoding.
-    compile_s = steps[0] - step if session.compiled and step else None
-    rate = sum(monitor.decode_tokens for monitor in monitors) / (sum(steps) - (compile_s or 0.0)) if step else None
-    prefill_s = statistics.median(monitor.prefill_s for monitor in monitors)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def describe(session: Session) -> dict[str, object]:
+    """The part of the report that was decided before the run."""
+    request = session.request
     return {
         "attention": request.attention,
         "attention_reason": session.attention_reason,
         "compiled": session.compiled,
         "compile_reason": session.compile_reason,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
         "dtype": str(session.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "seed": request.seed,
         "context_tokens": len(session.prompt_tokens),
         "num_samples": request.num_samples,
-        "waves": memory.waves,
-        "prefill_s": prefill_s,
-        "prefill_tokens_per_s": len(session.prompt_tokens) / prefill_s,
-        "first_token_s": statistics.median(monitor.first_token_s for monitor in monitors),
-        "decode_ms_per_step": step and 1000 * step,
-        "tokens_per_s_per_sample": rate and rate / memory.rows_at_once,
-        "tokens_per_s": rate,
-        "compile_s": compile_s,
-        "kv_context_bytes": memory.context,
-        "kv_decoded_bytes": memory.decoded,
-        "kv_unshared_bytes": memory.unshared,
-        "bytes_per_step": memory.per_step,
-        "bandwidth_gb_s": step and memory.per_step / step / 1e9,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak,
     }
-
-
-def print_report(report: dict[str, object]) -> None:
-    for name, value in report.items():
-        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-        print(f"{name:>24}  {text}" + (f" ({human(value)})" if name.endswith("_bytes") else ""), file=sys.stderr)
 
 
 def run_once(session: Session, model: Transformer, steps: Steps) -> None:
     """--num_runs runs of one prompt, then the samples, the self-check and the report."""
     options, monitors = session.options, []
+    samples: Sequence[Sample] = ()
     for run in range(1, options.num_runs + 1):
-        with Console(session) as console:
+        with Console(session, samples) as console:
             console.streams &= run == options.num_runs
             samples = generate(model, session.prompt_tokens, session.request, session.tokenizer, steps, console)
         monitors.append(console)
     ranked = console.show(samples)[: options.top]
-    report = make_report(session, monitors)
+    report = describe(session) | measure(
+        monitors, session.memory, len(session.prompt_tokens), session.compiled, session.device
+    )
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -752,11 +707,15 @@ class Conversation:
         request = replace(self.request, seed=self.request.seed + len(self.history))  # new numbers for every turn
         return Decoder(self.steps, request, self.tokenizer, monitor).draw(self.context, logits, self.history)
 
-    def keep(self, reply: Sample, cache: KVCache, row: int) -> None:
-        """Goes on from this reply: its keys and values move into the context from the row that decoded it."""
+    def keep(self, reply: Sample, cache: KVCache) -> None:
+        """Goes on from this reply: its keys and values move into the context. cache: the reply's, from Monitor.done."""
         tokens = without_eos(reply)
+        while reply.finish_reason == "stop" and tokens:  # only what was shown: no part of the stop string
+            if len(continuation_text(self.tokenizer, self.history, tokens)) <= len(reply.text):
+                break
+            tokens = tokens[:-1]
         cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
-        self.context.append(cache, row, len(cached))
+        self.context.append(cache, len(cached))
         self.pending = tokens[len(cached) :]
         self.history += tokens
 
@@ -767,8 +726,12 @@ def interact(session: Session, model: Transformer, steps: Steps) -> None:
     conversation = Conversation(session, model, steps)
     tokens = session.prompt_tokens
     while tokens or (line := ask("> ")) is not None:
-        tokens = tokens or (tokenizer.encode(line) if conversation.history else bos(tokenizer) + tokenizer.encode(line))
         try:
+            tokens = tokens or encode(line, tokenizer, model.args.vocab_size)
+            if not tokens:
+                continue  # an empty line
+            if not (conversation.history or session.prompt_tokens):
+                tokens = bos(tokenizer) + tokens
             with Console(session) as console:
                 samples = conversation.turn(tokens, console)
         except ValueError as error:
@@ -776,7 +739,7 @@ def interact(session: Session, model: Transformer, steps: Steps) -> None:
         else:
             ranked = console.show(samples)[: options.top]
             reply = pick(ranked) if options.pick else ranked[0].sample
-            conversation.keep(reply, *console.caches[reply.index])
+            conversation.keep(reply, console.caches[reply.index])
         tokens = []
 
 
@@ -800,11 +763,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
     keep_freed_memory()
+    # Started without one of them (">&-"), Python has None there.
+    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
     try:
         session = set_up(options)
         if options.plan:
             print(session.memory)
             return 0
+        if session.memory.waves > 1 and not options.quiet:
+            print(f"running in {session.memory.waves} waves: memory does not suffice for all at once", file=sys.stderr)
         model = load_model(session.checkpoint, session.device, session.dtype)
         steps = make_steps(model, session.compiled, options.compile_prefill)
         with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profile:

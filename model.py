@@ -15,7 +15,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from bifurcated_attention import merge_partials, shared_attention
 
@@ -140,18 +139,25 @@ class KVCache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = F.pad(tensor, grow)
 
-    def append(self, child: "KVCache", row: int, length: int) -> None:
-        """Takes over the first `length` positions that `row` of `child` wrote behind this cache of one row."""
-        begin = self.slots - int(child.start[row])
-        for mine, theirs in ((self.k, child.k), (self.v, child.v)):
-            for layer, tensor in enumerate(theirs):
-                mine[layer] = torch.cat([mine[layer], tensor[row : row + 1, :, begin : begin + length]], 2)
+    def row(self, row: int, begin: int) -> "KVCache":
+        """A copy of what one row holds from the position `begin` on, without ancestors."""
+        first = begin - int(self.start[row])
+        k, v = ([t[row : row + 1, :, first:].clone() for t in tensors] for tensors in (self.k, self.v))
+        return KVCache(k, v, self.start.new_tensor([begin]))
 
-    def select(self, rows: Tensor) -> Self:
-        """A cache of the given rows only. rows [n]: indices into this cache, whose parent, if any, has one row."""
-        assert self.parent is None or self.parent.rows == 1, "rows of a ragged tree cannot be selected"
-        k, v = ([tensor[rows] for tensor in tensors] for tensors in (self.k, self.v))
-        return type(self)(k, v, self.start[rows], self.parent, self.parent_length)
+    def append(self, other: "KVCache", length: int) -> None:
+        """Takes over the first `length` slots of another cache of one row, which begins where this one ends."""
+        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
+            for layer, tensor in enumerate(theirs):
+                mine[layer] = torch.cat([mine[layer], tensor[:, :, :length]], 2)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but the given ones, layer by layer. rows [n]: indices; a parent, if any, has one row."""
+        assert self.parent is None or self.parent.rows == 1, "rows of a ragged tree cannot be dropped"
+        for tensors in (self.k, self.v):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[rows]
+        self.start = self.start[rows]
 
     def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
         """Stores k, v [N,G,S,D] at input_pos [N,S]; returns bool [N,1,S,L]: the own slots that each position sees."""
@@ -209,22 +215,23 @@ class SDPACache(KVCache):
 
 
 class Prefill:
-    """A cache of one row while its next positions are written in order: causal SDPA over what is there so far.
+    """A cache of one row while its next `length` positions are written: causal SDPA over what is there by then.
 
-    begin: the slot of the first token of this call. The keys that are visible are known on the host, so the fused
-    kernels of SDPA apply and no score tensor is held.
+    begin: the slot of the first of them. The visible keys are known on the host, so that SDPA applies: without a mask
+    for the first chunk, with one for those after it.
     """
 
-    def __init__(self, cache: KVCache, begin: int) -> None:
-        self.cache, self.begin = cache, begin
+    def __init__(self, cache: KVCache, begin: int, length: int) -> None:
+        self.cache, self.begin, self.end = cache, begin, begin + length
+        visible = torch.ones(length, self.end, dtype=torch.bool, device=cache.start.device)
+        self.mask = visible.tril(begin) if begin else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        S, end = q.shape[2], self.begin + q.shape[2]
-        self.cache.k[layer][:, :, self.begin : end] = k
-        self.cache.v[layer][:, :, self.begin : end] = v
-        k, v = self.cache.k[layer][:, :, :end], self.cache.v[layer][:, :, :end]
-        bias = causal_lower_right(S, end)
-        return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=q.shape[1] != k.shape[1])
+        self.cache.k[layer][:, :, self.begin : self.end] = k
+        self.cache.v[layer][:, :, self.begin : self.end] = v
+        k, v = self.cache.k[layer][:, :, : self.end], self.cache.v[layer][:, :, : self.end]
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None, enable_gqa=shared)
 
 
 def rotary_frequencies(args: ModelArgs) -> Tensor:

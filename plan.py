@@ -6,7 +6,9 @@ A room of its own because the command line, the benchmark and the tests take the
 import argparse
 import ctypes
 import os
+import resource
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class Memory:
     weights: int
     context: int
     decoded_per_sample: int
+    copied_per_sample: int  # the contiguous layout's own copy of the context
     workspace_per_sample: int
     unshared: int
     available: int
@@ -41,13 +44,13 @@ class Memory:
 
     @property
     def workspace(self) -> int:
-        """Scores and logits of the rows that run together."""
-        return self.workspace_per_sample * self.rows_at_once
+        """Scores, logits and copies of the context, of the rows that run together."""
+        return (self.workspace_per_sample + self.copied_per_sample) * self.rows_at_once
 
     @property
     def per_step(self) -> int:
-        """What a decode step must read: weights, the context once, and half of what its rows will have decoded."""
-        return self.weights + self.context + self.decoded // 2
+        """What a decode step must read: weights, the context's keys and values once, and the decoded ones."""
+        return self.weights + self.context + self.decoded
 
     def __str__(self) -> str:
         return "\n".join(
@@ -55,7 +58,7 @@ class Memory:
                 f"weights                     {human(self.weights):>10}",
                 f"context K/V, held once      {human(self.context):>10}",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
-                f"workspace                   {human(self.workspace):>10}  scores, logits",
+                f"scores, logits, copies      {human(self.workspace):>10}",
                 f"an unshared K/V cache       {human(self.unshared):>10}  {self.num_samples} copies of the context",
                 f"available                   {human(self.available):>10}",
                 f"waves                       {self.waves:>10}",
@@ -76,20 +79,24 @@ def plan_memory(
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Transformer(args).parameters()) * dtype.itemsize
     token = args.kv_values_per_token * dtype.itemsize
-    decoded = (max_new_tokens + (context if attention == "contiguous" else 0)) * token
-    scores = args.n_head * context * 8  # of one layer, in fp32 and in the model's dtype
+    total, decoded = context + max_new_tokens, max_new_tokens * token
+    copied = context * token if attention == "contiguous" else 0
+    # Of one layer: scores in fp32 and in the model's dtype, own keys in fp32, and for the expanded layout all its keys.
+    scores = args.n_head * total * 8 + 4 * max_new_tokens * args.n_kv_head * args.head_dim
     if attention == "expanded":
-        scores += (context + max_new_tokens) * token // args.n_layer
-    workspace = max(scores, args.vocab_size * 24)  # logits, their probabilities, and the running sum of those in fp64
+        scores += total * token // args.n_layer
+    # Or the logits of a row, in the model's dtype and in fp32; and its random numbers for all steps.
+    workspace = max(scores, args.vocab_size * 8) + 8 * max_new_tokens
     fixed = weights + context * token
-    rows = min(num_samples, max(0, available - fixed) // (decoded + workspace))
+    each = decoded + copied + workspace
+    rows = min(num_samples, max(0, available - fixed) // each)
     if rows < 1:
         raise ValueError(
-            f"one sample needs {human(fixed + decoded + workspace)} (weights {human(weights)}, context K/V "
+            f"one sample needs {human(fixed + each)} (weights {human(weights)}, context K/V "
             f"{human(context * token)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
-    unshared = num_samples * (context + max_new_tokens) * token
-    return Memory(weights, context * token, decoded, workspace, unshared, available, num_samples, rows)
+    unshared = num_samples * total * token
+    return Memory(weights, context * token, decoded, copied, workspace, unshared, available, num_samples, rows)
 
 
 def human(size: float) -> str:
@@ -112,7 +119,7 @@ def parse_size(text: str) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Free bytes on the device; on a CPU also within the limit of the container."""
+    """Free bytes on the device; on a CPU also within the limit of a container (control groups, version 2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -120,9 +127,11 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = meminfo.read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # cached files give way
+        free = min(free, int(limit) - used)
     return free
 
 
@@ -138,9 +147,17 @@ def keep_freed_memory() -> None:
         mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held on the device so far; on a CPU its resident pages."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def release_freed_memory(device: torch.device) -> None:
     """Hands freed memory back to the system, between phases that need blocks of other sizes."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     elif (malloc_trim := libc("malloc_trim")) is not None:
         malloc_trim(ctypes.c_size_t(0))
@@ -198,8 +215,8 @@ def choose_compile(
     """
     if asked is False:
         return False, "--no-compile"
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if not any(map(shutil.which, compilers)) or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    if not shutil.which(compiler) or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return False, "no C++ compiler, or no Python.h, was found: running eagerly"
     if asked:
         return True, "--compile"

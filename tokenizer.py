@@ -150,11 +150,14 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.restart(list(context))
+        self.restart(list(context[-8 * self.CONTEXT :]))
 
     def restart(self, tokens: list[int]) -> None:
-        self.window = tokens[-self.CONTEXT :]
-        self.delivered = len(self.tokenizer.decode(self.window))
+        """Forgets all but the last tokens, if their text is the same without those before: no run of bytes is cut."""
+        text, tail = self.tokenizer.decode(tokens), self.tokenizer.decode(tokens[-self.CONTEXT :])
+        self.window, self.delivered = (
+            (tokens[-self.CONTEXT :], len(tail)) if text.endswith(tail) else (tokens, len(text))
+        )
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that these further tokens complete; empty while a character is not whole."""

@@ -1,6 +1,6 @@
 """Makes the model that ships with the repository: samples a corpus of stories, trains a vocabulary and a model on it.
 
-    python scripts/train_tiny.py sample --checkpoint_path STORIES15M --out stories.txt --stories 32768
+    python scripts/train_tiny.py sample --checkpoint_path STORIES15M --out stories.txt --stories 18176
     python scripts/train_tiny.py train --corpus stories.txt --out checkpoints/tiny
 
 `train` needs a text file alone: stories with a line <|endoftext|> after each.
@@ -41,7 +41,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "vocab_size": 2048,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": SEQUENCE,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
@@ -144,7 +144,7 @@ def read_stories(corpus: Path, seed: int) -> list[str]:
 
 
 def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
-    """Trains vocabulary and model on all but the last 1 % of the stories, which the validation loss is taken on."""
+    """Trains the vocabulary on all stories, the model on all but 1 %, which the validation loss is taken on."""
     stories = read_stories(corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(stories, out / "tokenizer.model")
@@ -179,7 +179,7 @@ def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
             log(f"step {step}/{steps}, training loss {mean:.3f}, {(time.perf_counter() - began) / step:.3f} s per step")
         if step % 1000 == 0 or step == steps:
             log(f"validation loss {validation_loss(model, validation, SEQUENCE):.3f} nats per token")
-            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
             state.pop("output.weight")  # tied
             save_model(out, CONFIG, state)
 
@@ -194,7 +194,7 @@ def main() -> None:
     corpus = commands.add_parser("sample", help="append stories, sampled from a checkpoint, to a text file")
     corpus.add_argument("--checkpoint_path", type=Path, required=True)
     corpus.add_argument("--out", type=Path, required=True)
-    corpus.add_argument("--stories", type=int, default=40960)
+    corpus.add_argument("--stories", type=int, default=18176)
     corpus.add_argument("--temperature", type=float, default=0.9)
     training = commands.add_parser("train", help="train vocabulary and model on a text file")
     training.add_argument("--corpus", type=Path, required=True)

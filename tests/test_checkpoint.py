@@ -82,7 +82,7 @@ def test_a_truncated_checkpoint_is_named(folder, size):
     refused(folder, "model.pth is truncated or not a PyTorch checkpoint")
 
 
-@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], 3])
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], 3, {7: torch.ones(2)}])
 def test_a_foreign_checkpoint_is_named(folder, content):
     torch.save(content, folder / "model.pth")
     refused(folder, "does not hold a plain state dict")
@@ -116,8 +116,9 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
         ({"hidden_size": None}, "hidden_size"),
-        ({"vocab_size": ...}, "vocab_size is None, not a number"),
-        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a number"),
+        ({"vocab_size": ...}, "vocab_size is None, not a positive number"),
+        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a positive number"),
+        ({"hidden_size": -192}, "hidden_size is -192, not a positive number"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling lacks low_freq_factor, high"),
     ],
 )
@@ -125,6 +126,24 @@ def test_a_config_that_this_network_does_not_compute_is_refused(change, match):
     config = {field: value for field, value in (CONFIG | change).items() if value is not ...}
     with pytest.raises(ValueError, match=match):
         args_from_config(config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rms_norm_eps": "small"}, {"rope_scaling": "linear"}, {"eos_token_id": {"a": 1}}, {"rope_theta": []}],
+    ids=str,
+)
+def test_fields_of_another_type_are_refused(folder, change):
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match="config.json: "):
+        read_checkpoint(folder)
+
+
+def test_weights_of_another_type_are_named(folder):
+    state = random_model(GQA, torch.float32).state_dict()
+    state["norm.weight"] = state["norm.weight"].to(torch.int8)
+    torch.save(state, folder / "model.pth")
+    refused(folder, "1 of another type: norm.weight torch.int8")
 
 
 @pytest.mark.parametrize("text,match", [("{", "is not JSON"), ("[]", "holds a list")])

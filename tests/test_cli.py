@@ -71,7 +71,7 @@ def test_a_report_of_one_token_has_no_decode_numbers(tmp_path):
 def test_waves_and_layouts_draw_the_same_samples():
     base = [*PROMPT, "-n", 5, "--max_new_tokens", 15, "--format", "jsonl", "--dtype", "float32"]
     expected = [row["tokens"] for row in lines_of(run(*base))]
-    waves = run(*base, "--max_memory", "8.4MB")
+    waves = run(*base, "--max_memory", "8.1MB")
     assert re.search(r"waves +[2-5]\n", waves.stderr), waves.stderr
     for result in (waves, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
         assert [row["tokens"] for row in lines_of(result)] == expected
@@ -104,13 +104,59 @@ def test_help_is_grouped():
     assert all(group in result.stdout for group in ("model:", "prompt:", "sampling:", "execution:", "output:"))
 
 
+INTERACTIVE = ["--interactive", "-n", 3, "--max_new_tokens", 12, "--temperature", 3, "--seed", 1, "--format", "jsonl"]
+
+
 def test_three_turns_with_a_choice():
-    said = "Once upon a time\n2\nThen the dog\n9\n1\nThe end\n\n"
-    arguments = ("--interactive", "-n", 3, "--max_new_tokens", 12, "--pick", "--seed", 1, "--format", "jsonl")
-    result = run(*arguments, input=said)
-    rows = lines_of(result)
-    assert [row["rank"] for row in rows] == [1, 2, 3] * 3
-    assert "'9' is not a number from 1 to 3" in result.stderr
+    """The second turn depends on which reply was kept; an empty line is no turn, nor is a number out of range."""
+    said = "Once upon a time\n{}\n\nThen the dog\n9\n1\nThe end\n\n"
+    first, second = (run(*INTERACTIVE, "--pick", input=said.format(choice)) for choice in (1, 2))
+    assert [row["rank"] for row in lines_of(second)] == [1, 2, 3] * 3
+    assert "'9' is not a number from 1 to 3" in second.stderr
+    assert lines_of(first)[:3] == lines_of(second)[:3] and lines_of(first)[3] != lines_of(second)[3]
+
+
+def test_without_a_choice_the_best_is_kept():
+    said = "Once upon a time\n{}Then the dog\n"
+    best = run(*INTERACTIVE, input=said.format(""))
+    assert lines_of(best)[3:] == lines_of(run(*INTERACTIVE, "--pick", input=said.format("1\n") + "1\n"))[3:]
+
+
+def test_one_sample_per_turn_is_live_and_a_refused_turn_changes_nothing():
+    arguments = ("--interactive", "--max_new_tokens", 12, "--seed", 1, "--quiet")
+    expected = run(*arguments, input="Once upon a time\nThen\n")
+    refused = run(*arguments, input="Once upon a time\n" + "word " * 400 + "\nThen\n")
+    assert expected.returncode == refused.returncode == 0
+    assert refused.stdout == expected.stdout and expected.stdout.count("\n") >= 2
+    assert "error: prompt of" in refused.stderr and refused.stderr.count("error") == 1
+
+
+def test_a_stop_string_is_not_printed():
+    whole = run(*PROMPT, "--max_new_tokens", 60, "--quiet").stdout
+    stop = whole[30:34]
+    assert run(*PROMPT, "--max_new_tokens", 60, "--quiet", "--stop", stop).stdout == whole[: whole.index(stop)] + "\n"
+
+
+def test_digits_in_a_file_are_text(tmp_path):
+    (tmp_path / "prompt.txt").write_text("7\n")
+    result = run("--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens", 3, "--report", tmp_path / "r.json")
+    assert result.returncode == 0
+    assert json.loads((tmp_path / "r.json").read_text())["context_tokens"] < 6
+
+
+def test_without_a_compiler_compile_runs_eagerly_and_says_so():
+    environment = ENVIRONMENT | {"CXX": "no-such-compiler"}
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "--max_new_tokens", "3", "--compile"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0 and "no C++ compiler" in result.stderr and result.stdout
+
+
+def test_a_tokenizer_of_another_model_gets_one_line(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 300}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused(run(*PROMPT, "--checkpoint_path", folder), "the model has 300: it is not its tokenizer")
 
 
 def test_one_sample_is_streamed_while_it_decodes():
@@ -135,16 +181,22 @@ def test_one_sample_is_streamed_while_it_decodes():
 
 
 def test_a_closed_pipe_ends_quietly():
-    command = f"{sys.executable} {ROOT / 'generate.py'} {' '.join(PROMPT[:1])} Once -n 300 --max_new_tokens 60 --quiet"
+    command = f"{sys.executable} {ROOT / 'generate.py'} --prompt Once -n 300 --max_new_tokens 60 --quiet | head -c 10"
     result = subprocess.run(
-        f"{command} | head -c 10", shell=True, capture_output=True, text=True, timeout=120, env=ENVIRONMENT
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
     )
     assert result.returncode == 0 and result.stderr == "" and len(result.stdout) == 10
 
 
+def test_a_stdout_that_is_closed_from_the_start_ends_quietly():
+    command = f"{sys.executable} {ROOT / 'generate.py'} --prompt Once --max_new_tokens 5 --quiet >&-"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert result.returncode == 0 and result.stderr == ""
+
+
 def test_an_interrupt_prints_what_is_finished_and_exits_130():
-    """256 rows decode up to 450 tokens; those that reached their end by the time of the interrupt are printed."""
-    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "256", "--max_new_tokens", "450"]
+    """256 rows decode up to 300 tokens; those that reached their end by the time of the interrupt are printed."""
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "256", "--max_new_tokens", "300"]
     master, slave = pty.openpty()  # a terminal on stderr shows the progress that tells when to interrupt
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=ENVIRONMENT) as process:
         os.close(slave)
@@ -174,7 +226,7 @@ def without_tokenizer(folder):
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (foreign, "the weights do not match config.json; 47 missing: layers.0.attention.wk.weight, "),
+        (foreign, "the weights do not match config.json; 48 missing: layers.0.attention.wk.weight, "),
         (truncated, "is truncated or not a PyTorch checkpoint"),
         (without_tokenizer, "no tokenizer.model or tokenizer.json in"),
         (shutil.rmtree, "no checkpoint at"),
@@ -195,9 +247,13 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         (["--prompt", "a", "--prompt_file", "b"], "are both given"),
         (["--prompt_file", "no/such/file"], "No such file or directory: 'no/such/file'"),
         (
-            ["--prompt", "500"],
-            "prompt of 500 tokens + max_new_tokens 200 = 700 is over the model's context limit of 512",
+            ["--prompt", "300"],
+            "prompt of 300 tokens + max_new_tokens 200 = 500 is over the model's context limit of 320",
         ),
+        (["--prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
+        ([*PROMPT, "--pick"], "add --interactive"),
+        ([*PROMPT, "--max_memory", "0"], "one sample needs"),
+        ([*PROMPT, "--temperature", "1e-39"], "temperature 1e-39 must be 0"),
         (["--prompt", "30000"], "prompt of 30000 tokens"),
         ([*PROMPT, "-n", "0"], "num_samples 0 must be at least 1"),
         ([*PROMPT, "-n", "three"], "invalid int value: 'three'"),
@@ -215,6 +271,7 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ([*PROMPT, "--max_memory", "1MB"], "one sample needs"),
         ([*PROMPT, "--report", "no/such/folder/r.json"], "cannot be written"),
         ([*PROMPT, "--num_runs", "0"], "num_runs 0 must be at least 1"),
+        (["--interactive", "--selfcheck"], "leave them out of --interactive"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -10,7 +10,6 @@ from conftest import GQA, random_model, random_tokens
 from generate import (
     LAYOUTS,
     Conversation,
-    Monitor,
     Request,
     Sample,
     Sampling,
@@ -22,6 +21,7 @@ from generate import (
     rows_to_keep,
     sample,
 )
+from report import Monitor
 
 PROMPT = random_tokens(GQA, 13).tolist()
 
@@ -104,8 +104,8 @@ def test_rows_stop_at_eos_and_compaction_leaves_the_others_unchanged():
     rows = []
 
     class Watch(Monitor):
-        def done(self, sample, cache, row):
-            super().done(sample, cache, row)
+        def done(self, sample, cache, row, begin):
+            super().done(sample, cache, row, begin)
             rows.append(cache.rows)
 
     stopped = generate(model, PROMPT, request(17, 60, eos_ids=eos), monitor=Watch())
@@ -242,9 +242,15 @@ def test_rank_puts_the_most_likely_first_and_merges_equal_texts():
         Sample(1, [2, 3], [-1.0, -0.5], "a", "eos"),
         Sample(2, [4], [-1.0], "b", "eos"),
         Sample(3, [5], [-9.0], "", "eos"),
+        Sample(4, [6], [-8.0], "", "eos"),
     ]
     ranked = rank(samples)
-    assert [(each.rank, each.count, each.sample.index) for each in ranked] == [(1, 1, 1), (2, 2, 2), (3, 1, 3)]
+    assert [(each.rank, each.count, each.sample.index) for each in ranked] == [(1, 1, 1), (2, 2, 2), (3, 2, 4)]
+
+
+def test_rank_without_a_tokenizer_goes_by_tokens():
+    samples = [Sample(0, [1], [-2.0]), Sample(1, [2], [-1.0]), Sample(2, [1], [-2.0])]
+    assert [(each.count, each.sample.index) for each in rank(samples)] == [(1, 1), (2, 0)]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +273,7 @@ def test_impossible_requests_are_refused(fields, message):
     [
         ((-0.1,), "temperature -0.1"),
         ((float("nan"),), "temperature nan"),
+        ((1e-39,), "temperature 1e-39"),
         ((1.0, 0), "top_k 0"),
         ((1.0, None, 0.0), "top_p 0.0"),
         ((1.0, None, 1.1), "top_p 1.1"),
@@ -298,8 +305,8 @@ class Keeper(Monitor):
         super().__init__()
         self.caches = {}
 
-    def done(self, sample, cache, row):
-        self.caches[sample.index] = cache, row
+    def done(self, sample, cache, row, begin):
+        self.caches[sample.index] = cache.row(row, begin)
 
 
 @pytest.mark.parametrize("n,eos", [(1, frozenset()), (5, frozenset()), (9, frozenset({3, 11, 40, 41, 52}))])
@@ -328,9 +335,23 @@ def test_a_conversation_equals_one_long_prompt(n, eos, attention):
         seeded = type(asked)(**vars(asked) | {"seed": asked.seed + len(history)})
         assert draws(samples) == draws(generate(model, history, seeded, Letters()))
         reply = samples[-1]
-        conversation.keep(reply, *keeper.caches[reply.index])
+        conversation.keep(reply, keeper.caches[reply.index])
         history += reply.tokens[:-1] if reply.finish_reason == "eos" else reply.tokens
         assert conversation.history == history
+
+
+def test_a_kept_reply_ends_before_its_stop_string():
+    """The context goes on from what was shown: all three layouts of text, tokens and keys agree on where that ends."""
+    model, tokenizer = random_model(GQA), Letters()
+    free = generate(model, PROMPT, request(1, 30), tokenizer)[0]
+    asked = request(1, 30, stop=(free.text[10:13],))
+    conversation, keeper = Conversation(FakeSession(asked), model, make_steps(model)), Keeper()
+    conversation.request = type(asked)(**vars(asked) | {"seed": asked.seed - len(PROMPT)})  # a turn adds its length
+    (reply,) = conversation.turn(PROMPT, keeper)
+    assert reply.finish_reason == "stop" and len(reply.text) < len(reply.tokens)
+    conversation.keep(reply, keeper.caches[0])
+    assert tokenizer.decode(conversation.history[len(PROMPT) :]) == reply.text
+    assert conversation.context.slots == len(conversation.history) - len(conversation.pending)
 
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was():

@@ -23,7 +23,7 @@ def prefilled(model: Transformer, tokens: torch.Tensor, chunk: int) -> KVCache:
     cache = KVCache.empty(model.args, 1, tokens.shape[1], model.norm.weight)
     for begin in range(0, tokens.shape[1], chunk):
         part = tokens[:, begin : begin + chunk]
-        model.hidden(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin))
+        model.hidden(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1]))
     return cache
 
 
@@ -35,7 +35,7 @@ def test_prefill_in_chunks_equals_one_pass(args, chunk):
     logits = []
     for begin in range(0, 13, chunk):
         part = tokens[:, begin : begin + chunk]
-        logits.append(model(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin)))
+        logits.append(model(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1])))
     torch.testing.assert_close(torch.cat(logits, 1), full(model, tokens), **EXACT)
 
 
@@ -93,12 +93,12 @@ def test_a_rewritten_position_leaves_no_trace():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_selected_and_grown_caches_decode_on(layout):
+def test_caches_decode_on_with_fewer_rows_and_more_slots(layout):
     model, context, decoded = random_model(GQA), random_tokens(GQA, 1, 9), random_tokens(GQA, 5, 4, seed=2)
     cache = LAYOUTS[layout](prefilled(model, context, 9), 5, 2)
     model(decoded[:, :2], positions(9, 5, 2), cache)
     rows = torch.tensor([4, 1, 2])
-    cache = cache.select(rows)
+    cache.keep(rows)
     cache.reserve(cache.slots + 2)
     logits = model(decoded[rows, 2:], positions(11, 3, 2), cache)
     expected = full(model, torch.cat([context.expand(3, -1), decoded[rows]], 1))[:, 11:]
@@ -111,7 +111,7 @@ def test_a_context_takes_over_the_tokens_of_a_row(layout):
     root = prefilled(model, context, 9)
     cache = LAYOUTS[layout](root, 3, 4)
     model(decoded, positions(9, 3, 4), cache)
-    root.append(cache, 2, 3)
+    root.append(cache.row(2, 9), 3)
     assert root.slots == 12
     logits = model(decoded[2:3, 3:], positions(12, 1, 1), KVCache.fork(root, 1, 1))
     expected = full(model, torch.cat([context, decoded[2:3]], 1))[:, 12:]

@@ -21,7 +21,7 @@ def test_planned_bytes_are_those_of_the_tensors(args):
     assert memory.context == root.nbytes
     assert memory.decoded == KVCache.fork(root, 6, 16).nbytes
     assert memory.unshared == KVCache.copy(root, 6, 16).nbytes
-    assert memory.per_step == memory.weights + memory.context + memory.decoded // 2
+    assert memory.per_step == memory.weights + memory.context + memory.decoded
     assert memory.waves == 1
 
 
@@ -37,7 +37,7 @@ def test_waves_fit_what_is_available():
 def test_an_unshared_layout_plans_its_copies():
     shared = plan_memory(GQA, torch.float32, 50, 4, 16, "bifurcated", 10**9)
     copied = plan_memory(GQA, torch.float32, 50, 4, 16, "contiguous", 10**9)
-    assert copied.decoded == shared.decoded + 4 * shared.context
+    assert copied.decoded == shared.decoded and copied.workspace == shared.workspace + 4 * shared.context
 
 
 def test_a_plan_that_cannot_hold_one_sample_says_what_it_needs():

@@ -63,6 +63,13 @@ def test_streamed_pieces_are_whole_characters_and_add_up(tokenizer, text):
     assert continuation_text(tokenizer, context, ids) == "".join(pieces)
 
 
+@pytest.mark.parametrize("text", ["日本語🙂日本語日本", "🙂" * 20])
+def test_long_runs_of_bytes_stream_as_characters(tokenizer, text):
+    """A window that cut into a run of byte tokens would decode all of it to U+FFFD."""
+    stream = TextStream(tokenizer, tokenizer.encode("語" * 30))
+    assert "".join([stream.push([id]) for id in tokenizer.encode(text)] + [stream.flush()]).strip() == text
+
+
 def test_a_character_cut_off_at_the_end_is_shown_as_such(tokenizer):
     ids = tokenizer.encode("x🙂")
     stream = TextStream(tokenizer, [])

@@ -1,0 +1,88 @@
+"""README.md is true. Oracle: its own commands and examples, run as they stand."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STORIES
+
+TEXT = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
+EXAMPLES = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+MAKE = [line.split("#")[0].split() for line in COMMANDS if line.startswith("make")]
+RUNS = [line for line in COMMANDS if line.startswith("python generate.py --") and "NAME" not in line]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a user has: the sources, in a folder of their own, so that nothing is written into the repository."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    for name in ("scripts", "checkpoints"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
+    command = command.replace("python ", f"{sys.executable} ", 1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, shell=True, cwd=folder, input=stdin, capture_output=True, text=True, timeout=120, env=environment
+    )
+
+
+def test_the_readme_has_what_is_tested_here():
+    assert len(EXAMPLES) == 2 and len(RUNS) == 4 and MAKE == [["make", "generate"], ["make", "test"]]
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    """`make generate` is what CI and a new user run; here its last line is run, without the set-up."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for _, target in MAKE)
+    (command,) = re.findall(r"^\t\.venv/bin/(python generate\.py .*)$", makefile, re.MULTILINE)
+    result = run(command, ROOT)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^\[(\d)\]", result.stdout, re.MULTILINE) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_commands(command, checkout):
+    result = run(command, checkout, stdin="Once upon a time\n2\n" if "--interactive" in command else "")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
+def test_python_examples(code, checkout):
+    if "from checkpoint" not in code:  # needs torch and nothing else
+        for path in checkout.glob("*.py"):
+            if path.name != "bifurcated_attention.py":
+                path.unlink()
+    (checkout / "example.py").write_text(code, "utf-8")
+    result = run("python example.py", checkout)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
+def test_converting_and_running_another_model(checkout):
+    lines = [line for line in COMMANDS if "FOLDER" in line or "checkpoints/NAME --prompt" in line]
+    assert len(lines) == 2
+    for line in lines:
+        command = line.replace("FOLDER", str(STORIES)).replace("NAME", "stories").replace('"..."', '"The cat" -n 2')
+        command = command.replace("-n 2", "-n 2 --max_new_tokens 9")
+        result = run(command, checkout)
+        assert result.returncode == 0, result.stderr
+    assert "[1] mean log-probability" in result.stdout
+
+
+def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
+    listed = run("python generate.py --help", ROOT).stdout
+    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - {"--checkpoint_dir", "--out", "--help"}
+    known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
+    assert mentioned <= known
+    assert known - mentioned <= {"--help", "--num_samples", "--parallel_samples"}
