@@ -144,18 +144,22 @@ def read_stories(corpus: Path, seed: int) -> list[str]:
 
 
 def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
-    """Trains the vocabulary on all stories, the model on all but 1 %, which the validation loss is taken on."""
+    """Trains the vocabulary on all stories, the model on all but 1 % of them, at least 16, kept for validation."""
     stories = read_stories(corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(stories, out / "tokenizer.model")
     tokenizer = load_tokenizer(out)
     (eos_id,) = tokenizer.eos_ids
     encoded = [[tokenizer.bos_id, *tokenizer.encode(story), eos_id] for story in stories]
-    held_out = max(1, len(encoded) // 100)
+    held_out = max(16, len(encoded) // 100)
     training, validation = (
         torch.tensor([token for story in part for token in story], dtype=torch.int16)
         for part in (encoded[:-held_out], encoded[-held_out:])
     )
+    if min(len(training), len(validation)) <= SEQUENCE:
+        sys.exit(
+            f"error: {corpus} holds {len(training)} tokens in {len(stories)} stories: that is too little to train on"
+        )
     log(f"{len(stories)} stories, {len(training)} training tokens, {len(validation)} validation tokens")
 
     torch.manual_seed(seed)

@@ -23,7 +23,7 @@ keep_freed_memory()
 args = SHAPES["stories110M"]
 model = random_model(args, torch.device("cpu"), torch.bfloat16)
 def run(context, n):
-    request = Request(n, 64, Sampling(0.8, top_k=200), seed=0)
+    request = Request(n, 64, Sampling(0.8, top_k=200), seed=0, prefill_chunk=512)
     generate(model, [token % args.vocab_size for token in range(context)], request)
 run(8, 2)  # loads what PyTorch loads on first use
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
