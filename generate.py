@@ -193,14 +193,16 @@ def make_steps(model: Transformer, compile_decode: bool = False, compile_prefill
     def decode(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         return model(tokens, input_pos, cache)[:, -1]
 
+    prefill = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
+    if not compile_decode:
+        return Steps(prefill, decode)  # without torch.compile, whose import alone takes a second
     compiled = torch.compile(decode, fullgraph=True)
 
     def decode_compiled(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         mark_dynamic(tokens, input_pos, cache)
         return compiled(tokens, input_pos, cache)
 
-    prefill = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
-    return Steps(prefill, decode_compiled if compile_decode else decode)
+    return Steps(prefill, decode_compiled)
 
 
 def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
