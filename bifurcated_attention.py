@@ -20,6 +20,9 @@ from torch import Tensor
 
 Partial = tuple[Tensor, Tensor]
 
+# Scores worked on at a time where nothing is compiled: what stays in a CPU's cache; on a GPU, what bounds memory.
+SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
+
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
@@ -47,12 +50,29 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
-    Matrix products and a softmax: compiled on a CPU this is faster than the fused kernels (BENCHMARKS.md).
-    The score tensor is overwritten in place, so the block is for inference: it does not support autograd.
+    Matrix products and a softmax: on a CPU, compiled, faster than the fused kernels (BENCHMARKS.md). Eagerly, large
+    scores are made some heads at a time: no key is read twice, and at most SCORES_AT_ONCE scores, or one head's, are
+    held. They are overwritten in place, so this is for inference: it does not support autograd.
     """
+    B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     if k.shape[-2] == 0:  # amax refuses an empty dimension
-        return q.new_zeros(q.shape, dtype=dtype), q.new_full((*q.shape[:-1], 1), -math.inf, dtype=dtype)
+        return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
+    at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
+    if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
+        return attend_heads(q, k, v, mask)
+    heads = max(1, at_once // max(1, B * Q * k.shape[-2]))
+    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty((B, G, Q, 1), dtype=dtype)
+    for first in range(0, G, heads):
+        part = slice(first, first + heads)
+        own = mask[:, part] if mask is not None and mask.shape[1] > 1 else mask
+        out[:, part], lse[:, part] = attend_heads(q[:, part], k[:, part], v[:, part], own)
+    return out, lse
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+    """partial_attention over all heads at once, of at least one key."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
     scores = raw_scores(q, k).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf)

@@ -15,9 +15,8 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,9 +33,8 @@ from plan import (
     keep_freed_memory,
     parse_size,
     plan_memory,
-    release_freed_memory,
 )
-from report import Monitor, measure, print_report
+from report import Console, Monitor, Ranked, describe, measure, print_report
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
 DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
@@ -228,9 +226,7 @@ def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[i
         part = torch.tensor([tokens[first : first + chunk]], device=device)  # [1,S]
         input_pos = begin + first + torch.arange(part.shape[1], device=device)[None]  # [1,S]
         hidden = steps.prefill(part, input_pos, Prefill(cache, begin + first, part.shape[1]))
-    logits = model.logits(hidden[:, -1:])[:, -1]
-    release_freed_memory(device)
-    return logits
+    return model.logits(hidden[:, -1:])[:, -1]
 
 
 class Decoder:
@@ -258,11 +254,10 @@ class Decoder:
         generator = torch.Generator().manual_seed(request.seed)
         shape = (request.num_samples, request.max_new_tokens)
         uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
-        waves = -(-len(samples) // (request.rows_at_once or len(samples)))
-        size = -(-len(samples) // waves)
-        for first in range(0, len(samples), size):
-            wave = samples[first : first + size]
-            self.decode(context, logits, wave, uniforms[first : first + size].to(logits.device))
+        rows = request.rows_at_once or len(samples)
+        for first in range(0, len(samples), rows):
+            wave = slice(first, first + rows)
+            self.decode(context, logits, samples[wave], uniforms[wave].to(logits.device))
         return samples
 
     def decode(self, context: KVCache, logits: Tensor, rows: list[Sample], uniforms: Tensor) -> None:
@@ -380,23 +375,6 @@ def generate(
     logits = prefill(steps, model, context, prompt_tokens, request.prefill_chunk)
     monitor.prefilled()
     return decoder.draw(context, logits, prompt_tokens)
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
-
-    rank: int
-    count: int
-    sample: Sample
-
-
-def rank(samples: Sequence[Sample]) -> list[Ranked]:
-    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
-    groups: dict[object, list[Sample]] = {}
-    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
-        groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
-    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
 
 
 @torch.no_grad()
@@ -569,96 +547,6 @@ def set_up(options: argparse.Namespace) -> Session:
     )
 
 
-class Console(Monitor):
-    """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
-
-    Used as a context manager around a run: where it is interrupted, what is finished is printed. earlier: the samples
-    of a run of the same request before.
-    """
-
-    def __init__(self, session: Session, earlier: Sequence[Sample] = ()) -> None:
-        super().__init__()
-        self.options, self.earlier = session.options, earlier
-        self.streams = self.options.num_samples == 1 and self.options.format == "text"
-        self.bar = not self.streams and not self.options.quiet and sys.stderr.isatty()
-        # Text that may turn out to be the beginning of a stop string is held back.
-        self.held = max(map(len, self.options.stop), default=1) - 1
-        self.shown, self.live = 0, ""
-        self.caches: dict[int, KVCache] = {}
-
-    def text(self, sample: Sample) -> None:
-        self.live = sample.text
-        end = len(sample.text) - (self.held if sample.finish_reason is None else 0)
-        if self.streams and end > self.shown:
-            print(sample.text[self.shown : end], end="", flush=True)
-            self.shown = end
-
-    def stepped(self, steps: int, tokens: int) -> None:
-        super().stepped(steps, tokens)
-        if self.bar:
-            finished, total = len(self.finished), self.options.num_samples
-            bar = "#" * (20 * finished // total)
-            note = f"\r[{bar:<20}] {len(self.step_s)} steps, {finished}/{total} samples finished"
-            print(note, end="", file=sys.stderr, flush=True)
-
-    def done(self, sample: Sample, cache: KVCache, row: int, begin: int) -> None:
-        super().done(sample, cache, row, begin)
-        if self.options.interactive:
-            self.caches[sample.index] = cache.row(row, begin)
-
-    def show(self, samples: Sequence[Sample]) -> list[Ranked]:
-        """Prints the best of the samples, unless they were shown live, and returns all."""
-        ranked = rank(samples)
-        if not self.streams:
-            print_samples(ranked[: self.options.top], self.options)
-        return ranked
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.bar:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if self.streams and kind in (None, KeyboardInterrupt):
-            print(self.live[self.shown :], flush=True)
-        if kind is KeyboardInterrupt:
-            self.show(self.earlier or self.finished)
-
-
-def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None:
-    """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
-    for each in ranked:
-        drawn = each.sample
-        if options.format == "jsonl":
-            fields = asdict(drawn)
-            row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
-            print(json.dumps(row | {"mean_logprob": drawn.mean_logprob}, ensure_ascii=False))
-        elif options.num_samples == 1:
-            print(drawn.text)
-        else:
-            times = f", {each.count} times" if each.count > 1 else ""
-            print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
-            print(drawn.text, end="\n\n")
-    sys.stdout.flush()
-
-
-def describe(session: Session) -> dict[str, object]:
-    """The part of the report that was decided before the run."""
-    request = session.request
-    return {
-        "attention": request.attention,
-        "attention_reason": session.attention_reason,
-        "compiled": session.compiled,
-        "compile_reason": session.compile_reason,
-        "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
-        "dtype": str(session.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "seed": request.seed,
-        "context_tokens": len(session.prompt_tokens),
-        "num_samples": request.num_samples,
-    }
-
-
 def run_once(session: Session, model: Transformer, steps: Steps) -> None:
     """--num_runs runs of one prompt, then the samples, the self-check and the report."""
     options, monitors = session.options, []
@@ -764,7 +652,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
-    keep_freed_memory()
     # Started without one of them (">&-"), Python has None there.
     sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
     try:
@@ -776,6 +663,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"running in {session.memory.waves} waves: memory does not suffice for all at once", file=sys.stderr)
         model = load_model(session.checkpoint, session.device, session.dtype)
         steps = make_steps(model, session.compiled, options.compile_prefill)
+        if session.compiled:
+            keep_freed_memory()
         with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profile:
             (interact if options.interactive else run_once)(session, model, steps)
         if options.profile:

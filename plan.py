@@ -95,6 +95,8 @@ def plan_memory(
             f"one sample needs {human(fixed + each)} (weights {human(weights)}, context K/V "
             f"{human(context * token)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
+    waves = -(-num_samples // rows)
+    rows = -(-num_samples // waves)  # waves of one size
     unshared = num_samples * total * token
     return Memory(weights, context * token, decoded, copied, workspace, unshared, available, num_samples, rows)
 
@@ -139,8 +141,8 @@ def keep_freed_memory() -> None:
     """Lets glibc keep the large blocks that a step frees for the next step, for the rest of this process.
 
     By default it hands them back to the system, and every step pays for page faults on fresh ones: at N = 64 and a
-    context of 4096 that was four fifths of an eager step (BENCHMARKS.md). A setting of the process, so `main` asks for
-    it and a library does not; elsewhere than on glibc it does nothing.
+    context of 4096 that was a third of a compiled step, whose scores are one block (BENCHMARKS.md). A setting of the
+    process, so `main` asks for it and a library does not; elsewhere than on glibc it does nothing.
     """
     if (mallopt := libc("mallopt")) is not None:
         mallopt(ctypes.c_int(-3), ctypes.c_int(32 << 20))  # M_MMAP_THRESHOLD, at its maximum

@@ -1,21 +1,24 @@
-"""What is measured of a run, and how it is told: the Monitor that hears of its events, and the report of its times.
+"""What comes of a run, and how it is told: the Monitor that hears of its events, the ranking, the console, the report.
 
-A room of its own because the road from prompt to samples should read without its stopwatch.
+A room of its own because the road from prompt to samples should read without its stopwatch and its printing.
 """
 
+import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from model import KVCache
-from plan import Memory, human, peak_memory
+from plan import Memory, human, peak_memory, release_freed_memory
 
 if TYPE_CHECKING:
-    from generate import Sample
+    from generate import Sample, Session
 
 
 class Monitor:
@@ -64,6 +67,117 @@ class Monitor:
         """A sample is finished. Until the method returns, the keys and values of its tokens but the last stand in this
         row of the cache, from the position `begin` on."""
         self.finished.append(sample)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
+
+    rank: int
+    count: int
+    sample: "Sample"
+
+
+def rank(samples: Sequence["Sample"]) -> list[Ranked]:
+    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
+    groups: dict[object, list[Sample]] = {}
+    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
+        groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
+    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
+
+
+class Console(Monitor):
+    """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
+
+    Used as a context manager around a run: where it is interrupted, what is finished is printed. earlier: the samples
+    of a run of the same request before.
+    """
+
+    def __init__(self, session: "Session", earlier: Sequence["Sample"] = ()) -> None:
+        super().__init__()
+        self.options, self.device, self.earlier = session.options, session.device, earlier
+        self.streams = self.options.num_samples == 1 and self.options.format == "text"
+        self.bar = not self.streams and not self.options.quiet and sys.stderr.isatty()
+        # Text that may turn out to be the beginning of a stop string is held back.
+        self.held = max(map(len, self.options.stop), default=1) - 1
+        self.shown, self.live = 0, ""
+        self.caches: dict[int, KVCache] = {}
+
+    def prefilled(self) -> None:
+        release_freed_memory(self.device)  # decoding needs blocks of other sizes
+        super().prefilled()
+
+    def text(self, sample: "Sample") -> None:
+        self.live = sample.text
+        end = len(sample.text) - (self.held if sample.finish_reason is None else 0)
+        if self.streams and end > self.shown:
+            print(sample.text[self.shown : end], end="", flush=True)
+            self.shown = end
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        super().stepped(steps, tokens)
+        if self.bar:
+            finished, total = len(self.finished), self.options.num_samples
+            bar = "#" * (20 * finished // total)
+            note = f"\r[{bar:<20}] {len(self.step_s)} steps, {finished}/{total} samples finished"
+            print(note, end="", file=sys.stderr, flush=True)
+
+    def done(self, sample: "Sample", cache: KVCache, row: int, begin: int) -> None:
+        super().done(sample, cache, row, begin)
+        if self.options.interactive:
+            self.caches[sample.index] = cache.row(row, begin)
+
+    def show(self, samples: Sequence["Sample"]) -> list[Ranked]:
+        """Prints the best of the samples, unless they were shown live, and returns all."""
+        ranked = rank(samples)
+        if not self.streams:
+            print_samples(ranked[: self.options.top], self.options)
+        return ranked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.bar:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if self.streams and kind in (None, KeyboardInterrupt):
+            print(self.live[self.shown :], flush=True)
+        if kind is KeyboardInterrupt:
+            self.show(self.earlier or self.finished)
+
+
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None:
+    """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
+    for each in ranked:
+        drawn = each.sample
+        if options.format == "jsonl":
+            fields = asdict(drawn)
+            row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
+            print(json.dumps(row | {"mean_logprob": drawn.mean_logprob}, ensure_ascii=False))
+        elif options.num_samples == 1:
+            print(drawn.text)
+        else:
+            times = f", {each.count} times" if each.count > 1 else ""
+            print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
+            print(drawn.text, end="\n\n")
+    sys.stdout.flush()
+
+
+def describe(session: "Session") -> dict[str, object]:
+    """The part of the report that was decided before the run."""
+    request = session.request
+    return {
+        "attention": request.attention,
+        "attention_reason": session.attention_reason,
+        "compiled": session.compiled,
+        "compile_reason": session.compile_reason,
+        "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "seed": request.seed,
+        "context_tokens": len(session.prompt_tokens),
+        "num_samples": request.num_samples,
+    }
 
 
 def measure(

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bifurcated_attention import bifurcated_attention, merge_partials, partial_attention, shared_attention
+from bifurcated_attention import (
+    SCORES_AT_ONCE,
+    bifurcated_attention,
+    merge_partials,
+    partial_attention,
+    shared_attention,
+)
 
 # Every N, P, D, T and L of the contract occurs, in combinations that no shape's roundness hides. (N, P, D, T, L)
 SHAPES = [
@@ -97,6 +103,21 @@ def test_masked_decoded_part_equals_the_oracle(P, S):
     expected, _ = oracle(q, side_by_side(k_context, k_decoded), side_by_side(v_context, v_decoded), everything)
     actual = bifurcated_attention(q, k_context, v_context, k_decoded, v_decoded, mask)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 6 * 33 * 3, 10**6])
+def test_heads_taken_some_at_a_time_give_the_same(monkeypatch, at_once):
+    """Oracle: fp64 over all heads, with a mask of its own for each."""
+    q, k, v, _, _ = draw(1, 1, 59, 33, 1, S=6, dtype=torch.float64)
+    q, k, v = (torch.cat([tensor, tensor.flip(-1), tensor * 2], 1)[:, :5] for tensor in (q, k, v))  # five heads
+    mask = torch.rand(1, 5, 6, 33, generator=torch.Generator().manual_seed(0)) < 0.7
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
+    scores = (q @ k.mT / math.sqrt(59)).masked_fill(~mask, -math.inf)
+    out, lse = partial_attention(q, k, v, mask)
+    torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, scores.logsumexp(-1, keepdim=True), rtol=0, atol=1e-12)
+    everything, _ = partial_attention(q, k, v)
+    torch.testing.assert_close(everything, (q @ k.mT / math.sqrt(59)).softmax(-1) @ v, rtol=0, atol=1e-12)
 
 
 def test_lse_is_the_natural_log_in_fp32():

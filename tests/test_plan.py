@@ -28,10 +28,9 @@ def test_planned_bytes_are_those_of_the_tensors(args):
 def test_waves_fit_what_is_available():
     one = plan_memory(GQA, torch.float32, 50, 1, 16, "bifurcated", 10**9)
     fixed, each = one.weights + one.context, one.decoded_per_sample + one.workspace_per_sample
-    for rows in (1, 3, 64):
-        memory = plan_memory(GQA, torch.float32, 50, 100, 16, "bifurcated", fixed + rows * each + each // 2)
-        assert memory.rows_at_once == rows
-        assert memory.waves == -(-100 // rows)
+    for fit, rows, waves in ((1, 1, 100), (3, 3, 34), (64, 50, 2), (100, 100, 1)):
+        memory = plan_memory(GQA, torch.float32, 50, 100, 16, "bifurcated", fixed + fit * each + each // 2)
+        assert (memory.rows_at_once, memory.waves) == (rows, waves)
 
 
 def test_an_unshared_layout_plans_its_copies():
