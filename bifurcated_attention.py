@@ -43,10 +43,13 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     return scores.unflatten(0, (B, G))
 
 
-def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, softcap: float | None = None
+) -> Partial:
     """Attention over one block of keys, together with what merges it with other blocks.
 
-    q [B,G,Q,D], k [B,G,L,D], v [B,G,L,D], mask bool broadcastable to [B,G,Q,L], True where a key is visible.
+    q [B,G,Q,D], k [B,G,L,D], v [B,G,L,D], mask broadcastable to [B,G,Q,L]: bool, True where a key is visible, or in the
+    scores' dtype what is added to them. softcap: scores become softcap * tanh(score / softcap) before the mask.
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
@@ -60,22 +63,24 @@ def partial_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
-        return attend_heads(q, k, v, mask)
+        return attend_heads(q, k, v, mask, softcap)
     heads = max(1, at_once // max(1, B * Q * k.shape[-2]))
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty((B, G, Q, 1), dtype=dtype)
     for first in range(0, G, heads):
         part = slice(first, first + heads)
         own = mask[:, part] if mask is not None and mask.shape[1] > 1 else mask
-        out[:, part], lse[:, part] = attend_heads(q[:, part], k[:, part], v[:, part], own)
+        out[:, part], lse[:, part] = attend_heads(q[:, part], k[:, part], v[:, part], own, softcap)
     return out, lse
 
 
-def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Partial:
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Partial:
     """partial_attention over all heads at once, of at least one key."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = raw_scores(q, k).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -math.inf)
+        scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
     # A finite floor keeps (-inf) - (-inf) = nan out of rows that see nothing.
     peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # [B,G,Q,1]
     weights = scores.sub_(peak).exp_()
@@ -101,10 +106,13 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
     return out / total.clamp_min(torch.finfo(lses.dtype).tiny), peak + total.log()
 
 
-def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Partial:
+def shared_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, softcap: float | None = None
+) -> Partial:
     """Partial attention of N rows of queries against R rows of keys, each shared by N // R consecutive query rows.
 
-    q [N,H,S,D], k [R,G,L,D], v [R,G,L,D], mask bool [R or 1,1,S or 1,L]. Returns out [N,H,S,D], lse [N,H,S,1].
+    q [N,H,S,D], k [R,G,L,D], v [R,G,L,D], mask [N, R or 1,H or 1,S or 1,L]: rows of queries, of keys, or one;
+    mask and softcap as in partial_attention. Returns out [N,H,S,D], lse [N,H,S,1].
     The rows that share a key, and the P query heads of its group, become further queries of one product: every key is
     read once, whatever N and P are, for multi-head, grouped-query and multi-query attention alike.
     """
@@ -117,9 +125,12 @@ def shared_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
             "k, v [R,G,L,D] with N a multiple of R and H a multiple of G, and a mask of four dimensions"
         )
     q = q.reshape(R, n, G, P, S, D).transpose(1, 2).reshape(R, G, n * P * S, D)
-    if mask is not None and mask.shape[-2] > 1:
+    if mask is not None and (mask.shape[1] > 1 or mask.shape[0] not in (1, R)):
+        heads = G if mask.shape[1] > 1 else 1
+        mask = mask.expand(N, heads * P, S, -1).reshape(R, n, heads, P, S, -1).transpose(1, 2).flatten(2, 4)
+    elif mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, n * P, 1)  # [R,1,n*P*S,L]
-    out, lse = partial_attention(q, k, v, mask)  # [R,G,n*P*S,D] [R,G,n*P*S,1]
+    out, lse = partial_attention(q, k, v, mask, softcap)  # [R,G,n*P*S,D] [R,G,n*P*S,1]
     out = out.reshape(R, G, n, P, S, D).transpose(1, 2).reshape(N, H, S, D)
     lse = lse.reshape(R, G, n, P, S, 1).transpose(1, 2).reshape(N, H, S, 1)
     return out, lse

@@ -7,8 +7,8 @@ Shapes: N rows, S positions in this call, H query heads, G key/value heads, T co
 D head dimension, V vocabulary. Positions are absolute and count from 0 at the first token of the context.
 """
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 import torch
@@ -17,21 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bifurcated_attention import merge_partials, shared_attention
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths beyond the context that the model was first trained on."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+from rotary import RopeScaling, alibi_slopes, rotary_frequencies, rotate
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a network. head_dim need not be dim // n_head; n_kv_head divides n_head (1: MQA, n_head: MHA)."""
+    """The shape of a network. head_dim need not be dim // n_head; n_kv_head divides n_head (1: MQA, n_head: MHA).
+
+    windows: per layer, how many positions back a position sees, itself included; None: all. () is None for every layer.
+    alibi: positions weigh by distance instead of turning queries and keys. norm_offset: what is added to the weight of
+    every norm. post_norms: a norm also after attention and after the feed-forward part, before each is added.
+    """
 
     dim: int
     n_layer: int
@@ -45,6 +41,16 @@ class ModelArgs:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tied_output: bool = False
+    windows: tuple[int | None, ...] = ()
+    alibi: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    score_softcap: float | None = None
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
@@ -58,18 +64,48 @@ class ModelArgs:
         return 2 * self.n_layer * self.n_kv_head * self.head_dim
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a layer's scores depend on besides queries, keys and causality; None in its place: nothing.
+
+    window: positions seen, itself included. slopes: ALiBi's fp32 [H]. softcap: scores become softcap * tanh(score /
+    softcap).
+    """
+
+    window: int | None = None
+    slopes: Tensor | None = None
+    softcap: float | None = None
+
+    def mask(self, visible: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+        """visible bool [N or 1,1,S or 1,L], input_pos [N,S], key_pos [N or 1,L] -> bool [N,1,S,L], or with slopes what
+        to add to the scores, fp32 [N,H,S,L]."""
+        distance = input_pos[:, None, :, None] - key_pos[:, None, None]  # [N,1,S,L]
+        if self.window is not None:
+            visible = visible & (distance < self.window)
+        if self.slopes is None:
+            return visible
+        return (-self.slopes[:, None, None] * distance).masked_fill(~visible, float("-inf"))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Attention over all keys of a row. Not SDPA's: it knows no soft cap, and rounds what is added to q's dtype."""
+        return shared_attention(q, k, v, mask, self.softcap)[0].to(q.dtype)
+
+
 class Attend(Protocol):
     """What the network asks of a cache."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
         """q [N,H,S,D], k [N,G,S,D], v [N,G,S,D], input_pos [N,S] -> [N,H,S,D] in q's dtype."""
 
 
 class NoCache:
     """Plain causal attention within the call, nothing kept: for training, scoring, and as an oracle."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
+        if rule is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        causal = (input_pos[:, :, None] >= input_pos[:, None])[:, None]  # [N,1,S,S]
+        return rule.attention(q, k, v, rule.mask(causal, input_pos, input_pos))
 
 
 class KVCache:
@@ -167,15 +203,33 @@ class KVCache:
         self.v[layer][rows, :, slot] = v.transpose(1, 2)
         return (torch.arange(self.slots, device=slot.device) <= slot[..., None])[:, None]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
         """Writes k, v, then one partial attention per cache of the chain, merged (Attend.attend for the shapes)."""
-        visible = self.write(layer, k, v, input_pos)
-        partials = [shared_attention(q, self.k[layer], self.v[layer], visible)]
-        cache = self
-        while cache.parent is not None:
-            partials.append(shared_attention(q, cache.parent.k[layer], cache.parent.v[layer], cache.parent_visible()))
-            cache = cache.parent
-        return merge_partials(partials)[0].to(q.dtype)
+        visible, partials, cache = self.write(layer, k, v, input_pos), [], self
+        while True:
+            partials.append(self.attend_link(q, cache, layer, visible, input_pos, rule))
+            if cache.parent is None:
+                return merge_partials(partials)[0].to(q.dtype)
+            visible, cache = cache.parent_visible(), cache.parent
+
+    def attend_link(
+        self, q: Tensor, link: "KVCache", layer: int, visible: Tensor | None, input_pos: Tensor, rule: Rule | None
+    ) -> tuple[Tensor, Tensor]:
+        """The partial attention to one cache of the chain. visible bool [link rows,1,S or 1,L]; None: all slots."""
+        if rule is None:
+            return shared_attention(q, link.k[layer], link.v[layer], visible)
+        each = self.rows // link.rows
+        visible = link.everything() if visible is None else visible
+        mask = rule.mask(share_rows(visible, each), input_pos, share_rows(link.positions(), each))
+        return shared_attention(q, link.k[layer], link.v[layer], mask, rule.softcap)
+
+    def positions(self) -> Tensor:
+        """The positions of the own slots, [N,L]."""
+        return self.start[:, None] + torch.arange(self.slots, device=self.start.device)
+
+    def everything(self) -> Tensor:
+        """bool [N,1,1,L], True: all own slots."""
+        return torch.ones(self.rows, 1, 1, self.slots, dtype=torch.bool, device=self.start.device)
 
     def parent_visible(self) -> Tensor | None:
         """bool [parent rows,1,1,L of the parent]: its written slots; None where all are."""
@@ -197,20 +251,18 @@ class SDPACache(KVCache):
     context is held once, but expanded by reference and concatenated with the row's own keys at every step.
     """
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
         mask = self.write(layer, k, v, input_pos)  # [N,1,S,L]
-        k, v = self.k[layer], self.v[layer]  # [N,G,L,D]
+        k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
         cache = self
         while cache.parent is not None:
-            each = self.rows // cache.parent.rows
-            visible = cache.parent_visible()
-            if visible is None:
-                visible = mask.new_ones(cache.parent.rows, 1, 1, cache.parent.slots)
-            visible = share_rows(visible, each).expand(-1, -1, mask.shape[2], -1)
-            mask = torch.cat([visible, mask], -1)
-            k = torch.cat([share_rows(cache.parent.k[layer], each), k], 2)
-            v = torch.cat([share_rows(cache.parent.v[layer], each), v], 2)
-            cache = cache.parent
+            each, visible, cache = self.rows // cache.parent.rows, cache.parent_visible(), cache.parent
+            visible = share_rows(cache.everything() if visible is None else visible, each)
+            mask = torch.cat([visible.expand(-1, -1, mask.shape[2], -1), mask], -1)
+            positions = torch.cat([share_rows(cache.positions(), each), positions], 1)
+            k, v = (torch.cat([share_rows(a, each), b], 2) for a, b in ((cache.k[layer], k), (cache.v[layer], v)))
+        if rule is not None:
+            return rule.attention(q, k, v, rule.mask(mask, input_pos, positions))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -226,64 +278,83 @@ class Prefill:
         visible = torch.ones(length, self.end, dtype=torch.bool, device=cache.start.device)
         self.mask = visible.tril(begin) if begin else None
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
         self.cache.k[layer][:, :, self.begin : self.end] = k
         self.cache.v[layer][:, :, self.begin : self.end] = v
-        k, v = self.cache.k[layer][:, :, : self.end], self.cache.v[layer][:, :, : self.end]
+        first = 0 if rule is None or rule.window is None else max(0, self.begin - rule.window + 1)
+        k, v = self.cache.k[layer][:, :, first : self.end], self.cache.v[layer][:, :, first : self.end]
+        if rule is not None:
+            positions = self.cache.positions()[:, first : self.end]  # [1,L]
+            causal = (input_pos[:, :, None] >= positions[:, None])[:, None]  # [1,1,S,L]
+            return rule.attention(q, k, v, rule.mask(causal, input_pos, positions))
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.mask is None, enable_gqa=shared)
 
 
-def rotary_frequencies(args: ModelArgs) -> Tensor:
-    """Radians per position of each pair of a head, fp32 [D/2]; Su et al. 2021 (arXiv 2104.09864), section 3.4.2.
+class OffsetRMSNorm(nn.RMSNorm):
+    """RMSNorm whose weight is stored less `offset`, and applied in fp32 (Gemma)."""
 
-    With rope_scaling, wavelengths beyond original_context / low_freq_factor are stretched by `factor`, those below
-    original_context / high_freq_factor are kept, and those between are blended (Llama 3.1).
-    """
-    pairs = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / args.rope_theta ** (pairs / args.head_dim)  # [D/2]
-    scaling = args.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling.factor)
+    def __init__(self, size: int, eps: float, offset: float) -> None:
+        super().__init__(size, eps)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of every head: x [N,H,S,D], cos and sin [N,1,S,D/2] fp32 -> [N,H,S,D]."""
-    a, b = x.chunk(2, -1)  # [N,H,S,D/2] each; the products promote to fp32
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+def make_norm(args: ModelArgs, size: int) -> nn.RMSNorm:
+    return OffsetRMSNorm(size, args.norm_eps, args.norm_offset) if args.norm_offset else nn.RMSNorm(size, args.norm_eps)
+
+
+class Linear(nn.Linear):
+    """Uninitialised: its weights are loaded, and to draw them on the meta device takes a second of imports."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Uninitialised, as Linear is."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, args.head_dim
-        self.wq = nn.Linear(args.dim, args.n_head * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_head * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_head * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.layer, self.head_dim, self.rotary = layer, args.head_dim, not args.alibi
+        self.rule: Rule | None = None  # Transformer.place_constants
+        self.wq = Linear(args.dim, args.n_head * args.head_dim, bias=args.qkv_bias)
+        self.wk = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
+        self.wv = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.q_norm, self.k_norm = (make_norm(args, args.head_dim) if args.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [N,H,S,D] [N,G,S,D]
-        y = cache.attend(self.layer, q, k, v, input_pos)  # [N,H,S,D]
+        q, k = self.q_norm(q), self.k_norm(k)  # [N,H,S,D] [N,G,S,D]
+        if self.rotary:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = cache.attend(self.layer, q, k, v, input_pos, self.rule)  # [N,H,S,D]
         return self.wo(y.transpose(1, 2).flatten(2))  # [N,S,dim]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU; Shazeer 2020 (arXiv 2002.05202)."""
+    """A gated linear unit; Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.activation = ACTIVATIONS[args.activation]
+        self.w1 = Linear(args.dim, args.hidden_dim, bias=False)
+        self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = Linear(args.hidden_dim, args.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
 
 class Block(nn.Module):
@@ -291,31 +362,48 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(args, layer)
         self.feed_forward = FeedForward(args)
-        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps)
+        self.attention_norm = make_norm(args, args.dim)
+        self.ffn_norm = make_norm(args, args.dim)
+        self.attention_post_norm, self.ffn_post_norm = (
+            make_norm(args, args.dim) if args.post_norms else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, input_pos, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), cos, sin, input_pos, cache))
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
 
 class Transformer(nn.Module):
-    """tokens [N,S] at input_pos [N,S] -> logits [N,S,V], reading and writing keys and values through `cache`."""
+    """tokens [N,S] at input_pos [N,S] -> logits [N,S,V], reading and writing keys and values through `cache`.
+
+    The weights are uninitialised until they are loaded or drawn.
+    """
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.tok_embeddings = Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(args, layer) for layer in range(args.n_layer))
-        self.norm = nn.RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.norm = make_norm(args, args.dim)
+        self.output = Linear(args.dim, args.vocab_size, bias=False)
         self.tie_output()
-        self.frequencies = rotary_frequencies(args)
+        self.place_constants()
+
+    def place_constants(self) -> None:
+        """Makes what is neither learned nor rounded to the model's dtype, on the device of the weights."""
+        args, weight = self.args, self.tok_embeddings.weight
+        self.frequencies = rotary_frequencies(args.head_dim, args.rope_theta, args.rope_scaling).to(weight.device)
+        slopes = alibi_slopes(args.n_head).to(weight.device) if args.alibi else None
+        for layer, window in zip(self.layers, args.windows or [None] * args.n_layer, strict=True):
+            plain = window is None and slopes is None and args.score_softcap is None
+            layer.attention.rule = None if plain else Rule(window, slopes, args.score_softcap)
+        # The models that scale embeddings were trained with the scale rounded to their dtype.
+        self.embedding_scale = torch.tensor(args.embedding_scale, dtype=weight.dtype, device="cpu").item()
 
     def _apply(self, fn, recurse: bool = True) -> Self:
-        # The frequencies follow the device but never the dtype: as a buffer, .to(bfloat16) would round the angles.
+        # Not buffers: .to(bfloat16) would round them.
         super()._apply(fn, recurse)
-        self.frequencies = rotary_frequencies(self.args).to(self.tok_embeddings.weight.device)
+        self.place_constants()
         return self
 
     def tie_output(self) -> None:
@@ -325,16 +413,26 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits."""
-        x = self.tok_embeddings(tokens)  # [N,S,dim]
-        angles = input_pos[:, None, :, None] * self.frequencies  # [N,1,S,D/2] fp32
-        cos, sin = angles.cos(), angles.sin()
+        x = self.tok_embeddings(tokens) * self.embedding_scale  # [N,S,dim]
+        cos, sin = self.rotation(input_pos)
         for layer in self.layers:
             x = layer(x, cos, sin, input_pos, cache)
         return x
 
+    def rotation(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles by which queries and keys turn: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
+        scaling, frequencies = self.args.rope_scaling, self.frequencies
+        if scaling is not None and scaling.kind == "dynamic":
+            frequencies = rotary_frequencies(self.args.head_dim, self.args.rope_theta, scaling, input_pos.max() + 1)
+        angles = input_pos[:, None, :, None] * frequencies
+        scale = 1.0 if scaling is None else scaling.attention_factor
+        return angles.cos() * scale, angles.sin() * scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N,S,dim] -> [N,S,V]."""
-        return self.output(self.norm(hidden))
+        logits = self.output(self.norm(hidden))
+        cap = self.args.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         return self.logits(self.hidden(tokens, input_pos, cache))

@@ -1,41 +1,56 @@
-"""Converts a Hugging Face folder (config.json + *.safetensors) into model.pth, config.json and the tokenizer.
+"""Converts a Hugging Face folder, or a .pt file of karpathy/tinyllamas, into model.pth, config.json and the tokenizer.
 
 python scripts/convert_hf_checkpoint.py --checkpoint_dir FOLDER [--out FOLDER]
+
+The tensors are mapped, and written one after another: what is held is the pages that the system chooses to keep.
 """
 
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from checkpoint import check_weights, read_checkpoint, read_weights, save_model
+from checkpoint import check_weights, empty_model, hugging_face_files, read_checkpoint, read_weights, save_model
 
-COMPANIONS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def convert(source: Path, out: Path) -> Path:
     """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError or OSError."""
     checkpoint = read_checkpoint(source)
+    if source.is_dir():  # not a model.pth of an earlier conversion
+        checkpoint = replace(checkpoint, weights=hugging_face_files(source))
     state = read_weights(checkpoint)
-    check_weights(checkpoint.args, state)
+    check_weights(empty_model(checkpoint.args), state)
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
     for name in COMPANIONS:
-        if (source / name).exists() and source != out:
-            shutil.copyfile(source / name, out / name)
+        companion = checkpoint.folder / name
+        if companion.exists() and not (out / name).exists():
+            shutil.copyfile(companion, out / name)
     return out / "model.pth"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Convert a Hugging Face folder into model.pth.")
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="folder with config.json and *.safetensors")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder, or the .pt file")
     parser.add_argument("--out", type=Path, help="folder to write; default: the same folder")
     options = parser.parse_args()
     try:
-        print(convert(options.checkpoint_dir, options.out or options.checkpoint_dir))
+        source = options.checkpoint_dir
+        print(convert(source, options.out or (source if source.is_dir() else source.parent)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What several test files need: small random models, and where the shared data lies if it does."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ MHA = ModelArgs(
     tied_output=True,
 )  # fmt: skip
 
+# Distance matters: a sliding window in two layers of three; biases by distance, with soft caps and norms of Gemma 2.
+WINDOW = replace(GQA, windows=(5, None, 3), qkv_bias=True, qk_norm=True)
+ALIBI = replace(
+    GQA, alibi=True, windows=(None, 4, None), score_softcap=2.0, logit_softcap=3.0, post_norms=True, norm_offset=1.0
+)
+
 
 def random_model(args: ModelArgs, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
     """Weights large enough that the logits differ clearly between tokens."""
@@ -35,6 +42,8 @@ def random_model(args: ModelArgs, dtype: torch.dtype = torch.float64, seed: int 
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
+        elif args.qkv_bias or args.norm_offset:
+            parameter.normal_(1.0 - args.norm_offset, 0.3)
     model.tok_embeddings.weight.normal_()
     return model
 

@@ -8,7 +8,8 @@ from conftest import GQA, STORIES, TINY, needs_stories, random_model
 from convert_hf_checkpoint import convert
 from safetensors.torch import save_file
 
-from checkpoint import args_from_config, load_model, read_checkpoint, read_weights, save_model
+from checkpoint import load_model, read_checkpoint, read_weights, save_model
+from families import args_from_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -72,7 +73,7 @@ def test_missing_files_are_named(folder, tmp_path):
     (folder / "config.json").unlink()
     refused(folder, "no config.json beside")
     (folder / "model.pth").unlink()
-    refused(folder, "no model.pth and no")
+    refused(folder, "no model.pth, \\*.safetensors or")
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])
@@ -114,12 +115,27 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is not known here"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear lacks factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config .* is not known here and may change the result"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier 0.22 is not known here"),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "layer_types": ["linear_attention"] * 3,
+                "use_sliding_window": True,
+            },
+            "layer_types .* is not supported",
+        ),
         ({"hidden_size": None}, "hidden_size"),
         ({"vocab_size": ...}, "vocab_size is None, not a positive number"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a positive number"),
         ({"hidden_size": -192}, "hidden_size is -192, not a positive number"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope scaling lacks low_freq_factor, high"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "scaling of type llama3 lacks low_freq_factor, high",
+        ),
     ],
 )
 def test_a_config_that_this_network_does_not_compute_is_refused(change, match):

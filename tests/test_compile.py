@@ -1,16 +1,23 @@
 """The compiled step. Oracles: torch.compile's own refusal to compile again; the eager step's tokens in fp32."""
 
+from dataclasses import replace
+
+import pytest
 import torch
-from conftest import GQA, random_model, random_tokens
+from conftest import ALIBI, GQA, random_model, random_tokens
 
 from generate import Request, Sampling, generate, make_steps
 from report import Monitor
 
 
-def test_one_compiled_step_serves_every_n_context_and_capacity(monkeypatch):
+@pytest.mark.parametrize(
+    "args", [replace(GQA, n_layer=1), replace(ALIBI, n_layer=1, windows=(5,))], ids=["plain", "ALiBi, window"]
+)
+def test_one_compiled_step_serves_every_n_context_and_capacity(monkeypatch, args):
     """Also through compaction, which changes N on the way, and growth, which changes the slots."""
     monkeypatch.setattr("generate.DECODE_SLOTS", 8)
-    model = random_model(type(GQA)(**vars(GQA) | {"n_layer": 1}), torch.float32)
+    torch.compiler.reset()
+    model = random_model(args, torch.float32)
     steps, eos = make_steps(model, compile_decode=True), frozenset(range(3, 97, 9))
 
     def draw(n: int, context: int, length: int, compiled: bool) -> tuple[list, Monitor]:

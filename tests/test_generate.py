@@ -16,12 +16,11 @@ from generate import (
     candidates,
     generate,
     make_steps,
-    rank,
     rescore,
     rows_to_keep,
     sample,
 )
-from report import Monitor
+from report import Monitor, rank
 
 PROMPT = random_tokens(GQA, 13).tolist()
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from conftest import GQA, MHA, STORIES, needs_stories, random_model, random_tokens
+from conftest import ALIBI, GQA, MHA, STORIES, WINDOW, needs_stories, random_model, random_tokens
 
-from checkpoint import args_from_config, check_weights, load_model, our_name, read_checkpoint
-from model import KVCache, NoCache, Prefill, RopeScaling, SDPACache, Transformer, rotary_frequencies
+from checkpoint import check_weights, load_model, read_checkpoint
+from families import args_from_config, our_tensors
+from model import KVCache, NoCache, Prefill, SDPACache, Transformer
+from rotary import RopeScaling, rotary_frequencies
 
 EXACT = {"rtol": 0, "atol": 1e-10}
+MODELS = {"GQA": GQA, "MHA": MHA, "window": WINDOW, "ALiBi": ALIBI}
 
 
 def positions(begin: int, rows: int, length: int) -> torch.Tensor:
@@ -27,7 +30,7 @@ def prefilled(model: Transformer, tokens: torch.Tensor, chunk: int) -> KVCache:
     return cache
 
 
-@pytest.mark.parametrize("args", [GQA, MHA], ids=["GQA", "MHA"])
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("chunk", [1, 5, 13, 64])
 def test_prefill_in_chunks_equals_one_pass(args, chunk):
     model, tokens = random_model(args), random_tokens(args, 1, 13)
@@ -47,7 +50,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("args", [GQA, MHA], ids=["GQA", "MHA"])
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("n", [1, 3, 17])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_decoding_equals_one_pass(args, n, layout):
@@ -63,7 +66,7 @@ def test_decoding_equals_one_pass(args, n, layout):
     torch.testing.assert_close(torch.cat(logits, 1), expected, **EXACT)
 
 
-@pytest.mark.parametrize("args", [GQA, MHA], ids=["GQA", "MHA"])
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("kind", [KVCache, SDPACache])
 def test_a_tree_of_three_caches_with_ragged_rows_equals_one_pass(args, kind):
     """A system prompt, questions of 4, 2 and 5 tokens, two samples of each, which decode at their own positions."""
@@ -127,7 +130,7 @@ def test_bytes_of_a_cache_are_those_of_its_own_slots():
 
 def test_angles_stay_fp32_in_a_bfloat16_model():
     model = random_model(GQA).to(torch.bfloat16)
-    assert torch.equal(model.frequencies, rotary_frequencies(GQA))
+    assert torch.equal(model.frequencies, rotary_frequencies(GQA.head_dim, GQA.rope_theta))
     assert model.frequencies.dtype == torch.float32
 
 
@@ -166,9 +169,9 @@ def test_logits_equal_those_of_transformers(name):
     torch.manual_seed(0)
     reference = LlamaForCausalLM(config).eval()
     args = args_from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    state = {our_name(key): tensor for key, tensor in reference.state_dict().items()}
-    check_weights(args, state)
+    state = our_tensors(reference.state_dict(), {"architectures": ["LlamaForCausalLM"]})
     model = Transformer(args).eval()
+    check_weights(model, state)
     model.load_state_dict(state)
     tokens = torch.randint(101, (3, 200))
     with torch.no_grad():
@@ -176,9 +179,8 @@ def test_logits_equal_those_of_transformers(name):
 
 
 def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
-    args = type(GQA)(**vars(GQA) | {"head_dim": 64, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192)})
-    plain = rotary_frequencies(type(GQA)(**vars(GQA) | {"head_dim": 64}))
-    scaled = rotary_frequencies(args)
+    plain = rotary_frequencies(64, 10000.0)
+    scaled = rotary_frequencies(64, 10000.0, RopeScaling("llama3", 8.0, 8192, 1.0, 4.0))
     assert torch.equal(scaled[0], plain[0])
     torch.testing.assert_close(scaled[-1], plain[-1] / 8)
 

@@ -1,0 +1,308 @@
+"""Every model family. Oracles: transformers' own implementation of each on a small random model, saved as it saves and
+loaded as any checkpoint; for Baichuan, which it lacks, plain loops over positions and heads in fp64.
+
+In fp32 every logit is within 1e-4; in bfloat16 they are as near to fp32 as those of transformers in bfloat16.
+"""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import random_tokens
+from convert_hf_checkpoint import convert
+from safetensors.torch import load_file, save_file
+from test_model import LAYOUTS, full, positions, prefilled
+
+from checkpoint import load_model, read_checkpoint, read_weights
+from model import NoCache, Transformer
+
+# Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.
+SHAPE = {
+    "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+FAMILIES = {
+    "Llama": ("Llama", {}),
+    "Llama, tied, MHA": ("Llama", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "Llama 3.1": ("Llama", {"max_position_embeddings": 1 << 17, "rope_scaling": LLAMA3, "rope_theta": 500000.0}),
+    "linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "YaRN": ("Llama", {"rope_scaling": YARN}),
+    "YaRN of Qwen": ("Qwen2", {"rope_scaling": YARN | {"beta_fast": 16, "attention_factor": 1.3}}),
+    "Mistral": ("Mistral", {"head_dim": 10, "sliding_window": None}),
+    "Mistral, window": ("Mistral", {"head_dim": 10, "sliding_window": 17}),
+    "Qwen2": ("Qwen2", {}),
+    "Qwen2, window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2}),
+    "Qwen3": ("Qwen3", {"head_dim": 12, "tie_word_embeddings": True}),
+    "Gemma": ("Gemma", {"head_dim": 12}),
+    "Gemma 2": ("Gemma2", {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 17}),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """(folder as transformers saves it, transformers' model)."""
+    name, fields = FAMILIES[request.param]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | fields)
+    reference = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter in reference.parameters():
+        if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    folder = tmp_path_factory.mktemp(name)
+    reference.save_pretrained(folder)
+    return folder, reference
+
+
+def read(folder, dtype: torch.dtype = torch.float32) -> Transformer:
+    return load_model(read_checkpoint(folder), "cpu", dtype)
+
+
+def test_logits_equal_those_of_transformers_at_every_position(saved):
+    folder, reference = saved
+    tokens = random_tokens(read(folder).args, 3, 90)
+    expected = reference(tokens).logits
+    assert expected.std() > 0.1
+    actual = read(folder)(tokens, positions(0, 3, 90), NoCache())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
+    """Root mean square over all logits. Random weights amplify rounding: transformers' own bfloat16 is 2 to 6 % off."""
+    folder, reference = saved
+    tokens = random_tokens(read(folder).args, 3, 60)
+    expected = reference(tokens).logits
+    rounded = copy.deepcopy(reference).to(torch.bfloat16)(tokens).logits.float()
+    actual = read(folder, torch.bfloat16)(tokens, positions(0, 3, 60), NoCache()).float()
+    error, bound = ((logits - expected).square().mean().sqrt() for logits in (actual, rounded))
+    assert error < 1.1 * bound, error / bound
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_rows_decode_step_by_step_as_transformers_scores_them(saved, layout):
+    """From a context of 50, past every window, over the position 64 that rope scaling starts from."""
+    folder, reference = saved
+    model = read(folder)
+    if model.args.rope_scaling and model.args.rope_scaling.kind == "dynamic":
+        pytest.skip("dynamic scaling rotates by the longest position so far: a step is not a part of a longer pass")
+    context, decoded = random_tokens(model.args, 1, 50), random_tokens(model.args, 3, 20, seed=2)
+    cache = LAYOUTS[layout](prefilled(model, context, 23), 3, 20)
+    steps = [model(decoded[:, i : i + 1], positions(50 + i, 3, 1), cache) for i in range(20)]
+    expected = reference(torch.cat([context.expand(3, -1), decoded], 1)).logits[:, 50:]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-4)
+
+
+def test_dynamic_scaling_decodes_as_transformers_does(tmp_path):
+    """Each of its steps rotates by the length so far, and so does each of ours."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | FAMILIES["dynamic"][1])
+    reference = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path)
+    model = read(tmp_path)
+    context, decoded = random_tokens(model.args, 1, 80), random_tokens(model.args, 3, 9, seed=2)
+    cache = LAYOUTS["bifurcated"](prefilled(model, context, 80), 3, 9)
+    steps = [model(decoded[:, i : i + 1], positions(80 + i, 3, 1), cache) for i in range(9)]
+    past, expected = reference(context.expand(3, -1), use_cache=True).past_key_values, []
+    for i in range(9):
+        expected.append(reference(decoded[:, i : i + 1], past_key_values=past).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama 3.1", "YaRN", "linear"])
+def test_positions_far_beyond_the_original_context(name):
+    """One layer at position 9,000. Oracle: transformers' rotation of the same position."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    from families import args_from_config
+
+    config = transformers.LlamaConfig(**SHAPE | FAMILIES[name][1] | {"num_hidden_layers": 1})
+    model = Transformer(args_from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}))
+    cos, sin = model.rotation(torch.tensor([[9000]]))
+    half = model.args.head_dim // 2
+    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[9000]]))
+    for ours, theirs in zip((cos, sin), expected, strict=True):
+        torch.testing.assert_close(ours[0, 0, 0], theirs[0, 0, :half], rtol=0, atol=1e-6)
+
+
+def baichuan_config(heads: int, vocab: int, **fields) -> dict:
+    return {
+        "architectures": ["BaichuanForCausalLM"], "hidden_size": 8 * heads, "intermediate_size": 44,
+        "num_hidden_layers": 2, "num_attention_heads": heads, "vocab_size": vocab, "rms_norm_eps": 1e-6,
+        "model_max_length": 128, "hidden_act": "silu", "tie_word_embeddings": False,
+    } | fields  # fmt: skip
+
+
+def baichuan_weights(config: dict) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    dim, hidden, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (vocab, dim), "lm_head.weight": (vocab, dim), "model.norm.weight": (dim,)}
+    for layer in range(config["num_hidden_layers"]):
+        shapes |= {
+            f"model.layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "self_attn.W_pack": (3 * dim, dim), "self_attn.o_proj": (dim, dim), "mlp.gate_proj": (hidden, dim),
+                "mlp.up_proj": (hidden, dim), "mlp.down_proj": (dim, hidden), "input_layernorm": (dim,),
+                "post_attention_layernorm": (dim,),
+            }.items()
+        }  # fmt: skip
+    scale = {1: 1.0, 2: 1.5 / dim**0.5}
+    return {name: torch.randn(shape) * scale[len(shape)] for name, shape in shapes.items()}
+
+
+def published_slopes(heads: int) -> list[float]:
+    """Press et al. 2022: a geometric sequence from 2^(-8/n); the authors' rule for n that are no power of two."""
+    if math.log2(heads).is_integer():
+        return [(2 ** (-8 / heads)) ** (i + 1) for i in range(heads)]
+    closest = 2 ** math.floor(math.log2(heads))
+    return published_slopes(closest) + published_slopes(2 * closest)[0::2][: heads - closest]
+
+
+def baichuan_logits(config: dict, state: dict[str, torch.Tensor], tokens: list[int]) -> torch.Tensor:
+    """Plain loops over heads and positions in fp64: ALiBi attention, [S,V]."""
+    state = {name: tensor.double() for name, tensor in state.items()}
+    heads, dim = config["num_attention_heads"], config["hidden_size"]
+    slopes, size = published_slopes(heads), dim // heads
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * state[name]
+
+    x = state["model.embed_tokens.weight"][tokens]
+    for layer in range(config["num_hidden_layers"]):
+        base = f"model.layers.{layer}."
+        packed = norm(x, base + "input_layernorm.weight") @ state[base + "self_attn.W_pack.weight"].T
+        q, k, v = (part.view(-1, heads, size) for part in packed.split(dim, 1))
+        mixed = torch.zeros_like(q)
+        for head in range(heads):
+            for here in range(len(tokens)):
+                scores = torch.stack([
+                    q[here, head] @ k[there, head] / math.sqrt(size) - slopes[head] * (here - there)
+                    for there in range(here + 1)
+                ])  # fmt: skip
+                mixed[here, head] = scores.softmax(0) @ v[: here + 1, head]
+        x = x + mixed.flatten(1) @ state[base + "self_attn.o_proj.weight"].T
+        inner = norm(x, base + "post_attention_layernorm.weight")
+        gate = torch.nn.functional.silu(inner @ state[base + "mlp.gate_proj.weight"].T)
+        x = x + (gate * (inner @ state[base + "mlp.up_proj.weight"].T)) @ state[base + "mlp.down_proj.weight"].T
+    head = state["lm_head.weight"]
+    if config["vocab_size"] == 125696:
+        head = head / head.norm(dim=1, keepdim=True)
+    return norm(x, "model.norm.weight") @ head.T
+
+
+@pytest.mark.parametrize("heads,vocab", [(5, 125696), (4, 61), (6, 61)])
+def test_baichuan_with_alibi_equals_plain_loops(tmp_path, heads, vocab):
+    config = baichuan_config(heads, vocab)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = baichuan_weights(config)
+    save_file(state, tmp_path / "model.safetensors")
+    model = read(tmp_path)
+    context, decoded = random_tokens(model.args, 1, 13), random_tokens(model.args, 3, 6, seed=2)
+    rows = torch.cat([context.expand(3, -1), decoded], 1)
+    expected = torch.stack([baichuan_logits(config, state, row.tolist()) for row in rows]).float()
+    torch.testing.assert_close(full(model, rows), expected, rtol=0, atol=1e-4)
+    cache = LAYOUTS["bifurcated"](prefilled(model, context, 5), 3, 6)
+    steps = [model(decoded[:, i : i + 1], positions(13 + i, 3, 1), cache) for i in range(6)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 13:], rtol=0, atol=1e-4)
+
+
+def test_baichuan_7b_turns_queries_and_keys(tmp_path):
+    """Oracle: transformers' Llama with the same weights, unpacked."""
+    config = baichuan_config(4, 61, max_position_embeddings=128)
+    state = baichuan_weights(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors")
+    fields = {field: value for field, value in config.items() if field not in ("architectures", "model_max_length")}
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval().requires_grad_(False)
+    for layer in range(2):
+        base = f"model.layers.{layer}.self_attn."
+        for name, part in zip("qkv", state.pop(base + "W_pack.weight").split(32), strict=True):
+            state[base + name + "_proj.weight"] = part.clone()
+    reference.load_state_dict(state)
+    tokens = random_tokens(read(tmp_path).args, 2, 40)
+    torch.testing.assert_close(full(read(tmp_path), tokens), reference(tokens).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["sharded", "bin", "sharded bin"])
+def test_every_form_in_which_weights_are_stored_is_read(tmp_path, form):
+    torch.manual_seed(0)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+    reference.save_pretrained(tmp_path, max_shard_size="40KB" if form == "sharded" else "5GB")
+    if "bin" in form:
+        state = load_file(tmp_path / "model.safetensors")
+        (tmp_path / "model.safetensors").unlink()
+        names = sorted(state)
+        parts = [names[:7], names[7:]] if "sharded" in form else [names]
+        files = [f"pytorch_model-{i}.bin" for i in range(2)] if "sharded" in form else ["pytorch_model.bin"]
+        for file, part in zip(files, parts, strict=True):
+            torch.save({name: state[name] for name in part}, tmp_path / file)
+        if len(parts) > 1:
+            where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    tokens = random_tokens(read(tmp_path).args, 2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(full(read(tmp_path), tokens), reference(tokens).logits, rtol=0, atol=1e-4)
+    converted = convert(tmp_path, tmp_path / "out")
+    assert torch.equal(full(read(converted), tokens), full(read(tmp_path), tokens))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path, max_shard_size="40KB")
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {second.name}, which is not in the folder"):
+        read_checkpoint(tmp_path)
+
+
+def test_tensors_that_the_config_does_not_know_are_listed(tmp_path):
+    """A Qwen2 folder whose config says Llama: its biases are left over."""
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    for field in ("layer_types", "max_window_layers"):
+        config.pop(field, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="12 not in the model: layers.0.attention.wk.bias, layers.0.attention.wq.bias"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_file_of_tinyllamas_equals_the_model_it_was_made_from(tmp_path, tied):
+    """Their heads turn pairs of neighbours. Oracle: transformers' Llama, its rows of queries and keys reordered."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | {"tie_word_embeddings": tied, "rms_norm_eps": 1e-5})
+    reference = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    back = {
+        "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers",
+    }  # fmt: skip
+    state = {}
+    for name, tensor in reference.state_dict().items():
+        for theirs, ours in back.items():
+            name = name.replace(theirs, ours)
+        if name.endswith(("wq.weight", "wk.weight")):  # rows (i, i + 4) of a head of 8 become neighbours
+            tensor = torch.cat([head[[0, 4, 1, 5, 2, 6, 3, 7]] for head in tensor.split(8)])
+        state["_orig_mod." + name] = tensor
+    state["_orig_mod.freqs_cos"] = torch.ones(64, 4)
+    args = {
+        "dim": 48, "n_layers": 4, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 101, "multiple_of": 4, "max_seq_len": 64,
+        "dropout": 0.0,
+    }  # fmt: skip
+    torch.save({"model": state, "model_args": args, "optimizer": {}, "iter_num": 3}, tmp_path / "stories.pt")
+    checkpoint = read_checkpoint(tmp_path / "stories.pt")
+    assert checkpoint.args.tied_output == tied and "output.weight" in read_weights(checkpoint)
+    tokens = random_tokens(checkpoint.args, 2, 40)
+    expected = reference(tokens).logits
+    torch.testing.assert_close(full(read(tmp_path / "stories.pt"), tokens), expected, rtol=0, atol=1e-4)
+    converted = convert(tmp_path / "stories.pt", tmp_path / "out")
+    torch.testing.assert_close(full(read(converted), tokens), expected, rtol=0, atol=1e-4)
