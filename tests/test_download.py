@@ -1,0 +1,426 @@
+"""scripts/download.py and prepare.sh. Oracle: a small hub on this machine, which counts what is asked of it.
+
+The hub speaks the few calls that huggingface_hub makes, so that its errors are those of the library, not of a stub.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from urllib.parse import unquote, urlsplit
+
+import download
+import pytest
+from conftest import ROOT
+
+COMPANIONS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+INDEX = "model.safetensors.index.json"
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+def shards(stem: str, count: int, suffix: str) -> list[str]:
+    return [f"{stem}-{number:05}-of-{count:05}{suffix}" for number in range(1, count + 1)]
+
+
+LLAMA = [
+    ".gitattributes", "LICENSE", "README.md", "USE_POLICY.md", *COMPANIONS, *shards("model", 4, ".safetensors"), INDEX,
+    "original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "special_tokens_map.json",
+]  # fmt: skip
+MISTRAL = [
+    ".gitattributes", "README.md", *COMPANIONS, "consolidated.safetensors", *shards("model", 3, ".safetensors"), INDEX,
+    "params.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.model.v3",
+]  # fmt: skip
+BINS = shards("pytorch_model", 2, ".bin")
+BIN_ONLY = ["README.md", *COMPANIONS, *BINS, BIN_INDEX, "tokenizer.model", "training_args.bin", "optimizer.pt"]
+BOTH = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "tokenizer.model"]
+TINYLLAMAS = ["README.md", "stories15M.bin", "stories15M.pt", "stories42M.pt", "stories260K/stories260K.pt"]
+GGUF = ["README.md", "config.json", *(f"llama.Q{bits}_K_M.gguf" for bits in (2, 3, 4, 5, 6))]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json"]
+
+
+@pytest.mark.parametrize(
+    "names,files,expected",
+    [
+        (LLAMA, [], [*COMPANIONS, "special_tokens_map.json", INDEX, *shards("model", 4, ".safetensors")]),
+        (MISTRAL, [], [
+            *COMPANIONS[:2], "tokenizer.model", *COMPANIONS[2:], "special_tokens_map.json", INDEX,
+            *shards("model", 3, ".safetensors"),
+        ]),
+        (BIN_ONLY, [], [*COMPANIONS[:2], "tokenizer.model", *COMPANIONS[2:], BIN_INDEX, *BINS]),
+        (BOTH, [], ["config.json", "tokenizer.model", "model.safetensors"]),
+        ([*BOTH, *shards("model", 2, ".safetensors"), INDEX], [], [
+            "config.json", "tokenizer.model", "model.safetensors"
+        ]),
+        (["config.json", "pytorch_model.bin"], [], ["config.json", "pytorch_model.bin"]),
+        (["config.json", "llama-7b.safetensors", "adapter_model.safetensors", "x/y.safetensors"], [], [
+            "config.json", "llama-7b.safetensors"
+        ]),
+        (TINYLLAMAS, ["stories15M.pt"], ["stories15M.pt"]),
+        (TINYLLAMAS, ["stories260K/stories260K.pt", "stories15M.pt"], ["stories260K/stories260K.pt", "stories15M.pt"]),
+        (BOTH, ["pytorch_model.bin", "config.json"], ["config.json", "tokenizer.model", "pytorch_model.bin"]),
+    ],
+    ids=["llama", "mistral", "bin", "both", "file and shards", "one bin", "own name", "file", "files", "file of both"],
+)  # fmt: skip
+def test_one_set_of_weights_is_chosen(names, files, expected):
+    assert sorted(download.choose(names, files)) == sorted(expected)
+    assert len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize(
+    "names,files,message",
+    [
+        (GGUF, [], "it has llama.Q2_K_M.gguf, llama.Q3_K_M.gguf, llama.Q4_K_M.gguf and 2 more"),
+        (TINYLLAMAS, [], "it has stories15M.bin, stories15M.pt, stories260K/stories260K.pt and 1 more"),
+        (ADAPTER, [], "it has adapter_model.safetensors: "),
+        (["original/model.safetensors", "config.json"], [], "it has original/model.safetensors: "),
+        (["consolidated.safetensors", "config.json"], [], "it has consolidated.safetensors: "),
+        (["README.md"], [], "it has no weights at all"),
+        (["model.safetensors"], [], "no config.json"),
+        (TINYLLAMAS, ["stories15m.pt"], "no file stories15m.pt; it has stories15M.bin, "),
+    ],
+)
+def test_a_repository_without_weights_for_the_engine_is_refused(names, files, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        download.choose(names, files)
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories with their files; `fetched` lists the files that were sent, `listed` overrides a listed size."""
+
+    daemon_threads = True
+    sha = "5e" * 20
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.environment = {"HF_ENDPOINT": f"http://127.0.0.1:{self.server_port}"}
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.listed: dict[str, int | None] = {}
+        self.fetched: list[str] = []
+        self.paused = threading.Event()  # while set, weights stop halfway
+
+    def run(self, *arguments, **environment) -> subprocess.CompletedProcess:
+        return run(*arguments, **self.environment, **environment)
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        api, _, rest = unquote(urlsplit(self.path).path).removeprefix("/").partition("models/")
+        if self.headers["Authorization"] not in (None, "Bearer hf_right"):
+            self.answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif api == "api/":
+            repo, _, revision = rest.partition("/revision/")
+            self.listing(repo, revision or "main")
+        else:
+            repo, _, rest = unquote(self.path)[1:].partition("/resolve/")
+            self.file(repo, *rest.partition("/")[::2])
+
+    do_HEAD = do_GET
+
+    def listing(self, repo: str, revision: str) -> None:
+        if repo == "own/broken":
+            return self.answer(500, {})
+        if repo not in self.server.repos:
+            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
+        if revision not in ("main", "v1.0", self.server.sha):
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        sizes = {name: len(body) for name, body in self.server.repos[repo].items()} | self.server.listed
+        with_size = "blobs=" in self.path
+        siblings = [{"rfilename": name, "size": sizes[name] if with_size else None} for name in sizes]
+        self.answer(200, {}, json.dumps({"id": repo, "sha": self.server.sha, "siblings": siblings}).encode())
+
+    def file(self, repo: str, revision: str, name: str) -> None:
+        if repo == "own/gated":
+            return self.answer(401, {"X-Error-Code": "GatedRepo"})
+        if repo == "own/forbidden":
+            return self.answer(403, {})
+        if name not in self.server.repos.get(repo, {}) or revision != self.server.sha:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
+        body = self.server.repos[repo][name]
+        if self.command == "GET":
+            self.server.fetched.append(name)
+        self.answer(200, {"X-Repo-Commit": self.server.sha, "ETag": hashlib.sha1(body).hexdigest()}, body)
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        half = len(body) // 2
+        self.wfile.write(body[:half])
+        while self.server.paused.is_set() and self.path.endswith(".safetensors"):
+            time.sleep(0.05)
+        self.wfile.write(body[half:])
+
+
+@pytest.fixture
+def hub():
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        server.repos["own/model"] = {name: name.encode() * 9 for name in [*BOTH, "README.md"]}
+        yield server
+        server.paused.clear()
+        server.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path_factory):
+    """No token, cache or setting of whoever runs the tests."""
+    for name in os.environ:
+        if name.startswith("HF_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "3")
+
+
+def command_of(*arguments) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts" / "download.py"), *map(str, arguments)]
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    environment = os.environ | environment
+    return subprocess.run(command_of(*arguments), capture_output=True, text=True, timeout=30, env=environment)
+
+
+def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("fetching ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
+    assert result.returncode == 2 and result.stdout == ""
+
+
+CHOSEN = ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_what_is_needed_is_fetched_once(hub, tmp_path):
+    out = tmp_path / "a" / "model"
+    first, second = (hub.run("own/model", "--revision", "v1.0", "--out", out) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout == f"{out}\n"
+    assert "fetching 3 files of own/model, 0.0 MB\n" in first.stderr and f"already in {out}" in second.stderr
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == CHOSEN == sorted(hub.fetched)
+    assert all((out / name).read_bytes() == hub.repos["own/model"][name] for name in CHOSEN)
+
+
+def test_the_default_folder_is_below_the_repository(monkeypatch, capsys):
+    """The folder is asked of the command line, in this process; nothing is fetched."""
+    monkeypatch.setattr(sys, "argv", ["download.py", "own/model"])
+    monkeypatch.setattr(download, "download", lambda repo, revision, out, files: out)
+    assert download.main() == 0
+    assert capsys.readouterr().out == f"{ROOT / 'checkpoints' / 'own' / 'model'}\n"
+
+
+def test_single_files_are_fetched_by_name(hub, tmp_path):
+    hub.repos["own/tinyllamas"] = {name: name.encode() for name in TINYLLAMAS}
+    names = ["stories15M.pt", "stories260K/stories260K.pt"]
+    result = hub.run("own/tinyllamas", "--out", tmp_path, "--file", names[0], "--file", names[1])
+    assert result.returncode == 0, result.stderr
+    assert hub.fetched == names and all((tmp_path / name).read_bytes() == name.encode() for name in names)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["model"], "'model' is not the name of a repository: give OWNER/NAME"),
+        (["https://huggingface.co/own/model"], "'https://huggingface.co/own/model' is not the name of a repository"),
+        (["../model"], "'../model' is not the name of a repository"),
+        ([], "the following arguments are required: REPO"),
+        (["own/modle"], "/own/modle is not there, or private: check the name; if private, set HF_TOKEN"),
+        (["own/gated"], "own/gated needs a token: accept the licence on http://127.0.0.1"),
+        (["own/forbidden"], "own/forbidden needs a token: accept the licence on http://127.0.0.1"),
+        (["own/model", "--revision", "v2.0"], "own/model has no revision 'v2.0': give one of its branches"),
+        (["own/gguf"], "own/gguf has no *.safetensors and no pytorch_model*.bin of a model at its top"),
+        (["own/broken"], "/own/broken cannot be fetched (Server error '500"),
+    ],
+    ids=["no owner", "address", "path", "nothing", "unknown", "gated", "forbidden", "revision", "gguf", "server"],
+)
+def test_bad_input_gets_one_line(hub, tmp_path, arguments, message):
+    names = {"own/gated": BOTH, "own/forbidden": BOTH, "own/gguf": GGUF}
+    hub.repos |= {repo: dict.fromkeys(names[repo], b"x") for repo in names}
+    assert_refused(hub.run(*arguments, "--out", tmp_path / "out"), message)
+    assert hub.fetched == []
+
+
+def test_a_token_is_taken_from_the_environment(hub, tmp_path):
+    assert hub.run("own/model", "--out", tmp_path / "right", HF_TOKEN="hf_right").returncode == 0
+    result = hub.run("own/model", "--out", tmp_path / "wrong", HF_TOKEN="hf_wrong")
+    assert_refused(result, "the hub does not accept the token: set HF_TOKEN to a valid one")
+
+
+@pytest.mark.parametrize(
+    "environment,message",
+    [
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched ([Errno 111] Connection refused): check"),
+        ({"HF_HUB_OFFLINE": "1"}, "own/model cannot be fetched while HF_HUB_OFFLINE is set: unset it"),
+    ],
+    ids=["refused", "offline"],
+)
+def test_without_a_network_it_ends_at_once(tmp_path, environment, message):
+    begin = time.monotonic()
+    assert_refused(run("own/model", "--out", tmp_path, **environment), message)
+    assert time.monotonic() - begin < 10
+
+
+def test_a_disk_without_room_is_refused_before_the_download(hub, tmp_path):
+    hub.listed["model.safetensors"] = 10**18
+    result = hub.run("own/model", "--out", tmp_path / "out")
+    assert_refused(result, "1000000000.0 GB are to be fetched and the disk of")
+    assert hub.fetched == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("free,fits", [(10, True), (9, False)])
+def test_what_is_already_there_needs_no_room(monkeypatch, tmp_path, free, fits):
+    """The weights lie there, the 10 bytes of config.json do not; the hub and the disk are stubs."""
+    sizes = {"config.json": 10, "model.safetensors": 1000}
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(sha=Hub.sha, siblings=siblings)
+    monkeypatch.setattr(download, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr(
+        download,
+        "hf_hub_download",
+        lambda repo, name, *, revision, local_dir: (local_dir / name).write_bytes(bytes(sizes[name])),
+    )
+    if fits:
+        assert download.download("own/model", None, tmp_path, []) == tmp_path
+    else:
+        with pytest.raises(ValueError, match="0.0 MB are to be fetched and the disk of"):
+            download.download("own/model", None, tmp_path, [])
+
+
+def test_a_file_of_another_size_than_listed_is_named(hub, tmp_path):
+    hub.listed["model.safetensors"] = 7
+    result = hub.run("own/model", "--out", tmp_path, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    assert_refused(result, f"{tmp_path / 'model.safetensors'} is not of 7 bytes: remove it")
+
+
+def test_sizes_may_be_unknown(hub, tmp_path):
+    hub.listed |= dict.fromkeys(BOTH)
+    result = hub.run("own/model", "--out", tmp_path)
+    assert result.returncode == 0 and sorted(hub.fetched) == CHOSEN
+
+
+def test_a_folder_that_cannot_be_used_is_named(hub, tmp_path):
+    (tmp_path / "file").touch()
+    result = hub.run("own/model", "--out", tmp_path / "file" / "out")
+    assert_refused(result, "cannot be used (Not a directory): give one that can as --out")
+    assert str(tmp_path / "file" / "out") in result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_disk_that_fills_up_is_named(monkeypatch, capsys, error):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["download.py", "own/model", "--out", "somewhere"])
+    monkeypatch.setattr(download, "download", full)
+    assert download.main() == 2
+    assert capsys.readouterr().err.startswith("error: the disk of somewhere is full: ")
+
+
+def test_an_interrupt_keeps_whole_files(hub, tmp_path):
+    """The weights stop halfway; after Ctrl-C the program ends although they still do, and goes on the next time."""
+    hub.paused.set()
+    command, environment = command_of("own/model", "--out", tmp_path), os.environ | hub.environment
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        limit = time.monotonic() + 20
+        while "model.safetensors" not in hub.fetched:
+            time.sleep(0.02)
+            assert time.monotonic() < limit
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=5)
+    assert process.returncode == 130 and stdout == "" and "Traceback" not in stderr
+    assert stderr.splitlines()[-1].startswith("interrupted: whole files are kept")
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "config.json").exists()
+    hub.paused.clear()
+    hub.fetched.clear()
+    assert hub.run("own/model", "--out", tmp_path).returncode == 0
+    assert hub.fetched == ["model.safetensors"]
+
+
+STUB = """#!/usr/bin/env bash
+(IFS='|'; printf '%s\\n' "$*" >>"$LOG")
+case $1 in
+    */download.py) echo "/models/of $2"; exit "${DOWNLOAD_STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Runs a copy of prepare.sh, whose Python writes down what it is asked to run, and returns that as lines."""
+    root = tmp_path / "a repository"
+    (root / "scripts").mkdir(parents=True)
+    (root / "scripts" / "prepare.sh").write_bytes((ROOT / "scripts" / "prepare.sh").read_bytes())
+    (tmp_path / "python").write_text(STUB)
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "log").touch()
+
+    def run(*arguments, quantize: bool = False, **environment):
+        if quantize:
+            (root / "quantize.py").touch()
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "LOG": str(tmp_path / "log")} | environment
+        result = subprocess.run(
+            ["bash", str(root / "scripts" / "prepare.sh"), *arguments],
+            capture_output=True, text=True, timeout=30, env=environment, cwd=tmp_path,
+        )  # fmt: skip
+        return result, (tmp_path / "log").read_text().replace(str(root), "ROOT").splitlines()
+
+    return run
+
+
+CONVERTED = ["ROOT/scripts/download.py|o/m", "ROOT/scripts/convert_hf_checkpoint.py|--checkpoint_dir|/models/of o/m"]
+
+
+def test_prepare_fetches_and_converts(prepare):
+    result, asked = prepare("o/m")
+    assert result.returncode == 0, result.stderr
+    assert asked == CONVERTED
+
+
+def test_prepare_quantises_where_asked(prepare):
+    result, asked = prepare("o/m", "int4", quantize=True)
+    assert result.returncode == 0, result.stderr
+    assert asked == [*CONVERTED, "ROOT/quantize.py|--checkpoint_path|/models/of o/m/model.pth|--mode|int4"]
+
+
+def test_prepare_stops_where_the_download_does(prepare):
+    result, asked = prepare("o/m", DOWNLOAD_STATUS="130")
+    assert result.returncode == 130 and asked == CONVERTED[:1]
+
+
+@pytest.mark.parametrize(
+    "arguments,environment,message",
+    [
+        ([], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
+        (["--help"], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
+        (["o/m", "int8", "more"], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
+        (["o/m", "int2"], {}, "error: mode 'int2' is not known: give int8 or int4, or nothing\n"),
+        (["o/m", "int8"], {}, "error: quantize.py is not there: leave out int8\n"),
+        (["o/m"], {"PYTHON": "no-such-python"}, "error: 'no-such-python' is not there: set PYTHON to"),
+    ],
+    ids=["nothing", "help", "three", "mode", "quantize", "python"],
+)
+def test_prepare_refuses_before_anything_is_fetched(prepare, arguments, environment, message):
+    result, asked = prepare(*arguments, **environment)
+    assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
+    assert asked == [] and result.stdout == ""
+
+
+def test_prepare_is_executable():
+    assert os.access(ROOT / "scripts" / "prepare.sh", os.X_OK)
