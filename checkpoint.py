@@ -8,6 +8,7 @@ read: a page comes into memory when it is first used.
 
 import json
 import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,14 +183,22 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes model.pth and config.json, each under a temporary name first, so that a crash leaves no half of one."""
+    """Writes config.json and model.pth, each under a temporary name first, so that a crash leaves no half of one.
+
+    Raises OSError where they cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "model.pth.unfinished"
+    unfinished = [folder / "config.json.unfinished", folder / "model.pth.unfinished"]
     try:
-        torch.save(dict(state), unfinished)
-        unfinished.replace(folder / "model.pth")
+        unfinished[0].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        torch.save(dict(state), unfinished[1])
+        for path in unfinished:
+            path.replace(path.with_suffix(""))
+    except RuntimeError as error:  # torch.save's for every failure of the disk
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{folder / 'model.pth'} cannot be written ({free / 1e9:.1f} GB are free there): {error}"
+        ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "config.json.unfinished").write_text(text, "utf-8")
-    (folder / "config.json.unfinished").replace(folder / "config.json")
+        for path in unfinished:
+            path.unlink(missing_ok=True)

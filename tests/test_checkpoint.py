@@ -1,15 +1,18 @@
 """Files on disk. Oracle: the tensors that were written; errors name the file and the remedy."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import GQA, STORIES, TINY, needs_stories, random_model
+from conftest import GQA, ROOT, STORIES, TINY, needs_stories, random_model
 from convert_hf_checkpoint import convert
 from safetensors.torch import save_file
 
 from checkpoint import load_model, read_checkpoint, read_weights, save_model
 from families import args_from_config
+from model import Transformer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -174,6 +177,24 @@ def test_nothing_is_overwritten_where_saving_fails(folder):
         save_model(folder, CONFIG, {"norm.weight": lambda: None})
     assert (folder / "model.pth").read_bytes() == before
     assert not list(folder.glob("*.unfinished"))
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folder, tmp_path):
+    """Oracle: the command line under a limit on the size of files, which is how a full disk looks to a program."""
+    config = json.dumps({**CONFIG, "hidden_size": 512, "head_dim": 64, "num_attention_heads": 8})
+    (folder / "config.json").write_text(config)
+    with torch.device("meta"):
+        shapes = Transformer(read_checkpoint(folder).args).state_dict()
+    torch.save({name: torch.ones(tensor.shape) for name, tensor in shapes.items()}, folder / "pytorch_model.bin")
+    script = "convert_hf_checkpoint.py"
+    command = (
+        f"ulimit -f 100; {sys.executable} {ROOT / 'scripts' / script} --checkpoint_dir {folder} --out {tmp_path}/out"
+    )
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "model.pth cannot be written" in result.stderr
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_config_files_are_read_as_written():

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SCRIPT = """
 import re, sys
@@ -49,3 +51,36 @@ def test_memory_beyond_the_weights_is_the_context_once_and_the_decoded_part():
     assert result.returncode == 0, result.stderr
     token = 2 * 12 * 768 * 2
     assert int(result.stdout) <= 1.15 * (4096 + 64 * 64) * token
+
+
+CONVERT = """
+import re, sys
+from pathlib import Path
+sys.path.insert(0, {scripts!r})
+from convert_hf_checkpoint import convert
+
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+convert(Path({small!r}), Path({small!r}, "out"))  # loads the code that PyTorch loads on first use
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+convert(Path({large!r}), Path({large!r}, "out"))
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak")
+def test_converting_holds_at_most_the_output_and_one_shard(tmp_path):
+    """A sharded folder: at most 1.1 x (output + the largest shard). The pages of mapped files count."""
+    folders = {"small": tmp_path / "small", "large": tmp_path / "large"}
+    for name, dim in (("small", 16), ("large", 512)):
+        config = LlamaConfig(hidden_size=dim, intermediate_size=4 * dim, num_hidden_layers=6, num_attention_heads=8)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folders[name], max_shard_size="12MB")
+    script = CONVERT.format(scripts=str(ROOT / "scripts"), **{name: str(path) for name, path in folders.items()})
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    shards = [path.stat().st_size for path in folders["large"].glob("*.safetensors")]
+    assert len(shards) > 3
+    output = (folders["large"] / "out" / "model.pth").stat().st_size
+    assert int(result.stdout) <= 1.1 * (output + max(shards)), (output, max(shards))
