@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint
-from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
+from model import LAYOUTS, KVCache, ModelArgs, NoCache, Prefill, Transformer
+from options import build_parser, check_options, prompt_length, read_prompt
 from plan import (
     Memory,
     available_memory,
@@ -31,17 +33,14 @@ from plan import (
     choose_device,
     choose_dtype,
     keep_freed_memory,
-    parse_size,
     plan_memory,
 )
 from report import Console, Monitor, Ranked, describe, measure, print_report
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
 DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
-SAMPLE_LOGITS = {
-    "cpu": 1 << 20,
-    "cuda": 1 << 26,
-}  # logits worked on at a time, to bound memory and stay in a CPU's cache
+# Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
+SAMPLE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -163,14 +162,6 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Te
         token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])  # [N,1]
         token = token if ids is None else ids.gather(-1, token)
     return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
-
-
-# How N rows hold one context. Bifurcated is the engine; the others copy it, or expand it at each step, to compare with.
-LAYOUTS: dict[str, Callable[[KVCache, int, int], KVCache]] = {
-    "bifurcated": KVCache.fork,
-    "contiguous": KVCache.copy,
-    "expanded": SDPACache.fork,
-}
 
 
 Step = Callable[[Tensor, Tensor, KVCache], Tensor]
@@ -387,100 +378,6 @@ def rescore(model: Transformer, context: Sequence[int], tokens: Sequence[int]) -
     return logits.log_softmax(-1).gather(-1, whole[:, len(context) :, None])[0, :, 0].tolist()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every flag and every default of the command line."""
-
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            self.exit(2, f"error: {message}; see --help\n")
-
-    parser = OneLineParser(
-        description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
-    )
-
-    def flag(name: str, help: str, *aliases: str, **settings: object) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    group = parser.add_argument_group("model")
-    tiny = Path(__file__).resolve().parent / "checkpoints" / "tiny" / "model.pth"
-    flag("--checkpoint_path", "model.pth, or a model's folder; default: checkpoints/tiny", type=Path, default=tiny)
-    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    flag("--dtype", "auto is bfloat16 where the device has it", choices=dtypes, default="auto")
-    group = parser.add_argument_group("prompt")
-    flag("--prompt", "text; an integer makes a synthetic prompt of so many tokens")
-    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
-    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
-    flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
-    group = parser.add_argument_group("sampling")
-    flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=1)
-    flag("--top", "print the so many best; default: all", type=int)
-    flag("--max_new_tokens", "per sample", type=int, default=200)
-    flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
-    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=200)
-    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
-    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
-    flag("--seed", "same seed, same samples; default: a new one, which the report names", type=int)
-    flag("--stop", "end a sample before this text; repeatable", action="append", default=[], metavar="TEXT")
-    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
-    group = parser.add_argument_group("execution")
-    flag("--attention", "how the samples hold the context", choices=("auto", *LAYOUTS), default="auto")
-    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
-    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
-    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=512)
-    flag("--max_memory", "such as 4GB; default: what is free", type=parse_size)
-    flag("--plan", "print the memory plan and run nothing", action="store_true")
-    group = parser.add_argument_group("output")
-    flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
-    flag("--report", "write the report as JSON to this file", type=Path)
-    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
-    flag("--profile", "write a chrome trace of the run to this file", type=Path)
-    flag("--selfcheck", "score the printed samples again without a cache", action="store_true")
-    flag("--quiet", "no progress and no report on stderr", action="store_true")
-    return parser
-
-
-def read_prompt(options: argparse.Namespace) -> str | None:
-    """The prompt's text; None in --interactive without one. Raises ValueError where it is missing or not UTF-8."""
-    if options.prompt is not None and options.prompt_file is not None:
-        raise ValueError("--prompt and --prompt_file are both given: give one")
-    text = options.prompt
-    if options.prompt_file is not None:
-        name = "stdin" if options.prompt_file == "-" else options.prompt_file
-        data = sys.stdin.buffer.read() if name == "stdin" else Path(name).read_bytes()
-        try:
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt in {name} is not UTF-8 (byte {error.start}): convert it") from error
-    if text is None and not options.interactive:
-        raise ValueError("no prompt: give --prompt TEXT, --prompt_file PATH or --interactive")
-    if text == "":
-        raise ValueError("the prompt is empty: give some text")
-    return text
-
-
-def prompt_length(options: argparse.Namespace) -> int | None:
-    """The tokens of a synthetic prompt, which an integer as --prompt asks for; None for a text."""
-    text = (options.prompt or "").strip()
-    return int(text) if text.isdecimal() else None
-
-
-def encode(text: str, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
-    """The text's tokens. Raises ValueError where the model has no such token."""
-    tokens = tokenizer.encode(text)
-    if max(tokens, default=0) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer gives token {max(tokens)}, the model has {vocab_size}: it is not its tokenizer"
-        )
-    return tokens
-
-
-def bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-
-
 @dataclass(frozen=True)
 class Session:
     """A command line that was found good: what it asks for, and how it will run."""
@@ -489,7 +386,8 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     checkpoint: Checkpoint
-    tokenizer: Tokenizer
+    dialogue: Dialogue
+    prompt_text: str | None
     prompt_tokens: list[int]
     request: Request
     memory: Memory
@@ -500,16 +398,7 @@ class Session:
 
 def set_up(options: argparse.Namespace) -> Session:
     """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
-    for name in ("num_runs", "top"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
-    if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
-        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
-    if options.pick and not options.interactive:
-        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
-    for path in (options.report, options.profile):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+    check_options(options)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     attention, attention_reason = choose_attention(options.attention, options.num_samples)
     request = Request(
@@ -525,11 +414,12 @@ def set_up(options: argparse.Namespace) -> Session:
     dtype = choose_dtype(options.dtype, device)
     text = read_prompt(options)
     checkpoint = read_checkpoint(options.checkpoint_path)
-    tokenizer = load_tokenizer(checkpoint.folder)
     args = checkpoint.args
+    chat = choose_chat(checkpoint.folder, options.chat, options.interactive)
+    dialogue = Dialogue(load_tokenizer(checkpoint.folder), args.vocab_size, chat, options.system)
     length, tokens = prompt_length(options), []
     if length is None and text is not None:
-        tokens = bos(tokenizer) + encode(text, tokenizer, args.vocab_size)
+        tokens = dialogue.say(text)
         length = len(tokens)
     if length is not None and not options.plan:
         request.check_length(args, length)
@@ -537,14 +427,14 @@ def set_up(options: argparse.Namespace) -> Session:
         tokens = tokens or torch.randint(args.vocab_size, (length,), generator=generator).tolist()
     available = available_memory(device) if options.max_memory is None else options.max_memory
     memory = plan_memory(args, dtype, length or 0, request.num_samples, request.max_new_tokens, attention, available)
-    # A model trained on texts that BOS alone separates ends one by beginning the next.
-    ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | tokenizer.eos_ids | set(bos(tokenizer))
+    ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends, rows_at_once=memory.rows_at_once)
+    if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
+        request = replace(request, prefill_chunk=None)  # it rotates by the length of the whole prompt
     steps = options.num_runs * memory.waves * request.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    return Session(
-        options, device, dtype, checkpoint, tokenizer, tokens, request, memory, attention_reason, compiled, why
-    )
+    run = (request, memory, attention_reason, compiled, why)
+    return Session(options, device, dtype, checkpoint, dialogue, text if tokens else None, tokens, *run)
 
 
 def run_once(session: Session, model: Transformer, steps: Steps) -> None:
@@ -554,7 +444,8 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
     for run in range(1, options.num_runs + 1):
         with Console(session, samples) as console:
             console.streams &= run == options.num_runs
-            samples = generate(model, session.prompt_tokens, session.request, session.tokenizer, steps, console)
+            prompt, tokenizer = session.prompt_tokens, session.dialogue.tokenizer
+            samples = generate(model, prompt, session.request, tokenizer, steps, console)
         monitors.append(console)
     ranked = console.show(samples)[: options.top]
     report = describe(session) | measure(
@@ -577,9 +468,8 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
 class Conversation:
     """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
 
-    def __init__(self, session: Session, model: Transformer, steps: Steps) -> None:
-        self.request, self.tokenizer = session.request, session.tokenizer
-        self.model, self.steps = model, steps
+    def __init__(self, request: Request, tokenizer: Tokenizer, model: Transformer, steps: Steps) -> None:
+        self.request, self.tokenizer, self.model, self.steps = request, tokenizer, model, steps
         self.context = KVCache.empty(model.args, 1, 0, model.norm.weight)
         self.history: list[int] = []  # the tokens of the context, then the pending ones
         self.pending: list[int] = []  # kept, but not yet in the context
@@ -612,16 +502,14 @@ class Conversation:
 
 def interact(session: Session, model: Transformer, steps: Steps) -> None:
     """--interactive: a turn for --prompt, if given, then one per line of stdin, until it ends."""
-    options, tokenizer = session.options, session.tokenizer
-    conversation = Conversation(session, model, steps)
-    tokens = session.prompt_tokens
+    options, dialogue = session.options, session.dialogue
+    conversation = Conversation(session.request, dialogue.tokenizer, model, steps)
+    line, tokens = session.prompt_text or "", session.prompt_tokens
     while tokens or (line := ask("> ")) is not None:
+        if not (tokens or line):
+            continue
         try:
-            tokens = tokens or encode(line, tokenizer, model.args.vocab_size)
-            if not tokens:
-                continue  # an empty line
-            if not (conversation.history or session.prompt_tokens):
-                tokens = bos(tokenizer) + tokens
+            tokens = tokens or dialogue.say(line)
             with Console(session) as console:
                 samples = conversation.turn(tokens, console)
         except ValueError as error:
@@ -630,6 +518,7 @@ def interact(session: Session, model: Transformer, steps: Steps) -> None:
             ranked = console.show(samples)[: options.top]
             reply = pick(ranked) if options.pick else ranked[0].sample
             conversation.keep(reply, console.caches[reply.index])
+            dialogue.keep(line, reply.text)
         tokens = []
 
 

@@ -7,6 +7,7 @@ Shapes: N rows, S positions in this call, H query heads, G key/value heads, T co
 D head dimension, V vocabulary. Positions are absolute and count from 0 at the first token of the context.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Self
@@ -264,6 +265,14 @@ class SDPACache(KVCache):
         if rule is not None:
             return rule.attention(q, k, v, rule.mask(mask, input_pos, positions))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+# How N rows hold one context. Bifurcated is the engine; the others copy it, or expand it at each step, to compare with.
+LAYOUTS: dict[str, Callable[[KVCache, int, int], KVCache]] = {
+    "bifurcated": KVCache.fork,
+    "contiguous": KVCache.copy,
+    "expanded": SDPACache.fork,
+}
 
 
 class Prefill:

@@ -1,13 +1,17 @@
 """Times the decode step of a model of a named shape with random weights, for every way to hold the context.
 
-    python scripts/benchmark.py --shape stories110M --context 4096 -n 1 8 16 64
+    python scripts/benchmark.py --preset cpu
+    python scripts/benchmark.py --shape stories110M --context 4096 -n 1 8 16 64 --out cells.jsonl --charts charts
 
-Prints a Markdown table to stdout and, with --out, one JSON object per cell. A step is the network, the logits and the
-drawing of a token; each cell is the median of --steps steps after a warm-up. The columns of one N are measured one
-after another in one process, so that their ratios share the machine's state.
+Prints Markdown tables to stdout as they are finished; --out adds one JSON object per cell, --charts draws them. A step
+is the network, the logits and the drawing of a token; a cell is the median of --steps steps after a warm-up. The
+columns of one N are measured one after another in one process, so that their ratios share the machine's state. Beside
+every time stands its limit: the bytes that a step must read over the measured bandwidth, or its operations over the
+measured rate of a matrix product, whichever takes longer.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import shlex
@@ -15,22 +19,24 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from torch import Tensor
 
 from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
-from model import KVCache, ModelArgs, SDPACache, Transformer
+from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
 from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
 
 SHAPES = {
     "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
     "stories110M": ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20),
+    "stories110M-gqa": ModelArgs(768, 12, 12, 4, 64, 2048, 32000, 1 << 20),
     "llama-2-7b": ModelArgs(4096, 32, 32, 32, 128, 11008, 32000, 1 << 20),
     "mistral-7b": ModelArgs(4096, 32, 32, 8, 128, 14336, 32000, 1 << 20),
     "llama-3.1-8b": ModelArgs(4096, 32, 32, 8, 128, 14336, 128256, 1 << 20, rope_theta=500000.0),
@@ -56,6 +62,30 @@ COLUMNS = {
     "expanded SDPA": Column(SDPACache.fork, False, "expanded"),
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
+EVERY_N = [1 << power for power in range(12)]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset measures, where no flag says otherwise."""
+
+    shapes: tuple[str, ...]
+    context: tuple[int, ...]
+    num_samples: tuple[int, ...]
+    columns: tuple[str, ...] = tuple(COLUMNS)
+    steps: int = 20
+
+
+PRESETS = {
+    "cpu": Preset(
+        ("stories110M", "stories110M-gqa"),
+        (2048,),
+        (1, 8, 64),
+        ("bifurcated, compiled", "bifurcated", "contiguous SDPA"),
+    ),
+    "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N)),
+    "decode": Preset(("stories110M",), (4096,), (1, 8, 16, 64)),
+}
 
 
 def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -68,17 +98,17 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
     return model
 
 
-def random_context(args: ModelArgs, slots: int, like: torch.Tensor) -> KVCache:
+def random_context(args: ModelArgs, slots: int, like: Tensor) -> KVCache:
     cache = KVCache.empty(args, 1, slots, like)
     for tensor in cache.k + cache.v:
         tensor.normal_()
     return cache
 
 
-def timed(function: Callable[[], object], times: int, device: torch.device) -> list[float]:
-    """Seconds of each of `times` calls."""
-    seconds = []
-    for _ in range(times):
+def timed(function: Callable[[], object], times: int, device: torch.device, budget: float = 1e9) -> list[float]:
+    """Seconds of each of `times` calls; of fewer, at least one, where they take longer than `budget` seconds."""
+    seconds: list[float] = []
+    while len(seconds) < times and sum(seconds) < budget:
         begin = time.perf_counter()
         function()
         if device.type == "cuda":
@@ -88,7 +118,7 @@ def timed(function: Callable[[], object], times: int, device: torch.device) -> l
 
 
 @torch.no_grad()
-def time_decode(steps: Steps, cache: KVCache, context: int, repeats: int, warm_up: int = 4) -> float:
+def time_decode(steps: Steps, cache: KVCache, context: int, repeats: int, budget: float = 1e9) -> float:
     """Median seconds of a decode step over positions from `context` on."""
     device, rows = cache.start.device, cache.rows
     generator = torch.Generator().manual_seed(0)
@@ -102,73 +132,169 @@ def time_decode(steps: Steps, cache: KVCache, context: int, repeats: int, warm_u
         token, _ = sample(logits, uniform, Sampling(0.8, top_k=200))
         input_pos = input_pos + 1
 
-    timed(step, warm_up, device)
-    return statistics.median(timed(step, repeats, device))
+    timed(step, 1, device)  # may compile
+    timed(step, 3, device, budget / 4)
+    return statistics.median(timed(step, repeats, device, budget))
 
 
-def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """(bytes per second that a large sum reads, multiply-adds as operations per second of a large matrix product)."""
+@dataclass(frozen=True)
+class Rates:
+    """Measured: bytes per second moved by a large copy (read and written) or read by a sum, whichever is more, and
+    operations per second (multiplications and additions) of a large matrix product."""
+
+    bandwidth: float
+    operations: float
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     big = torch.ones(1 << 26, device=device)
+    copy = torch.ones_like(big)
     square = torch.ones(2048, 2048, device=device, dtype=dtype)
-    read = min(timed(lambda: big.sum(), 5, device)[1:])
-    product = min(timed(lambda: square @ square, 5, device)[1:])
-    return big.nbytes / read, 2 * 2048**3 / product
+    moved = 2 * big.nbytes / min(timed(lambda: copy.copy_(big), 6, device)[1:])
+    read = big.nbytes / min(timed(lambda: big.sum(), 6, device)[1:])
+    return Rates(max(moved, read), 2 * 2048**3 / min(timed(lambda: square @ square, 6, device)[1:]))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. ms: of a step, None where it was not run, for the reason in `note`."""
+    """One measurement. ms: of a step, None where it was not run, for the reason in `note`. limit_ms: what the bytes or
+    the operations of a step take at the measured rates; limit: which of them binds."""
 
+    shape: str
     column: str
     num_samples: int
     context: int
     ms: float | None
-    note: str
-    bytes_per_step: int
+    limit_ms: float
+    limit: str
+    memory_bytes: int
+    note: str = ""
+    tokens_per_s: float | None = field(init=False)
+    share_of_limit: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens_per_s", self.ms and 1000 * self.num_samples / self.ms)
+        object.__setattr__(self, "share_of_limit", self.ms and self.limit_ms / self.ms)
+
+    def __str__(self) -> str:
+        return self.note if self.ms is None else f"{self.ms:.1f} ({self.share_of_limit:.0%})"
 
 
-def measure(options: argparse.Namespace, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Iterable[Cell]:
-    """Every cell that fits, row by row."""
+def step_operations(args: ModelArgs, context: int, rows: int) -> int:
+    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
+    attention = args.n_head * args.head_dim
+    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * args.hidden_dim)
+    weights = args.n_layer * per_layer + args.dim * args.vocab_size
+    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
+
+
+def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rates) -> Iterator[Cell]:
+    """Every cell of a shape, row by row."""
+    device, dtype = options.device, options.dtype
+    slots = min(DECODE_SLOTS, options.steps + 8)
+    weights = plan_memory(args, dtype, 1, 1, 1, "bifurcated", 1 << 62).weights
+    if weights > available_memory(device):
+        raise ValueError(f"the weights of {shape} need {human(weights)}: choose a smaller --shape")
     model = random_model(args, device, dtype)
     steps = {compiled: make_steps(model, compile_decode=compiled) for compiled in (False, True)}
-    slots = min(DECODE_SLOTS, options.steps + 8)
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
         for rows in options.num_samples:
+            shared = plan_memory(args, dtype, context, rows, slots, "bifurcated", 1 << 62)
+            limits = {
+                "bandwidth": 1000 * shared.per_step / rates.bandwidth,
+                "operations": 1000 * step_operations(args, context, rows) / rates.operations,
+            }
+            limit = max(limits, key=limits.__getitem__)
             for name in options.columns:
                 column = COLUMNS[name]
                 needed = plan_memory(args, dtype, context, rows, slots, column.layout, 1 << 62)
-                shared = plan_memory(args, dtype, context, rows, slots, "bifurcated", 1 << 62)
                 extra = needed.decoded + needed.workspace
-                if extra > available_memory(device):
-                    yield Cell(name, rows, context, None, f"needs {human(extra)}", shared.per_step)
-                    continue
-                cache = column.make(root, rows, slots)
-                seconds = time_decode(steps[column.compiled], cache, context, options.steps)
-                del cache
-                log(f"{name}, N {rows}, T {context}: {1000 * seconds:.2f} ms")
-                yield Cell(name, rows, context, 1000 * seconds, "", shared.per_step)
+                memory = needed.weights + needed.context + extra
+                ms, note = None, f"needs {human(memory)}"
+                if extra <= available_memory(device):
+                    ms, note = attempt(column, root, rows, slots, steps[column.compiled], options)
+                yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
+
+
+def attempt(
+    column: Column, root: KVCache, rows: int, slots: int, steps: Steps, options: argparse.Namespace
+) -> tuple[float | None, str]:
+    """(milliseconds, "") of a step, or (None, why not)."""
+    try:
+        cache = column.make(root, rows, slots)
+        return 1000 * time_decode(steps, cache, root.slots, options.steps, options.budget), ""
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None, "out of memory"
+
+
+@torch.no_grad()
+def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """One layer's attention against SDPA, as Markdown: prefill by length and by batch, decoding by length and by batch,
+    and a prefill chunk next to decoding rows. Milliseconds, eager."""
+    args = replace(args, n_layer=1)
+    like = torch.empty(0, device=options.device, dtype=options.dtype)
+
+    def inputs(rows: int, size: int, begin: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q = torch.randn(rows, args.n_head, size, args.head_dim, device=like.device).to(like.dtype)
+        k, v = torch.randn(2, rows, args.n_kv_head, size, args.head_dim, device=like.device).to(like.dtype)
+        return q, k, v, (begin + torch.arange(size, device=like.device)).expand(rows, size)
+
+    def ms(function: Callable[[], object]) -> float:
+        timed(function, 2, like.device, options.budget)
+        return 1000 * statistics.median(timed(function, options.steps, like.device, options.budget))
+
+    def prefill(rows: int, size: int) -> float:
+        given = inputs(rows, size, 0)
+        return ms(lambda: NoCache().attend(0, *given, None))
+
+    def chunk(begin: int, size: int) -> float:
+        cache, given = KVCache.empty(args, 1, begin + size, like), inputs(1, size, begin)
+        return ms(lambda: Prefill(cache, begin, size).attend(0, *given, None))
+
+    def decode(make: Callable[[KVCache, int, int], KVCache], rows: int, context: int) -> float:
+        cache, given = make(random_context(args, context, like), rows, 64), inputs(rows, 1, context)
+        return ms(lambda: cache.attend(0, *given, None))
+
+    yield "| what | N | T | this engine | SDPA |\n|---|---|---|---|---|"
+    short, long = min(options.context), max(options.context)
+    for size in dict.fromkeys((short, *options.context)):
+        yield f"| prefill by length | 1 | {size} | {prefill(1, size):.2f} | the same |"
+    for rows in (2, 4):
+        yield f"| prefill by batch | {rows} | {short} | {prefill(rows, short):.2f} | the same |"
+    pairs = [("by length", 16, size) for size in options.context] + [
+        ("by batch", n, short) for n in options.num_samples
+    ]
+    for what, rows, context in dict.fromkeys(pairs):
+        ours, theirs = decode(KVCache.fork, rows, context), decode(SDPACache.copy, rows, context)
+        yield f"| decode {what} | {rows} | {context} | {ours:.2f} | {theirs:.2f} |"
+    part = min(512, long // 2)
+    both = chunk(long - part, part)
+    ours, theirs = (both + decode(make, 16, long) for make in (KVCache.fork, SDPACache.copy))
+    yield f"| hybrid: a chunk of {part}, and decoding | 16 | {long} | {ours:.2f} | {theirs:.2f} |"
 
 
 def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def table(cells: list[Cell], columns: list[str], bandwidth: float) -> str:
-    """Markdown: a row per context and N; ms per step, and the share of the bandwidth that the first column reaches."""
-    lines = [
-        "| context | N | " + " | ".join(columns) + " | bandwidth limit |",
-        "|" + "---|" * (len(columns) + 3),
-    ]
+def table(cells: list[Cell], columns: list[str]) -> str:
+    """Markdown: a row per context and N; ms per step and share of the limit."""
+    lines = ["| context | N | " + " | ".join(columns) + " | limit |", "|" + "---|" * (len(columns) + 3)]
     for context, rows in dict.fromkeys((cell.context, cell.num_samples) for cell in cells):
         found = {cell.column: cell for cell in cells if (cell.context, cell.num_samples) == (context, rows)}
-        texts = [f"{found[name].ms:.1f}" if found[name].ms else found[name].note for name in columns]
-        limit = 1000 * found[columns[0]].bytes_per_step / bandwidth
-        lines.append(f"| {context} | {rows} | " + " | ".join(texts) + f" | {limit:.1f} |")
+        any_cell = next(iter(found.values()))
+        texts = [str(found.get(name, "")) for name in columns]
+        lines.append(f"| {context} | {rows} | " + " | ".join(texts) + f" | {any_cell.limit_ms:.1f} {any_cell.limit} |")
     return "\n".join(lines)
 
 
-def header(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, rates: tuple[float, float]) -> str:
+def header(options: argparse.Namespace, rates: Rates) -> str:
+    device = options.device
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -176,55 +302,100 @@ def header(options: argparse.Namespace, device: torch.device, dtype: torch.dtype
     threads = f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}" * (device.type == "cpu")
     return (
         f"`python scripts/benchmark.py {shlex.join(options.command)}`\n\n"
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(dtype)[6:]}; "
-        f"measured in this run: {rates[0] / 1e9:.0f} GB/s read, {rates[1] / 1e12:.2f} T operations/s in a matrix "
-        "product. Milliseconds per decode step; the limit is the bytes that a step must read over that bandwidth."
+        f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(options.dtype)[6:]}; "
+        f"measured in this run: {rates.bandwidth / 1e9:.0f} GB/s, {rates.operations / 1e12:.2f} T operations/s in a "
+        "matrix product. Milliseconds per decode step, and the share of the limit that is reached."
     )
 
 
-def shape_of(options: argparse.Namespace) -> ModelArgs:
+def shape_of(name: str, settings: list[str]) -> ModelArgs:
     """The named shape with --set's fields. Raises ValueError on a field that there is not."""
-    args = SHAPES[options.shape]
-    for setting in options.set:
-        field, _, value = setting.partition("=")
-        if not isinstance(getattr(args, field, None), int) or not value.isdecimal():
+    args = SHAPES[name]
+    for setting in settings:
+        field_name, _, value = setting.partition("=")
+        if type(getattr(args, field_name, None)) is not int or not value.isdecimal():
             raise ValueError(f"--set {setting}: write a field of ModelArgs and a number, such as n_kv_head=4")
-        args = replace(args, **{field: int(value)})
+        args = replace(args, **{field_name: int(value)})
     return args
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Time the decode step, for every way to hold the context.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="stories110M")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shape")
-    parser.add_argument("--context", type=int, nargs="+", default=[4096], help="tokens")
-    parser.add_argument("-n", "--num_samples", type=int, nargs="+", default=[1, 8, 16, 64])
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), metavar="COLUMN")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps per cell")
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Time the decode step, for every way to hold the context.")
+    choices = (*PRESETS, "attention")
+    parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; flags go before it")
+    parser.add_argument("--shape", choices=SHAPES, nargs="+")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
+    parser.add_argument("--context", type=int, nargs="+", help="tokens")
+    parser.add_argument("-n", "--num_samples", type=int, nargs="+")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=", ".join(COLUMNS))
+    parser.add_argument("--steps", type=int, help="timed steps per cell, at most")
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds of timed steps per cell; default: 4")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--out", type=Path, help="append one JSON object per cell to this file")
-    options = parser.parse_args()
+    parser.add_argument("--charts", type=Path, help="draw the cells as PNG files in this folder (needs matplotlib)")
+    return parser
+
+
+def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
+    """Fills in what the preset says where no flag does; returns the shapes. Raises ValueError on what cannot be run."""
+    preset = PRESETS["decode" if options.preset == "attention" else options.preset]
+    for name in ("context", "num_samples", "columns", "steps"):
+        if getattr(options, name) is None:
+            value = getattr(preset, name)
+            setattr(options, name, list(value) if isinstance(value, tuple) else value)
+    numbers = options.num_samples + options.context + [options.steps]
+    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8:
+        raise ValueError(f"num_samples, context and steps must be at least 1, and steps at most {DECODE_SLOTS - 8}")
+    options.device = choose_device(options.device)
+    options.dtype = choose_dtype(options.dtype, options.device)
+    return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
+
+
+def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]:
+    """Measures, and prints each shape's table as soon as it is there; an interruption prints what it has."""
+    rates = machine_rates(options.device, options.dtype)
+    print(header(options, rates), flush=True)
+    cells: list[Cell] = []
+    total = len(shapes) * len(options.context) * len(options.num_samples) * len(options.columns)
+    begin = time.perf_counter()
+    for shape, args in shapes.items():
+        print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys\n")
+        if options.preset == "attention":
+            for line in attention_table(options, args, rates):
+                print(line, flush=True)
+            continue
+        own: list[Cell] = []
+        try:
+            for cell in measure(options, shape, args, rates):
+                own.append(cell)
+                left = (time.perf_counter() - begin) * (total / (len(cells) + len(own)) - 1)
+                log(f"{shape}, {cell.column}, N {cell.num_samples}, T {cell.context}: {cell}; about {left:.0f} s left")
+                if options.out:
+                    with options.out.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(asdict(cell)) + "\n")
+        finally:
+            cells += own
+            print(table(own, options.columns), flush=True)
+    return cells
+
+
+def main() -> int:
+    options = build_parser().parse_args()
     options.command = sys.argv[1:]
+    keep_freed_memory()
     try:
-        args, device = shape_of(options), choose_device(options.device)
-        if min(options.num_samples + options.context + [options.steps]) < 1 or options.steps > DECODE_SLOTS - 8:
-            raise ValueError(f"num_samples, context and steps must be at least 1, and steps at most {DECODE_SLOTS - 8}")
-    except ValueError as error:
+        with contextlib.suppress(BrokenPipeError):
+            cells = run(options, complete(options))
+            if options.charts and cells:
+                from plot import draw
+
+                log("\n".join(map(str, draw([asdict(cell) for cell in cells], options.charts))))
+    except (ValueError, OSError) as error:
         log(f"error: {error}")
         return 2
-    dtype = choose_dtype(options.dtype, device)
-    keep_freed_memory()
-    rates = machine_rates(device, dtype)
-    cells = list(measure(options, args, device, dtype))
-    print(header(options, device, dtype, rates), end="\n\n")
-    print(table(cells, options.columns, rates[0]))
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(cell)) + "\n" for cell in cells)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

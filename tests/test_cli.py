@@ -14,6 +14,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
+from chat import Dialogue, choose_chat
+from checkpoint import load_model, read_checkpoint
+from generate import Request, Sampling, generate
+from tokenizer import load_tokenizer
+
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -296,3 +301,65 @@ def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
     assert message in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<s>' if loop.first else '' }}{{ message.role }}: {{ message.content }}\n"
+    "{% if message.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """The shipped model, with a chat template beside it."""
+    folder = tmp_path / "talker"
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_chat_sends_the_rendered_template(talker, tmp_path):
+    """Oracle: the same text as a plain prompt, whose tokens are the same as no control token stands inside."""
+    base = ["--checkpoint_path", talker, "-n", 3, "--max_new_tokens", 12, "--format", "jsonl", "--seed", 3]
+    asked = lines_of(run(*base, "--chat", "--system", "Be kind.", "--prompt", "Tell me of Tim."))
+    plain = lines_of(run(*base, "--prompt", "system: Be kind.\nuser: Tell me of Tim.\nassistant:"))
+    assert [row["tokens"] for row in asked] == [row["tokens"] for row in plain]
+
+
+def test_a_chat_of_three_turns_keeps_what_was_said(talker):
+    """Oracle: each greedy reply again, drawn from the whole conversation so far as one prompt without a cache."""
+    flags = ["--checkpoint_path", talker, "--max_new_tokens", 6, "--temperature", 0, "--quiet", "--dtype", "float32"]
+    said = ["Hello.", "Who is Tim?", "And then?"]
+    talk = run(*flags, "--interactive", "--format", "jsonl", input="\n".join(said) + "\n")
+    model, tokenizer = load_model(read_checkpoint(talker), "cpu", torch.float32), load_tokenizer(talker)
+    dialogue, context = Dialogue(tokenizer, model.args.vocab_size, choose_chat(talker, True, False), None), []
+    replies = lines_of(talk)
+    assert len(replies) == 3
+    for text, reply in zip(said, replies, strict=True):
+        context += dialogue.say(text)
+        (sample,) = generate(model, context, Request(1, 6, Sampling(0), 0, eos_ids=dialogue.eos_ids), tokenizer)
+        assert sample.tokens == reply["tokens"]
+        context += [token for token in sample.tokens if token not in dialogue.eos_ids]
+        dialogue.keep(text, reply["text"])
+    assert tokenizer.decode(context).count("user:") == 3
+
+
+@pytest.mark.parametrize(
+    "flags,match",
+    [
+        (["--system", "Be kind."], "--system is a part of a chat: add --chat"),
+        (["--chat", "--checkpoint_path", "broken"], "the chat template cannot render user"),
+        (["--chat", "--checkpoint_path", "none"], "no chat template in .*none: leave out --chat"),
+    ],
+)
+def test_a_chat_that_cannot_be_is_one_line(talker, tmp_path, flags, match):
+    shutil.copytree(talker, tmp_path / "broken")
+    (tmp_path / "broken" / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    from tokenizers import Tokenizer, models
+
+    shutil.copytree(TINY, tmp_path / "none", ignore=shutil.ignore_patterns("tokenizer.model"))
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp_path / "none" / "tokenizer.json"))
+    result = run(*PROMPT, *flags, cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.match(f"error: {match}", result.stderr) and result.stderr.count("\n") == 1, result.stderr

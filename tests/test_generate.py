@@ -8,7 +8,6 @@ import torch
 from conftest import GQA, random_model, random_tokens
 
 from generate import (
-    LAYOUTS,
     Conversation,
     Request,
     Sample,
@@ -20,6 +19,7 @@ from generate import (
     rows_to_keep,
     sample,
 )
+from model import LAYOUTS
 from report import Monitor, rank
 
 PROMPT = random_tokens(GQA, 13).tolist()
@@ -292,13 +292,6 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers():
         generate(model, [], request())
 
 
-class FakeSession:
-    tokenizer = Letters()
-
-    def __init__(self, asked: Request) -> None:
-        self.request = asked
-
-
 class Keeper(Monitor):
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +315,7 @@ def test_a_conversation_equals_one_long_prompt(n, eos, attention):
 
     asked = request(n, 12, eos_ids=eos, attention=attention)
     counting = type(steps)(counted, steps.decode)
-    conversation = Conversation(FakeSession(asked), model, counting)
+    conversation = Conversation(asked, Letters(), model, counting)
     history: list[int] = []
     for turn in range(3):
         said = random_tokens(GQA, 4 + turn, seed=turn).tolist()
@@ -344,7 +337,7 @@ def test_a_kept_reply_ends_before_its_stop_string():
     model, tokenizer = random_model(GQA), Letters()
     free = generate(model, PROMPT, request(1, 30), tokenizer)[0]
     asked = request(1, 30, stop=(free.text[10:13],))
-    conversation, keeper = Conversation(FakeSession(asked), model, make_steps(model)), Keeper()
+    conversation, keeper = Conversation(asked, Letters(), model, make_steps(model)), Keeper()
     conversation.request = type(asked)(**vars(asked) | {"seed": asked.seed - len(PROMPT)})  # a turn adds its length
     (reply,) = conversation.turn(PROMPT, keeper)
     assert reply.finish_reason == "stop" and len(reply.text) < len(reply.tokens)
@@ -355,7 +348,7 @@ def test_a_kept_reply_ends_before_its_stop_string():
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was():
     model = random_model(GQA)
-    conversation = Conversation(FakeSession(request(2, 12)), model, make_steps(model))
+    conversation = Conversation(request(2, 12), Letters(), model, make_steps(model))
     with pytest.raises(ValueError, match="context limit"):
         conversation.turn([0] * 5000, Keeper())
     assert conversation.history == [] and conversation.context.slots == 0

@@ -70,19 +70,29 @@ def test_python_examples(code, checkout):
 
 @pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
 def test_converting_and_running_another_model(checkout):
-    lines = [line for line in COMMANDS if "FOLDER" in line or "checkpoints/NAME --prompt" in line]
+    """Also with --chat: its tokenizer.model has no template beside it, so Llama 2's form applies."""
+    lines = [line for line in COMMANDS if "FOLDER" in line or "checkpoints/NAME --chat" in line]
     assert len(lines) == 2
     for line in lines:
-        command = line.replace("FOLDER", str(STORIES)).replace("NAME", "stories").replace('"..."', '"The cat" -n 2')
-        command = command.replace("-n 2", "-n 2 --max_new_tokens 9")
-        result = run(command, checkout)
+        command = line.replace("FOLDER", str(STORIES)).replace("NAME", "stories").replace('"..."', '"The cat"')
+        result = run(command.replace("-n 8", "-n 2 --max_new_tokens 9"), checkout)
         assert result.returncode == 0, result.stderr
     assert "[1] mean log-probability" in result.stdout
 
 
+@pytest.mark.parametrize("script", ["scripts/prepare.sh", "python scripts/download.py"])
+def test_fetching_without_a_network_is_one_line(script, checkout, monkeypatch):
+    """What they do with a hub is tested in test_download.py; here that they are there, under the names given."""
+    (line,) = [line for line in COMMANDS if line.startswith(script)]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    result = run(line, checkout)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout
-    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - {"--checkpoint_dir", "--out", "--help"}
+    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - {"--checkpoint_dir", "--out", "--help"}  # of scripts
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
     assert mentioned <= known
     assert known - mentioned <= {"--help", "--num_samples", "--parallel_samples"}

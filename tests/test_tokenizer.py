@@ -1,101 +1,436 @@
-"""Text to ids and back. Oracles: the libraries themselves, and the text that went in."""
+"""Text to ids and back.
+
+Oracles: the text that went in; the bytes of it; for SentencePiece a BPE of plain loops over the pieces' scores, and
+transformers' LlamaTokenizer; for tiktoken transformers' TikTokenConverter and a BPE of plain loops over the ranks; for
+tokenizer.json transformers' tokenizers, as they are read from the same folder.
+"""
+
+import base64
+import functools
+import json
+import random
+import shutil
+from pathlib import Path
 
 import pytest
-from conftest import SHARED, TINY
+import regex
+from conftest import SHARED, STORIES, TINY
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 from tokenizer import JSONTokenizer, SentencePieceTokenizer, TextStream, continuation_text, load_tokenizer
 
 TEXTS = [
-    "Once upon a time, there was a cat.",
+    "Once upon a time, there was a cat. It's 3.14159 o'clock, SHE'LL say!",
     "  leading and   inner spaces, and a tab\t.",
-    "Zoë naïve 日本語 🙂👩‍👩‍👧 \u200b end",
+    "Zoë naïve 日本語の文章。中文，한국어 🙂👩‍👩‍👧 \u200b end",
+    "🇯🇵🇫🇷 flags, 👨🏽‍👩🏿‍👧‍👦🏳️‍🌈 and a family",
     "two\n\nlines\r\n",
-    "text with <s> and </s> and <|eot_id|> in it",
+    "def f(x):\n\treturn {'a': x[1:]}  # 12345 += 1;\n\n\n    if (a != b) { c(); }\n",
+    " " * 33 + "\n" * 17 + "\t" * 9 + " x " + " " * 70 + "\r\n" * 3,
+    "text with <s> and </s> and <|eot_id|>, <|im_end|>glued</s>.</s><s><unk>[INST]",
+    "\x00\x01\x1b[0m\x7f\x85 \ufeff\u2028\u00a0 e\u0301 \ue000 \U0010fffd",
+    "مرحبا שלום हिन्दी ไทย",
+    "a",
+    " ",
+    "",
 ]
 LLAMA3 = SHARED / "tokenizers" / "llama3"
-STORIES = SHARED / "models" / "stories15M"
+CONTROL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 
 
-def json_tokenizer(folder):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(TEXTS, trainer)
+def save(folder: Path, backend: Backend, **config) -> Path:
+    """A tokenizer.json, and a tokenizer_config.json where there is something to say."""
+    folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.fixture(params=["tiny", "json", "llama2", "llama3"])
-def tokenizer(request, tmp_path):
-    folder = {"tiny": TINY, "llama2": STORIES, "llama3": LLAMA3}.get(request.param)
-    if request.param == "json":
-        folder = json_tokenizer(tmp_path)
-    if not folder.exists():
+def template(bos: str, id: int):
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, id)])
+
+
+def byte_level(control: list[str] = CONTROL) -> Backend:
+    """A small byte-level BPE that prepends nothing."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return backend
+
+
+@functools.cache
+def llama_reference(path: Path, legacy: bool = True) -> LlamaTokenizer:
+    vocabulary, _, merges = SentencePieceExtractor(str(path)).extract(True)
+    return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
+
+
+def llama3_backend() -> Backend:
+    """The tokenizer.json that Llama 3 is published with, as far as it matters here, by transformers' own converter."""
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
+    backend = TikTokenConverter(str(LLAMA3 / "tokenizer.model"), extra_special_tokens=names).converted()
+    backend.post_processor = processors.Sequence(
+        [processors.ByteLevel(trim_offsets=False), template("<|begin_of_text|>", 128000)]
+    )
+    return backend
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder of every kind; those that need shared data are there if it is."""
+    base = tmp_path_factory.mktemp("tokenizers")
+    backend = byte_level()
+    backend.post_processor = template("<s>", 1)
+    found = {"tiny": TINY, "bytelevel": save(base / "bytelevel", backend, bos_token="<s>", eos_token="</s>")}
+    found["metaspace"] = base / "metaspace"
+    llama_reference(TINY / "tokenizer.model").save_pretrained(found["metaspace"])
+    if STORIES.exists():
+        found["llama2"] = STORIES
+    if LLAMA3.exists():
+        found |= {"llama3": LLAMA3, "llama3json": save(base / "llama3json", llama3_backend())}
+    return found
+
+
+@pytest.fixture(scope="session")
+def loaded(folders):
+    """The tokenizer of a kind, read once."""
+    return functools.cache(lambda kind: load_tokenizer(folders[kind]))
+
+
+@pytest.fixture(params=["tiny", "bytelevel", "metaspace", "llama2", "llama3", "llama3json"])
+def kind(request, folders):
+    if request.param not in folders:
         pytest.skip(f"{request.param}: not beside the repository")
-    return load_tokenizer(folder)
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(kind, loaded):
+    return loaded(kind)
+
+
+def merged(parts: list, rank) -> list:
+    """The parts after all merges: always the pair of lowest rank, the leftmost of equals. rank(joined): None for none.
+
+    Plain and slow on purpose."""
+    while True:
+        ranks = [rank(left + right) for left, right in zip(parts, parts[1:], strict=False)]
+        best = min((each for each in ranks if each is not None), default=None)
+        if best is None:
+            return parts
+        at = ranks.index(best)
+        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+def test_sentencepiece_ids_are_those_of_plain_loops(folders, loaded, text):
+    for kind in {"tiny", "llama2"} & folders.keys():
+        tokenizer = loaded(kind)
+        processor = tokenizer.processor
+        pieces = {processor.id_to_piece(id): id for id in range(tokenizer.vocab_size) if not processor.is_control(id)}
+        pieces = {piece: id for piece, id in pieces.items() if not processor.is_byte(id) and piece != "<unk>"}
+        score = {piece: -processor.get_score(id) for piece, id in pieces.items()}
+        expected = []
+        for piece in merged(list(("▁" + text).replace(" ", "▁")) if text else [], score.get):
+            as_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in piece.encode()]
+            expected += [pieces[piece]] if piece in pieces else as_bytes
+        assert tokenizer.encode(text) == expected
+
+
+# LlamaTokenizer 5 adds no prefix space to text that begins with a space; SentencePiece and LlamaTokenizer 4 do.
+@pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith(" ")])
+def test_sentencepiece_ids_are_those_of_transformers(folders, loaded, text):
+    for kind in {"tiny", "llama2"} & folders.keys():
+        reference, tokenizer = llama_reference(folders[kind] / "tokenizer.model"), loaded(kind)
+        ids = reference.encode(text, split_special_tokens=True)
+        assert [tokenizer.bos_id, *tokenizer.encode(text)] == ids
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.fixture(scope="session")
+def llama3_reference(folders):
+    if "llama3" not in folders:
+        pytest.skip("llama3: not beside the repository")
+    backend = Backend.from_file(str(folders["llama3json"] / "tokenizer.json"))
+    backend.encode_special_tokens = True
+    return backend
 
 
 @pytest.mark.parametrize("text", TEXTS)
+def test_llama3_ids_are_those_of_transformers(loaded, llama3_reference, text):
+    expected = llama3_reference.encode(text).ids
+    for tokenizer in (loaded("llama3"), loaded("llama3json")):
+        assert [tokenizer.bos_id, *tokenizer.encode(text)] == expected
+
+
+def test_llama3_ids_are_those_of_plain_loops(loaded, llama3_reference):
+    lines = (LLAMA3 / "tokenizer.model").read_bytes().split(b"\n")
+    ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines if line}
+    word = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer = loaded("llama3")
+    for text in TEXTS:
+        words = [[bytes([byte]) for byte in found.encode()] for found in regex.findall(word, text)]
+        assert tokenizer.encode(text) == [ranks[part] for word in words for part in merged(word, ranks.get)]
+
+
+def test_llama3_ids_are_those_that_meta_publishes(loaded, llama3_reference):
+    """https://github.com/meta-llama/llama3, test_tokenizer.py"""
+    tokenizer = loaded("llama3")
+    assert tokenizer.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
+    assert (tokenizer.bos_id, tokenizer.vocab_size) == (128000, 128256)
+    assert {128001, 128009} <= tokenizer.eos_ids
+
+
+def test_llama3_special_tokens_are_those_of_its_json(loaded, llama3_reference):
+    """https://huggingface.co/meta-llama/Meta-Llama-3-8B, tokenizer.json"""
+    published = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|start_header_id|>": 128006}
+    published |= {"<|end_header_id|>": 128007, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
+    assert loaded("llama3").specials == published
+    assert published.items() <= loaded("llama3json").specials.items()
+
+
+def test_a_million_spaces_are_encoded(tokenizer):
+    text = " " * 1_000_001 + "a"
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == "a"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_json_ids_are_those_of_transformers(folders, loaded, text):
+    for kind in ("bytelevel", "metaspace"):
+        tokenizer, reference = loaded(kind), PreTrainedTokenizerFast.from_pretrained(folders[kind])
+        ids = reference.encode(text, split_special_tokens=True)
+        assert [tokenizer.bos_id, *tokenizer.encode(text)] == ids
+        assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back(kind, tokenizer, text):
+    # Metaspace takes a leading space for the prefix space, as transformers 5 does.
+    assert tokenizer.decode(tokenizer.encode(text)) == (text[text.startswith(" ") :] if kind == "metaspace" else text)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, *CONTROL, "<s", "<<s>>", "</s></s>"])
 def test_names_of_special_tokens_in_text_are_text(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.bos_id not in ids and not tokenizer.eos_ids & set(ids)
+    assert not {tokenizer.bos_id, *tokenizer.specials.values()} & set(tokenizer.encode(text))
     assert tokenizer.bos_id is not None and tokenizer.eos_ids
+
+
+@pytest.mark.parametrize("model", ["unigram", "words"])
+def test_names_that_are_words_of_the_vocabulary_are_text_too(tmp_path, model):
+    """The tokenizers library itself finds them there, even where it is told that special tokens are text."""
+    options = dict(special_tokens=CONTROL, show_progress=False)
+    if model == "unigram":
+        backend, trainer = Backend(models.Unigram()), trainers.UnigramTrainer(vocab_size=200, **options)
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        backend, trainer = Backend(models.WordLevel(unk_token="[?]")), trainers.WordLevelTrainer(**options)
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.train_from_iterator([*TEXTS, "< s> /s> |eot_id|> [?]"], trainer)
+    tokenizer = load_tokenizer(save(tmp_path, backend))
+    assert {"<s>", "</s>"} <= tokenizer.specials.keys()
+    ids = tokenizer.encode("a </s> cat <s> </s>" * 50)
+    assert ids and not set(tokenizer.specials.values()) & set(ids)
+    assert tokenizer.encode("a cat") == backend.encode("a cat", add_special_tokens=False).ids
+    if model == "unigram":
+        assert "<s>" in tokenizer.decode(tokenizer.encode("a <s> b")).replace(" ", "")
+
+
+def test_control_pieces_that_sentencepiece_finds_in_text_are_text(tmp_path):
+    """Gemma's turns are user-defined pieces, named special in tokenizer_config.json."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:1] * 50),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        user_defined_symbols=["<end_of_turn>", "\n\n"],
+        minloglevel=9,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    turn, lines = processor.piece_to_id(["<end_of_turn>", "\n\n"])
+    added = {turn: {"content": "<end_of_turn>", "special": True}, lines: {"content": "\n\n", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"added_tokens_decoder": added, "eos_token": "<end_of_turn>"})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    text = "a cat<end_of_turn><end_of_turn>was\n\n there"
+    assert turn in processor.encode(text) and turn not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("a\n\nb") == processor.encode("a\n\nb")
+    assert tokenizer.decode([turn, lines, turn]) == "\n\n"
+    assert tokenizer.specials == {"<s>": 1, "</s>": 2, "<end_of_turn>": turn}
+    assert tokenizer.eos_ids == {2, turn}
+
+
+def pieces_of(stream: TextStream, groups: list[list[int]]) -> list[str]:
+    return [*(stream.push(group) for group in groups), stream.flush()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_streamed_pieces_are_whole_characters_and_add_up(tokenizer, text):
     context = tokenizer.encode("Before it.")
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer, context)
-    pieces = [stream.push([id]) for id in ids] + [stream.flush()]
+    pieces = pieces_of(TextStream(tokenizer, context), [[id] for id in ids])
     assert not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) == tokenizer.decode(context + ids)[len("Before it.") :]
     assert continuation_text(tokenizer, context, ids) == "".join(pieces)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streaming_in_random_groups_adds_up(tokenizer, seed):
+    draw = random.Random(seed)
+    ids = tokenizer.encode("".join(draw.choices(TEXTS[:-1], k=4)))
+    marks = sorted(draw.sample(range(len(ids) + 1), 9))
+    groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
+    pieces = pieces_of(TextStream(tokenizer, []), groups)
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == tokenizer.decode(ids)
+
+
+def byte_ids(tokenizer, text: str) -> list[int]:
+    """A token for every byte, whatever the merges say."""
+    if isinstance(tokenizer, JSONTokenizer):
+        to_id = tokenizer.backend.token_to_id
+        if to_id("<0x00>") is not None:
+            return [to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        (spelled, _), *_ = alphabet.pre_tokenize_str(text)
+        return [to_id(character) for character in spelled]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return [tokenizer.processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    return [tokenizer.encoding.encode_single_token(bytes([byte])) for byte in text.encode()]
+
+
+@pytest.mark.parametrize("cut", range(1, 41))
+def test_streaming_is_right_at_every_byte_boundary(tokenizer, cut):
+    """Whatever comes before the boundary, what is shown there are the characters that are whole, and no others."""
+    text = "é日🙂ß👩‍👩‍👧 𝔘ñ字"
+    ids = byte_ids(tokenizer, text)
+    assert len(ids) == len(text.encode()) and len(ids) <= 40
+    stream = TextStream(tokenizer, tokenizer.encode("x"))
+    shown = stream.push(ids[:cut])
+    whole = text.encode()[:cut].decode(errors="ignore")
+    assert shown == whole or whole.startswith(shown) and cut < len(ids)
+    assert shown + stream.push(ids[cut:]) + stream.flush() == text
+    one_by_one = TextStream(tokenizer, tokenizer.encode("x"))
+    assert "".join(one_by_one.push([id]) for id in ids[:cut]) == whole
 
 
 @pytest.mark.parametrize("text", ["日本語🙂日本語日本", "🙂" * 20])
 def test_long_runs_of_bytes_stream_as_characters(tokenizer, text):
     """A window that cut into a run of byte tokens would decode all of it to U+FFFD."""
     stream = TextStream(tokenizer, tokenizer.encode("語" * 30))
-    assert "".join([stream.push([id]) for id in tokenizer.encode(text)] + [stream.flush()]).strip() == text
+    assert "".join(pieces_of(stream, [[id] for id in tokenizer.encode(text)])).strip() == text
 
 
 def test_a_character_cut_off_at_the_end_is_shown_as_such(tokenizer):
-    ids = tokenizer.encode("x🙂")
+    ids = byte_ids(tokenizer, "x🙂")
     stream = TextStream(tokenizer, [])
-    text = "".join(stream.push([id]) for id in ids[:-1])
-    assert text.strip() == "x"
-    assert set(stream.flush()) <= {"\ufffd"}
+    assert "".join(stream.push([id]) for id in ids[:-1]) == "x"
+    assert set(stream.flush()) == {"\ufffd"}
 
 
 def test_special_tokens_decode_to_nothing(tokenizer):
     ids = tokenizer.encode("a b")
-    assert tokenizer.decode([tokenizer.bos_id, *ids, *tokenizer.eos_ids]) == tokenizer.decode(ids)
+    mixed = [tokenizer.bos_id, *ids, *tokenizer.eos_ids, *tokenizer.specials.values()]
+    assert tokenizer.decode(mixed) == tokenizer.decode(ids) == "a b"
 
 
 def test_ids_of_a_padded_vocabulary_decode_to_nothing(tokenizer):
-    if isinstance(tokenizer, JSONTokenizer):
-        pytest.skip("the tokenizers library leaves them out itself")
-    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
+    ids = tokenizer.encode("a b")
+    beyond = [tokenizer.vocab_size, tokenizer.vocab_size + 5, 1 << 20]
+    assert tokenizer.decode(beyond) == ""
+    assert tokenizer.decode([*beyond, *ids, *beyond]) == "a b"
 
 
-@pytest.mark.skipif(not LLAMA3.exists(), reason="the Llama 3 tokenizer is not beside the repository")
-def test_llama3_ids():
-    """Ids that Meta's reference tokenizer gives: https://github.com/meta-llama/llama3, test_tokenizer.py."""
-    tokenizer = load_tokenizer(LLAMA3)
-    assert tokenizer.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
-    assert (tokenizer.bos_id, tokenizer.vocab_size) == (128000, 128256)
-    assert {128001, 128009} <= tokenizer.eos_ids
+CONFIGS = [
+    {},
+    {"bos_token": "<s>"},
+    {"bos_token": {"content": "<s>", "__type": "AddedToken"}, "add_bos_token": False},
+    {"bos_token": None, "eos_token": {"content": "<|im_end|>", "__type": "AddedToken"}},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("processor", ["none", "template", "sequence", "eos"])
+def test_bos_of_a_json_is_what_transformers_prepends(tmp_path, processor, config):
+    backend = byte_level()
+    if processor != "none":
+        backend.post_processor = template("<s>", 1)
+    if processor == "eos":
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    if processor == "sequence":
+        backend.post_processor = processors.Sequence([processors.ByteLevel(), backend.post_processor])
+    folder = save(tmp_path, backend, **config)
+    plain, *_ = backend.encode("cat", add_special_tokens=False).ids
+    ids = PreTrainedTokenizerFast.from_pretrained(folder)("cat").input_ids
+    expected = ids[: ids.index(plain)]
+    bos = load_tokenizer(folder).bos_id
+    assert ([] if bos is None else [bos]) == expected == [1] * (processor in ("template", "sequence"))
+
+
+def test_bos_that_only_the_config_asks_for(tmp_path):
+    """DeepSeek's files: transformers 4 prepends it, transformers 5 forgot to."""
+    save(tmp_path, byte_level(), bos_token={"content": "<s>"}, add_bos_token=True)
+    assert load_tokenizer(tmp_path).bos_id == 1
+
+
+@pytest.mark.parametrize(("config", "bos"), [({"add_bos_token": False}, None), ({"add_bos_token": True}, 1), ({}, 1)])
+def test_bos_of_sentencepiece(tmp_path, config, bos):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).bos_id == bos
+
+
+def test_eos_comes_from_the_metadata_and_from_known_names(tmp_path):
+    folder = save(tmp_path, byte_level(["<s>", "<bye>", "<|im_end|>"]))
+    assert load_tokenizer(folder).eos_ids == {2}
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<bye>", "bos_token": "<s>"}')
+    assert load_tokenizer(folder).eos_ids == {1, 2}
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null, "add_bos_token": true}')
+    assert load_tokenizer(folder).eos_ids == {2} and load_tokenizer(folder).bos_id == 0
+
+
+def test_an_eos_that_the_json_does_not_flag_is_special_as_in_transformers(tmp_path):
+    folder = save(tmp_path, byte_level(), eos_token="<|im_end|>")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token | {"special": False} for token in content["added_tokens"]]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    assert PreTrainedTokenizerFast.from_pretrained(folder).all_special_tokens == ["<|im_end|>"]
+    assert tokenizer.specials == {"<|im_end|>": 4} and tokenizer.eos_ids == {4}
+    assert 4 not in tokenizer.encode("<|im_end|>") and 1 in tokenizer.encode("<s>")
+
+
+def test_a_json_that_truncates_and_pads_gives_the_whole_text(tmp_path):
+    backend = byte_level()
+    expected = backend.encode(TEXTS[0]).ids
+    backend.enable_truncation(5)
+    backend.enable_padding(length=999)
+    assert load_tokenizer(save(tmp_path, backend)).encode(TEXTS[0]) == expected
+
+
+def test_added_tokens_of_sentencepiece_are_special(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 2049, "<|im_start|>": 2048}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.specials == {"<s>": 1, "</s>": 2, "<|im_end|>": 2049, "<|im_start|>": 2048}
+    assert tokenizer.decode([2048, *tokenizer.encode("a"), 2049]) == "a"
 
 
 def test_the_kind_is_chosen_by_content_not_by_name(tmp_path):
@@ -113,8 +448,21 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x00\x01\x02", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x00\x01\x02", b"{}", b"YQ== 0\nnonsense"])
 def test_a_broken_tokenizer_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not a tokenizer that can be read"):
+        load_tokenizer(tmp_path)
+
+
+BROKEN = [b"", b"{", b"[]", b"null", b'"x"', b"\xff", b'{"bos_token": 5}', b'{"eos_token": {"special": true}}']
+BROKEN += [b'{"added_tokens_decoder": [1]}', b'{"added_tokens_decoder": {"x": {"content": "<s>", "special": true}}}']
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", BROKEN)
+def test_broken_metadata_is_named(tmp_path, name, content):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} is not what it must be"):
         load_tokenizer(tmp_path)

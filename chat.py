@@ -1,0 +1,260 @@
+"""A conversation to token ids, by the model's own chat template.
+
+A template is rendered as transformers' apply_chat_template does it, in jinja2's sandbox; what it wrote is then cut at
+the names of control tokens. What a message says is never one of them: a mark is put inside every such name in it before
+the template sees it, and taken out again after the cut.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
+
+Message = dict[str, str]  # role: system, user or assistant; content
+BARRIER = "\ue000"  # no token reaches from this character into what follows it
+
+
+class Generation(Extension):
+    """{% generation %} marks what the assistant says, for training; to be rendered, it is only its content."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=8)
+def compile_template(template: str) -> jinja2.Template:
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template and what it needs. bos_token, eos_token: their names, "" for none.
+
+    legacy: the text behind a control token begins with SentencePiece's prefix space too. So it is in Meta's Llama 2, in
+    transformers 4 unless tokenizer_config.json says `legacy: false`, in transformers 5 only if it says `legacy: true`.
+    """
+
+    template: str
+    bos_token: str = ""
+    eos_token: str = ""
+    legacy: bool = True
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The text of the conversation. Raises ValueError with the template's message where it cannot be rendered."""
+        names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        values = {"messages": list(messages), "tools": None, "documents": None}
+        values |= {name: token for name, token in names.items() if token}
+        try:
+            return compile_template(self.template).render(values, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
+            roles = [message["role"] for message in messages]
+            hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""
+            raise ValueError(f"the chat template cannot render {', '.join(roles)}: {error}{hint}") from error
+
+
+# The form that Llama 2 was trained on: https://github.com/meta-llama/llama, chat_completion.
+LLAMA2 = Chat(
+    "{% for message in messages %}{% if message.role == 'user' %}{% set system = '' %}"
+    "{% if loop.previtem is defined and loop.previtem.role == 'system' %}"
+    "{% set system = '<<SYS>>\n' + loop.previtem.content + '\n<</SYS>>\n\n' %}{% endif %}"
+    "{{ bos_token + '[INST] ' + (system + message.content) | trim + ' [/INST]' }}"
+    "{% elif message.role == 'assistant' %}{{ ' ' + message.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "<s>",
+    "</s>",
+)
+
+
+def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
+    """The chat template beside a tokenizer, `default` where there is none: LLAMA2 for a Llama 2 chat model.
+
+    Raises ValueError where the metadata or the template cannot be read.
+    """
+    metadata = read_metadata(folder)
+    template, path = metadata.get("chat_template"), folder / "chat_template.jinja"
+    try:
+        if path.exists():
+            template = path.read_text("utf-8")
+        elif isinstance(template, list):
+            template = {entry["name"]: entry["template"] for entry in template}["default"]
+        if not isinstance(template, str | None):
+            raise TypeError(f"{template!r} is not a template")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"no chat template can be read in {folder}: {error!r}; fetch its files again") from error
+    if template is None:
+        return default
+    bos, eos = metadata.get("bos_token") or "", metadata.get("eos_token") or ""
+    return Chat(template, bos, eos, metadata.get("legacy") is not False)
+
+
+def unused(texts: Iterable[str]) -> tuple[str, str]:
+    """Two characters for private use that occur in none of the texts."""
+    taken = set().union(*texts)
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in taken)
+    return next(free), next(free)
+
+
+def control_names(tokenizer: Tokenizer) -> list[str]:
+    """Longest first: of two that begin alike, the longer is meant. A name of one character could not be defused."""
+    return sorted((name for name in tokenizer.specials if len(name) > 1), key=len, reverse=True)
+
+
+def defused(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> list[Message]:
+    """The messages with `mark` inside every name of a control token."""
+    within = inside(control_names(tokenizer))
+    return [message | {"content": within.sub(mark, message["content"])} for message in messages]
+
+
+def cut(rendered: str, tokenizer: Tokenizer) -> list[str]:
+    """Text, control token, text, control token, ..., text."""
+    return re.split(f"({'|'.join(map(re.escape, control_names(tokenizer))) or '(?!)'})", rendered)
+
+
+def continued(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of text that follows other text: without the space that SentencePiece puts before a prompt."""
+    before, ids = tokenizer.encode(BARRIER), tokenizer.encode(BARRIER + text)
+    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text)
+
+
+def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
+    """Whether text after a control token is encoded as a prompt is. A tokenizer.json says so by itself."""
+    if not isinstance(tokenizer, JSONTokenizer):
+        return chat.legacy
+    tokenizer.backend.encode_special_tokens = False
+    _, *ids = tokenizer.backend.encode(control + "a", add_special_tokens=False).ids
+    tokenizer.backend.encode_special_tokens = True
+    return ids == tokenizer.encode("a")
+
+
+def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begins: bool) -> list[int]:
+    """Ids of rendered text whose messages are defused by `mark`. begins: it is the beginning of the prompt."""
+    parts = cut(rendered, tokenizer)
+    prefixes = tokenizer.encode("a") != continued(tokenizer, "a")
+    bare_first = prefixes and not begins
+    bare_rest = prefixes and len(parts) > 1 and not prefixes_all(chat, tokenizer, parts[1])
+    ids = []
+    for index, part in enumerate(parts):
+        text = part.replace(mark, "")
+        if index % 2:
+            ids.append(tokenizer.specials[part])
+        elif bare_rest if index else bare_first:
+            ids += continued(tokenizer, text)
+        else:
+            ids += tokenizer.encode(text)
+    return ids
+
+
+def opening_tokens(chat: Chat, tokenizer: Tokenizer, system: str | None, user: str) -> list[int]:
+    """Ids of the first prompt, with BOS once, whether or not the template writes it, and the generation prompt.
+
+    Raises ValueError where the template refuses or drops the system message.
+    """
+    messages = [{"role": "user", "content": user}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    mark, sentinel = unused([chat.template, user, system or ""])
+    if system is not None and sentinel not in chat.render([{"role": "system", "content": sentinel}, messages[1]]):
+        raise ValueError("the chat template drops a system message: leave the system prompt out")
+    ids = encode_chat(chat, tokenizer, chat.render(defused(messages, tokenizer, mark)), mark, begins=True)
+    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
+
+
+def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> tuple[str, str]:
+    """What the template writes behind the last reply, where the user then says `user`, and the mark that defuses it."""
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's: a turn follows a reply")
+    messages = [*messages[:-1], messages[-1] | {"content": ""}, {"role": "user", "content": user}]
+    mark, sentinel = unused([chat.template, *(message["content"] for message in messages)])
+    messages = defused(messages, tokenizer, mark)
+    messages[-2]["content"] = sentinel
+    _, found, rest = chat.render(messages).rpartition(sentinel)
+    if not found:
+        raise ValueError("the chat template drops what the assistant said: talk to this model without its template")
+    return rest, mark
+
+
+def next_tokens(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> list[int]:
+    """Ids that follow the text of the last reply: the end of its turn, the user's turn and the generation prompt.
+
+    messages: all so far, the last one an assistant's. Raises ValueError where the template refuses or drops it.
+    """
+    return encode_chat(chat, tokenizer, *after_reply(chat, tokenizer, messages, user), begins=False)
+
+
+def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
+    """The control token that the template writes directly after a reply, spaces aside; empty where it writes none."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    rest, _ = after_reply(chat, tokenizer, messages, "a")
+    text, *parts = cut(rest, tokenizer)
+    return frozenset() if text.strip() else frozenset(tokenizer.specials[name] for name in parts[:1])
+
+
+def choose_chat(folder: Path, asked: bool, interactive: bool) -> Chat | None:
+    """The template to talk by: where it is asked for, and in --interactive where the model has one.
+
+    Raises ValueError where it is asked for and there is none, nor Llama 2's tokenizer, whose form then applies.
+    """
+    chat = read_chat(folder) if asked or interactive else None
+    if asked and chat is None:
+        if not (folder / "tokenizer.model").exists():
+            raise ValueError(f"no chat template in {folder}: leave out --chat, or put chat_template.jinja there")
+        return LLAMA2
+    return chat
+
+
+class Dialogue:
+    """What is said in turn, as token ids: by a chat template, or, where chat is None, the bare texts after BOS."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, chat: Chat | None, system: str | None) -> None:
+        if system is not None and chat is None:
+            raise ValueError("--system is a part of a chat: add --chat, or put it into the prompt")
+        self.tokenizer, self.vocab_size, self.chat, self.system = tokenizer, vocab_size, chat, system
+        self.messages: list[Message] = []
+        self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        # A model trained on texts that BOS alone separates ends one by beginning the next.
+        self.eos_ids = tokenizer.eos_ids | set(self.bos)
+        if chat is not None:
+            self.eos_ids |= end_of_turn_ids(chat, tokenizer)
+
+    def say(self, text: str) -> list[int]:
+        """What to append to the context for the user's next text. Raises ValueError where it cannot be said."""
+        if self.chat is not None and self.messages:
+            tokens = next_tokens(self.chat, self.tokenizer, self.messages, text)
+        elif self.chat is not None:
+            tokens = opening_tokens(self.chat, self.tokenizer, self.system, text)
+        else:
+            tokens = ([] if self.messages else self.bos) + self.tokenizer.encode(text)
+        if max(tokens, default=0) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {max(tokens)}, the model has {self.vocab_size}: it is not its tokenizer"
+            )
+        return tokens
+
+    def keep(self, text: str, reply: str) -> None:
+        """Both were said."""
+        if not self.messages and self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
