@@ -212,16 +212,17 @@ def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset() if text.strip() else frozenset(tokenizer.specials[name] for name in parts[:1])
 
 
-def choose_chat(folder: Path, asked: bool, interactive: bool) -> Chat | None:
+def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool, interactive: bool) -> Chat | None:
     """The template to talk by: where it is asked for, and in --interactive where the model has one.
 
-    Raises ValueError where it is asked for and there is none, nor Llama 2's tokenizer, whose form then applies.
+    Raises ValueError where it is asked for and there is none, nor the control tokens of Llama 2's form.
     """
-    chat = read_chat(folder) if asked or interactive else None
+    if not (asked or interactive):
+        return None
+    default = LLAMA2 if asked and {"<s>", "</s>"} <= tokenizer.specials.keys() else None
+    chat = read_chat(folder, default)
     if asked and chat is None:
-        if not (folder / "tokenizer.model").exists():
-            raise ValueError(f"no chat template in {folder}: leave out --chat, or put chat_template.jinja there")
-        return LLAMA2
+        raise ValueError(f"no chat template in {folder}: leave out --chat, or put chat_template.jinja there")
     return chat
 
 

@@ -415,8 +415,9 @@ def set_up(options: argparse.Namespace) -> Session:
     text = read_prompt(options)
     checkpoint = read_checkpoint(options.checkpoint_path)
     args = checkpoint.args
-    chat = choose_chat(checkpoint.folder, options.chat, options.interactive)
-    dialogue = Dialogue(load_tokenizer(checkpoint.folder), args.vocab_size, chat, options.system)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
+    dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
     length, tokens = prompt_length(options), []
     if length is None and text is not None:
         tokens = dialogue.say(text)

@@ -333,7 +333,10 @@ def test_a_chat_of_three_turns_keeps_what_was_said(talker):
     said = ["Hello.", "Who is Tim?", "And then?"]
     talk = run(*flags, "--interactive", "--format", "jsonl", input="\n".join(said) + "\n")
     model, tokenizer = load_model(read_checkpoint(talker), "cpu", torch.float32), load_tokenizer(talker)
-    dialogue, context = Dialogue(tokenizer, model.args.vocab_size, choose_chat(talker, True, False), None), []
+    dialogue, context = (
+        Dialogue(tokenizer, model.args.vocab_size, choose_chat(talker, tokenizer, True, False), None),
+        [],
+    )
     replies = lines_of(talk)
     assert len(replies) == 3
     for text, reply in zip(said, replies, strict=True):
