@@ -400,13 +400,11 @@ def set_up(options: argparse.Namespace) -> Session:
     """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
     check_options(options)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    attention, attention_reason = choose_attention(options.attention, options.num_samples)
     request = Request(
         options.num_samples,
         options.max_new_tokens,
         Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
         seed,
-        attention,
         stop=tuple(options.stop),
         prefill_chunk=options.prefill_chunk,
     )
@@ -426,10 +424,14 @@ def set_up(options: argparse.Namespace) -> Session:
         request.check_length(args, length)
         generator = torch.Generator().manual_seed(seed)
         tokens = tokens or torch.randint(args.vocab_size, (length,), generator=generator).tolist()
+    known = 0 if options.interactive else length or 0
+    attention, attention_reason = choose_attention(
+        options.attention, device, args, known, request.num_samples, request.max_new_tokens
+    )
     available = available_memory(device) if options.max_memory is None else options.max_memory
     memory = plan_memory(args, dtype, length or 0, request.num_samples, request.max_new_tokens, attention, available)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
-    request = replace(request, eos_ids=ends, rows_at_once=memory.rows_at_once)
+    request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
     if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
         request = replace(request, prefill_chunk=None)  # it rotates by the length of the whole prompt
     steps = options.num_runs * memory.waves * request.max_new_tokens

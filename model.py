@@ -267,10 +267,11 @@ class SDPACache(KVCache):
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-# How N rows hold one context. Bifurcated is the engine; the others copy it, or expand it at each step, to compare with.
+# How N rows hold one context. Bifurcated is the engine; contiguous, a copy for each row, is faster where little is
+# shared; expanded, which copies at each step, is there to be compared with.
 LAYOUTS: dict[str, Callable[[KVCache, int, int], KVCache]] = {
     "bifurcated": KVCache.fork,
-    "contiguous": KVCache.copy,
+    "contiguous": SDPACache.copy,
     "expanded": SDPACache.fork,
 }
 

@@ -193,14 +193,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def choose_attention(name: str, num_samples: int) -> tuple[str, str]:
-    """(layout, why) of --attention."""
+# Numbers in the keys of one layer, over all samples, up to which copying the context is faster than sharing it: two
+# partial attentions and their merge have a price of their own. Measured on 2 cores (BENCHMARKS.md); not yet on a GPU.
+COPY_UP_TO = {"cpu": 400_000, "cuda": 0}
+
+
+def choose_attention(
+    name: str, device: torch.device, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
+) -> tuple[str, str]:
+    """(layout, why) of --attention. context: tokens of the prompt, 0 where it is not known and may grow."""
     if name != "auto":
         return name, f"--attention {name}"
-    sharing = (
-        "one sample reads the context in place" if num_samples == 1 else f"{num_samples} samples share the context"
-    )
-    return "bifurcated", f"auto: {sharing}"
+    keys = num_samples * (context + max_new_tokens // 2) * args.n_head * args.head_dim
+    each = f"{num_samples} x {context + max_new_tokens // 2} tokens x {args.n_head * args.head_dim}"
+    if context and keys <= COPY_UP_TO[device.type]:
+        return "contiguous", f"auto: at {each} (at most {COPY_UP_TO[device.type]}) a copy for each sample is faster"
+    return "bifurcated", f"auto: at {each}, reading the context once is faster" if context else "auto: it may grow"
 
 
 # Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.

@@ -48,7 +48,7 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
         }  # fmt: skip
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
     report = json.loads(report_path.read_text())
-    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
+    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "contiguous"
     assert report["kv_unshared_bytes"] > report["kv_context_bytes"] + report["kv_decoded_bytes"]
     assert report["compile_s"] is None and report["compiled"] is False
     assert report["selfcheck_max_difference"] < 1e-4

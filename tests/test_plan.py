@@ -7,7 +7,16 @@ import torch
 from conftest import GQA, MHA, random_model
 
 from model import KVCache
-from plan import choose_compile, choose_device, choose_dtype, human, parse_size, plan_memory
+from plan import (
+    COPY_UP_TO,
+    choose_attention,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    human,
+    parse_size,
+    plan_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -92,3 +101,14 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     compiled, why = choose_compile(True, CPU, 12, 10**5, 10**8)
     assert compiled is False and "no C++ compiler" in why
+
+
+def test_attention_follows_what_would_be_copied():
+    """GQA has 6 heads of 10: 60 numbers a token."""
+    limit = COPY_UP_TO["cpu"] // 60
+    assert choose_attention("expanded", CPU, GQA, 9, 64, 9) == ("expanded", "--attention expanded")
+    layout, why = choose_attention("auto", CPU, GQA, limit // 4 - 8, 4, 16)
+    assert layout == "contiguous" and f"4 x {limit // 4} tokens x 60" in why
+    assert choose_attention("auto", CPU, GQA, limit // 4 - 7, 4, 16)[0] == "bifurcated"
+    assert choose_attention("auto", torch.device("cuda"), GQA, 1, 1, 1)[0] == "bifurcated"
+    assert choose_attention("auto", CPU, GQA, 0, 1, 1) == ("bifurcated", "auto: it may grow")
