@@ -7,8 +7,8 @@ read: a page comes into memory when it is first used.
 """
 
 import json
-import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +49,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     weights = weight_files(folder) if path.is_dir() else (path,)
     if path.is_file() and is_tinyllamas(found := unpickle(path)):
-        config, source = tinyllamas_config(found), path
+        try:
+            config, source = tinyllamas_config(found), path
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     elif not (folder / "config.json").exists():
         raise FileNotFoundError(f"no config.json beside {weights[0]}: it holds the model's shape")
     else:
@@ -62,7 +65,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise ValueError(f"{source}: {error}") from error
     generation = folder / "generation_config.json"
     if generation.exists():
-        eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
+        try:
+            eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from error
     return Checkpoint(folder, weights, config, args, eos_ids)
 
 
@@ -72,20 +78,26 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def hugging_face_files(folder: Path) -> tuple[Path, ...]:
-    """The shards that an index names; else *.safetensors; else pytorch_model*.bin."""
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index} has no weight_map: fetch it again")
-            names = sorted(set(shards.values()))
-            if missing := [name for name in names if not (folder / name).exists()]:
-                raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder: fetch it")
-            return tuple(folder / name for name in names)
-    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(folder.glob(pattern)):
+    """The shards that an index names, or the files that are there; *.safetensors before pytorch_model*.bin."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        if (whole := folder / f"{stem}{suffix}").is_file():
+            return (whole,)
+        if (index := folder / f"{stem}{suffix}.index.json").exists():
+            return shards_of(index)
+        if found := sorted(folder.glob("*.safetensors" if stem == "model" else "pytorch_model*.bin")):
             return tuple(found)
-    raise FileNotFoundError(f"no model.pth, *.safetensors or pytorch_model*.bin in {folder}")
+    raise FileNotFoundError(f"no model.pth to run, and no *.safetensors or pytorch_model*.bin, in {folder}")
+
+
+def shards_of(index: Path) -> tuple[Path, ...]:
+    """The files that an index names, all of which must be beside it."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(v, str) and "/" not in v for v in where.values()):
+        raise ValueError(f"{index} has no weight_map of file names: fetch it again")
+    names = sorted(set(where.values()))
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder: fetch it")
+    return tuple(index.parent / name for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,7 +127,10 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
             continue
         found = unpickle(path)
         if is_tinyllamas(found):
-            state |= from_tinyllamas(found["model"], checkpoint.args.head_dim)
+            try:
+                state |= from_tinyllamas(found["model"], checkpoint.args.head_dim)
+            except (RuntimeError, IndexError, AttributeError) as error:
+                raise ValueError(f"{path}: a tensor is not of the shape that model_args tell: {error}") from error
         elif not isinstance(found, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
         ):
@@ -131,9 +146,10 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def unpickle(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped. No code in the file is run."""
+    mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
 
 
@@ -143,6 +159,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def empty_model(args: ModelArgs) -> Transformer:
@@ -162,7 +181,7 @@ def check_weights(model: Transformer, state: Mapping[str, Tensor]) -> None:
         if name in state and state[name].shape != shape
     )
     kinds = sorted(
-        f"{name} {state[name].dtype}" for name in expected if name in state and not state[name].is_floating_point()
+        f"{name} {state[name].dtype}" for name in expected if name in state and state[name].dtype not in DTYPES
     )
     found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
     problems = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names]

@@ -21,9 +21,9 @@ NEUTRAL = frozenset(
     attention_dropout attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward do_sample
     dtype embd_pdrop eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_llama_config
     keys_to_ignore_at_inference label2id max_length max_sequence_length model_max_length model_type
-    pad_token_id problem_type resid_pdrop return_dict sep_token_id task_specific_params temperature tokenizer_class
-    top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
-    use_cache z_loss_weight""".split()
+    pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id task_specific_params temperature
+    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
+    unsloth_version use_cache z_loss_weight""".split()
 )
 
 
@@ -39,10 +39,28 @@ class Fields:
         value = self.config.get(name)
         return default if value is None else value
 
+    def own(self, name: str, default: Any) -> Any:
+        """The field's value, null included; where it is missing, what transformers takes for this family."""
+        self.unread.discard(name)
+        return self.config.get(name, default)
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.get(name, default)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, not a positive number: the model's shape is not known without it")
+        return value
+
+    def number(self, name: str, default: float | None) -> float | None:
+        """The field's value, which must be above 0; the default where the field is missing or null."""
+        value = self.get(name, default)
+        if value is not None and (type(value) not in (int, float) or not value > 0):
+            raise ValueError(f"{name} is {value!r}, not a number above 0")
+        return value
+
+    def switch(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if type(value) is not bool:
+            raise ValueError(f"{name} is {value!r}, neither true nor false")
         return value
 
     def only(self, name: str, *values: Any) -> None:
@@ -60,36 +78,37 @@ class Fields:
                 )
 
 
-def windows(fields: Fields, layers: int, is_windowed: Callable[[int], bool]) -> tuple[int | None, ...]:
+def windows(
+    fields: Fields, layers: int, default: int | None, is_windowed: Callable[[int], bool]
+) -> tuple[int | None, ...]:
     """The sliding window of each layer; layer_types, where it is given, goes before the family's own rule."""
-    size, kinds = fields.get("sliding_window"), fields.get("layer_types")
-    if kinds is not None:
-        if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
-            raise ValueError(
-                f"layer_types {kinds!r} is not supported: one of full_attention, sliding_attention a layer"
-            )
-        return tuple(size if kind == "sliding_attention" else None for kind in kinds)
-    return tuple(size if is_windowed(layer) else None for layer in range(layers))
+    size, kinds = fields.own("sliding_window", default), fields.get("layer_types")
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"sliding_window is {size!r}, not a positive number")
+    if kinds is None:
+        kinds = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"layer_types {kinds!r} is not supported: full_attention or sliding_attention for each layer")
+    return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
 def llama(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
-    fields.only("pretraining_tp", 1)
     return {}
 
 
 def mistral(fields: Fields, layers: int) -> dict[str, Any]:
-    return {"windows": windows(fields, layers, lambda layer: True)}
+    return {"windows": windows(fields, layers, 4096, lambda layer: True)}
 
 
 def qwen(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
-    first = fields.get("max_window_layers", layers)
-    if not fields.get("use_sliding_window", False):
-        fields.get("sliding_window"), fields.get("layer_types")
+    first = fields.own("max_window_layers", 28)
+    if not fields.switch("use_sliding_window", False):
+        fields.unread -= {"sliding_window", "layer_types"}
         return {}
-    return {"windows": windows(fields, layers, lambda layer: layer >= first)}
+    return {"windows": windows(fields, layers, 4096, lambda layer: layer >= first)}
 
 
 def gemma(fields: Fields, layers: int) -> dict[str, Any]:
@@ -99,17 +118,23 @@ def gemma(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("hidden_act", "gelu_pytorch_tanh", "gelu")
     fields.only("use_bidirectional_attention", False)
     scale = fields.integer("hidden_size") ** 0.5
-    tied = fields.get("tie_word_embeddings", True)
+    tied = fields.switch("tie_word_embeddings", True)
     return {"activation": "gelu_tanh", "embedding_scale": scale, "norm_offset": 1.0, "tied_output": tied}
 
 
 def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
-    fields.only("query_pre_attn_scalar", fields.integer("head_dim"))
+    if fields.own("query_pre_attn_scalar", 256) != fields.integer("head_dim", 256):
+        raise ValueError("query_pre_attn_scalar other than head_dim, as in Gemma 2 27B, is not supported")
+    seen = windows(fields, layers, 4096, lambda layer: layer % 2 == 0)
+    fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # written twice in the 9B models
+    for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        if fields.own(name, default) is not None:
+            fields.number(name, default)
     return gemma(fields, layers) | {
-        "windows": windows(fields, layers, lambda layer: layer % 2 == 0),
+        "windows": seen,
         "post_norms": True,
-        "score_softcap": fields.get("attn_logit_softcapping"),
-        "logit_softcap": fields.get("final_logit_softcapping"),
+        "score_softcap": fields.own("attn_logit_softcapping", 50.0),
+        "logit_softcap": fields.own("final_logit_softcapping", 30.0),
     }
 
 
@@ -126,12 +151,14 @@ FAMILIES: dict[str, Callable[[Fields, int], dict[str, Any]]] = {
     "GemmaForCausalLM": gemma,
     "Gemma2ForCausalLM": gemma2,
     "BaichuanForCausalLM": baichuan,
+    "BaiChuanForCausalLM": baichuan,
 }
 
 
 def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
-    architecture = (config.get("architectures") or ["none"])[0]
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     fields = Fields(config)
@@ -142,7 +169,9 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     fields.only("partial_rotary_factor", 1.0)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
     theta, scaling = rope(fields, trained)
-    longest = max(trained, int(scaling.original_context * scaling.factor)) if scaling else trained
+    longest = trained
+    if scaling is not None and scaling.kind != "llama3":  # whose configs give the stretched length
+        longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
     args = ModelArgs(
         dim=fields.integer("hidden_size"),
@@ -153,41 +182,50 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
-        norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+        norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
-        **{"tied_output": fields.get("tie_word_embeddings", False)} | special,
+        **{"tied_output": fields.switch("tie_word_embeddings", False)} | special,
     )
     fields.done()
     return args
 
 
 def rope(fields: Fields, trained: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). trained: max_position_embeddings, which is the original context where no other is given."""
+    """(theta, scaling). trained: max_position_embeddings, which is the original context where no other is given.
+
+    rope_scaling is the older name of rope_parameters; transformers reads it first.
+    """
     old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
-    rope = Fields(new or old or {})
-    theta = float(rope.get("rope_theta", fields.get("rope_theta", 10000.0)))
+    if not isinstance(old or new or {}, dict):
+        raise ValueError(f"rope_scaling {old or new!r} is not an object")
+    rope = Fields(old or new or {})
+    theta = float(rope.number("rope_theta", fields.number("rope_theta", (new or {}).get("rope_theta", 10000.0))))
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
     rope.only("partial_rotary_factor", 1.0)
     rope.only("truncate", True)
-    factor, original = rope.get("factor", 1.0), rope.get("original_max_position_embeddings", trained)
     if kind == "default":
+        rope.unread -= {"original_max_position_embeddings"}
+        rope.only("factor", 1.0)
+        rope.done()
         return theta, None
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ValueError(f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3 and yarn")
-    needed = ["factor"] + ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"] * (
-        kind == "llama3"
-    )
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     if missing := [name for name in needed if rope.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
+    factor, original = rope.number("factor", None), rope.integer("original_max_position_embeddings", trained)
     scaling = RopeScaling(kind, factor, trained if kind == "dynamic" else original)
     if kind == "llama3":
-        scaling = RopeScaling(kind, factor, original, rope.get("low_freq_factor"), rope.get("high_freq_factor"))
+        turns = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
+        scaling = RopeScaling(kind, factor, original, *turns)
     if kind == "yarn":
-        low, high = rope.get("beta_slow", 1.0), rope.get("beta_fast", 32.0)
-        scaling = RopeScaling(kind, factor, original, low, high, yarn_attention_factor(rope, factor))
+        turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
+        scaling = RopeScaling(kind, factor, original, *turns, yarn_attention_factor(rope, factor))
     rope.done()
     return theta, scaling
 
@@ -198,7 +236,7 @@ def yarn_attention_factor(rope: Fields, factor: float) -> float:
     def warmth(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    given, scale, all_dim = (rope.get(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    given, scale, all_dim = (rope.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if given is not None:
         return given
     return warmth(scale) / warmth(all_dim) if scale and all_dim else warmth(1.0)
@@ -276,8 +314,8 @@ def tinyllamas_config(found: Mapping[str, Any]) -> dict[str, Any]:
             "rms_norm_eps": args.get("norm_eps", 1e-5),
             "tie_word_embeddings": len(ends) == 1,
         }
-    except (KeyError, StopIteration, AttributeError, TypeError) as error:
-        raise ValueError(f"it has model_args, but is not of karpathy/tinyllamas: {error!r} is missing") from error
+    except (KeyError, StopIteration, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f"it has model_args, but not the layout of karpathy/tinyllamas: {error!r}") from error
 
 
 def from_tinyllamas(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:

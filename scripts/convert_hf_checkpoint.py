@@ -36,10 +36,12 @@ def convert(source: Path, out: Path) -> Path:
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
-    for name in COMPANIONS:
-        companion = checkpoint.folder / name
-        if companion.exists() and not (out / name).exists():
-            shutil.copyfile(companion, out / name)
+    here = [name for name in COMPANIONS if (checkpoint.folder / name).exists()]
+    if here and checkpoint.folder.resolve() != out.resolve():
+        for name in COMPANIONS:  # those of a model that was in this folder before go
+            (out / name).unlink(missing_ok=True)
+        for name in here:
+            shutil.copyfile(checkpoint.folder / name, out / name)
     return out / "model.pth"
 
 
