@@ -48,7 +48,7 @@ def partial_attention(
 ) -> Partial:
     """Attention over one block of keys, together with what merges it with other blocks.
 
-    q [B,G,Q,D], k [B,G,L,D], v [B,G,L,D], mask broadcastable to [B,G,Q,L]: bool, True where a key is visible, or in the
+    q [B,G,Q,D], k [B,G,L,D], v [B,G,L,D], mask [B or 1,G or 1,Q or 1,L]: bool, True where a key is visible, or in the
     scores' dtype what is added to them. softcap: scores become softcap * tanh(score / softcap) before the mask.
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
@@ -59,6 +59,8 @@ def partial_attention(
     """
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
+    if mask is not None and mask.dim() != 4:
+        raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected four dimensions, [B or 1,G or 1,Q or 1,L]")
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
@@ -125,11 +127,12 @@ def shared_attention(
             "k, v [R,G,L,D] with N a multiple of R and H a multiple of G, and a mask of four dimensions"
         )
     q = q.reshape(R, n, G, P, S, D).transpose(1, 2).reshape(R, G, n * P * S, D)
-    if mask is not None and (mask.shape[1] > 1 or mask.shape[0] not in (1, R)):
+    if mask is not None and mask.shape[0] in (1, R) and (mask.shape[1] == 1 or P == 1):
+        mask = mask.repeat(1, 1, n * P, 1) if mask.shape[2] > 1 else mask  # [R or 1,G or 1,n*P*S or 1,L]
+    elif mask is not None:
+        mask = mask.repeat_interleave(N // mask.shape[0], 0)
         heads = G if mask.shape[1] > 1 else 1
         mask = mask.expand(N, heads * P, S, -1).reshape(R, n, heads, P, S, -1).transpose(1, 2).flatten(2, 4)
-    elif mask is not None and mask.shape[2] > 1:
-        mask = mask.repeat(1, 1, n * P, 1)  # [R,1,n*P*S,L]
     out, lse = partial_attention(q, k, v, mask, softcap)  # [R,G,n*P*S,D] [R,G,n*P*S,1]
     out = out.reshape(R, G, n, P, S, D).transpose(1, 2).reshape(N, H, S, D)
     lse = lse.reshape(R, G, n, P, S, 1).transpose(1, 2).reshape(N, H, S, 1)

@@ -8,6 +8,7 @@ the template sees it, and taken out again after the cut.
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
@@ -212,12 +213,12 @@ def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset() if text.strip() else frozenset(tokenizer.specials[name] for name in parts[:1])
 
 
-def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool, interactive: bool) -> Chat | None:
-    """The template to talk by: where it is asked for, and in --interactive where the model has one.
+def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool | None, interactive: bool) -> Chat | None:
+    """The template to talk by: where it is asked for, and in --interactive where the model has one, unless refused.
 
     Raises ValueError where it is asked for and there is none, nor the control tokens of Llama 2's form.
     """
-    if not (asked or interactive):
+    if asked is False or not (asked or interactive):
         return None
     default = LLAMA2 if asked and {"<s>", "</s>"} <= tokenizer.specials.keys() else None
     chat = read_chat(folder, default)
@@ -238,10 +239,15 @@ class Dialogue:
         # A model trained on texts that BOS alone separates ends one by beginning the next.
         self.eos_ids = tokenizer.eos_ids | set(self.bos)
         if chat is not None:
-            self.eos_ids |= end_of_turn_ids(chat, tokenizer)
+            with suppress(ValueError):  # a template of one turn: a second one is refused when it comes
+                self.eos_ids |= end_of_turn_ids(chat, tokenizer)
 
     def say(self, text: str) -> list[int]:
         """What to append to the context for the user's next text. Raises ValueError where it cannot be said."""
+        try:
+            (text + (self.system or "")).encode()
+        except UnicodeEncodeError as error:  # how Python passes on bytes that are not UTF-8
+            raise ValueError(f"the text is not UTF-8 (character {error.start}): convert it") from error
         if self.chat is not None and self.messages:
             tokens = next_tokens(self.chat, self.tokenizer, self.messages, text)
         elif self.chat is not None:

@@ -67,7 +67,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. attention: a key of LAYOUTS. prefill_chunk: tokens of the prompt read at a time; None: all.
+    """What to draw. attention: a key of LAYOUTS. prefill_chunk: tokens of the prompt read at a time.
     rows_at_once: larger num_samples run in waves of so many; None: all together."""
 
     num_samples: int
@@ -77,7 +77,7 @@ class Request:
     attention: str = "bifurcated"
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
-    prefill_chunk: int | None = None
+    prefill_chunk: int = 512
     rows_at_once: int | None = None
 
     def __post_init__(self) -> None:
@@ -209,9 +209,11 @@ def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
             torch._dynamo.mark_dynamic(tensor, dim)
 
 
-def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[int], chunk: int | None) -> Tensor:
+def prefill(steps: Steps, model: Transformer, cache: KVCache, tokens: Sequence[int], chunk: int) -> Tensor:
     """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
-    device, chunk = cache.start.device, chunk or len(tokens)
+    device, scaling = cache.start.device, model.args.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic":
+        chunk = len(tokens)  # it rotates by the length of the whole prompt
     begin = cache.slots - len(tokens)
     for first in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[first : first + chunk]], device=device)  # [1,S]
@@ -432,8 +434,6 @@ def set_up(options: argparse.Namespace) -> Session:
     memory = plan_memory(args, dtype, length or 0, request.num_samples, request.max_new_tokens, attention, available)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
-    if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
-        request = replace(request, prefill_chunk=None)  # it rotates by the length of the whole prompt
     steps = options.num_runs * memory.waves * request.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
     run = (request, memory, attention_reason, compiled, why)

@@ -80,15 +80,20 @@ class Rule:
     def mask(self, visible: Tensor, input_pos: Tensor, key_pos: Tensor) -> Tensor:
         """visible bool [N or 1,1,S or 1,L], input_pos [N,S], key_pos [N or 1,L] -> bool [N,1,S,L], or with slopes what
         to add to the scores, fp32 [N,H,S,L]."""
-        distance = input_pos[:, None, :, None] - key_pos[:, None, None]  # [N,1,S,L]
         if self.window is not None:
+            distance = input_pos[:, None, :, None] - key_pos[:, None, None]  # [N,1,S,L]
             visible = visible & (distance < self.window)
-        if self.slopes is None:
-            return visible
-        return (-self.slopes[:, None, None] * distance).masked_fill(~visible, float("-inf"))
+        return visible if self.slopes is None else self.bias(input_pos, key_pos).masked_fill(~visible, float("-inf"))
+
+    def bias(self, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+        """ALiBi: input_pos [N,S], key_pos [M,L] -> fp32 [M,H,1,L]. Distances are to the last position of the call: what
+        they miss is the same for all keys of a query, in every cache of the chain, and so of no effect."""
+        return self.slopes[:, None, None] * (key_pos - input_pos.max())[:, None, None]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Attention over all keys of a row. Not SDPA's: it knows no soft cap, and rounds what is added to q's dtype."""
+        """Attention over all keys of a row. SDPA knows no soft cap, and would round what is added to q's dtype."""
+        if self.slopes is None and self.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
         return shared_attention(q, k, v, mask, self.softcap)[0].to(q.dtype)
 
 
@@ -219,9 +224,12 @@ class KVCache:
         """The partial attention to one cache of the chain. visible bool [link rows,1,S or 1,L]; None: all slots."""
         if rule is None:
             return shared_attention(q, link.k[layer], link.v[layer], visible)
-        each = self.rows // link.rows
-        visible = link.everything() if visible is None else visible
-        mask = rule.mask(share_rows(visible, each), input_pos, share_rows(link.positions(), each))
+        if rule.window is None and visible is None:  # an ancestor: one bias serves all rows, or none is needed
+            mask = None if rule.slopes is None else rule.bias(input_pos, link.positions())
+        else:
+            each = self.rows // link.rows
+            visible = link.everything() if visible is None else visible
+            mask = rule.mask(share_rows(visible, each), input_pos, share_rows(link.positions(), each))
         return shared_attention(q, link.k[layer], link.v[layer], mask, rule.softcap)
 
     def positions(self) -> Tensor:

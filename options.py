@@ -11,12 +11,15 @@ from model import LAYOUTS
 from plan import parse_size
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
-
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            self.exit(2, f"error: {message}; see --help\n")
 
     parser = OneLineParser(
         description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
@@ -37,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--prompt", "text; an integer makes a synthetic prompt of so many tokens")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
-    flag("--chat", "send the prompt as a message, in the model's chat template", action="store_true")
+    chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
+    flag("--chat", chat, action=argparse.BooleanOptionalAction)
     flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
     group = parser.add_argument_group("sampling")
@@ -88,9 +92,9 @@ def read_prompt(options: argparse.Namespace) -> str | None:
 
 
 def prompt_length(options: argparse.Namespace) -> int | None:
-    """The tokens of a synthetic prompt, which an integer as --prompt asks for; None for a text."""
+    """The tokens of a synthetic prompt, which an integer as --prompt asks for; None for a text, as in a chat."""
     text = (options.prompt or "").strip()
-    return int(text) if text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and not options.chat else None
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -100,6 +104,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
     if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
         raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise ValueError(f"seed {options.seed} must be at least 0 and below 2^63")
     if options.pick and not options.interactive:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
     for path in (options.report, options.profile):

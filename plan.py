@@ -180,7 +180,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} is not known: use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
     return device
 

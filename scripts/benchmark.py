@@ -12,6 +12,7 @@ measured rate of a matrix product, whichever takes longer.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import platform
 import shlex
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
 from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
+from options import OneLineParser
 from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
 
 SHAPES = {
@@ -313,14 +315,14 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
     args = SHAPES[name]
     for setting in settings:
         field_name, _, value = setting.partition("=")
-        if type(getattr(args, field_name, None)) is not int or not value.isdecimal():
+        if type(getattr(args, field_name, None)) is not int or not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--set {setting}: write a field of ModelArgs and a number, such as n_kv_head=4")
         args = replace(args, **{field_name: int(value)})
     return args
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Time the decode step, for every way to hold the context.")
+    parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
     choices = (*PRESETS, "attention")
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; flags go before it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
@@ -345,8 +347,17 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
             value = getattr(preset, name)
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
     numbers = options.num_samples + options.context + [options.steps]
-    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8:
-        raise ValueError(f"num_samples, context and steps must be at least 1, and steps at most {DECODE_SLOTS - 8}")
+    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8 or options.budget <= 0:
+        raise ValueError(
+            f"num_samples, context and steps must be at least 1, steps at most {DECODE_SLOTS - 8}, budget above 0"
+        )
+    if options.preset == "attention" and min(options.context) < 2:
+        raise ValueError("--preset attention needs a context of at least 2 tokens: part of it is a chunk")
+    for folder in (options.out and options.out.parent, options.charts and options.charts.parent):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder: --out and --charts are written into one that exists")
+    if options.charts and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
     options.device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, options.device)
     return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}

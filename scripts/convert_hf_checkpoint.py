@@ -5,7 +5,6 @@ python scripts/convert_hf_checkpoint.py --checkpoint_dir FOLDER [--out FOLDER]
 The tensors are mapped, and written one after another: what is held is the pages that the system chooses to keep.
 """
 
-import argparse
 import shutil
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import check_weights, empty_model, hugging_face_files, read_checkpoint, read_weights, save_model
+from options import OneLineParser
 
 COMPANIONS = (
     "tokenizer.model",
@@ -46,7 +46,7 @@ def convert(source: Path, out: Path) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face folder into model.pth.")
+    parser = OneLineParser(description="Convert a Hugging Face folder into model.pth.")
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder, or the .pt file")
     parser.add_argument("--out", type=Path, help="folder to write; default: the same folder")
     options = parser.parse_args()

@@ -62,7 +62,7 @@ def main() -> int:
     try:
         cells = [json.loads(line) for line in options.cells.read_text("utf-8").splitlines()]
         print("\n".join(map(str, draw(cells, options.out))))
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"error: {options.cells} cannot be drawn: {error}", file=sys.stderr)
         return 2
     return 0

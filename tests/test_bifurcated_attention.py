@@ -120,6 +120,27 @@ def test_heads_taken_some_at_a_time_give_the_same(monkeypatch, at_once):
     torch.testing.assert_close(everything, (q @ k.mT / math.sqrt(59)).softmax(-1) @ v, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows,heads,S", [(1, 1, 1), (1, 6, 3), (2, 6, 1), (2, 1, 3), (6, 6, 3), (6, 1, 1)])
+@pytest.mark.parametrize("P", [1, 3])
+def test_a_mask_may_be_of_query_rows_or_key_rows_and_of_heads(rows, heads, S, P):
+    """What is added to the scores of 6 rows that share 2 rows of keys. Oracle: fp64 over repeated keys."""
+    generator = torch.Generator().manual_seed(rows + heads + S)
+    q = torch.randn(6, 6, S, 10, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 6 // P, 7, 10, generator=generator, dtype=torch.float64)
+    mask = torch.randn(rows, heads, S, 7, generator=generator, dtype=torch.float64)
+    every_k, every_v = (tensor.repeat_interleave(3, 0).repeat_interleave(P, 1) for tensor in (k, v))
+    scores = q @ every_k.mT / math.sqrt(10) + mask.repeat_interleave(6 // rows, 0)
+    out, lse = shared_attention(q, k, v, mask)
+    torch.testing.assert_close(out, scores.softmax(-1) @ every_v, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, scores.logsumexp(-1, keepdim=True), rtol=0, atol=1e-12)
+
+
+def test_a_mask_of_fewer_dimensions_is_refused():
+    q, k, v, _, _ = draw(1, 1, 8, 5, 1, S=3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"a mask of shape \(3, 5\): expected four dimensions"):
+        partial_attention(q, k, v, torch.ones(3, 5, dtype=torch.bool))
+
+
 def test_lse_is_the_natural_log_in_fp32():
     q, k, v, _, _ = draw(1, 4, 64, 129, 1, S=3, dtype=torch.bfloat16)
     out, lse = shared_attention(q, k, v)

@@ -132,6 +132,14 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
             "layer_types .* is not supported",
         ),
         ({"hidden_size": None}, "hidden_size"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor 4.0 is not supported, only 1.0"),
+        ({"rope_scaling": [4]}, "rope_scaling .* is not an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention .* is not known here"),
+        ({"rope_theta": 0}, "rope_theta is 0, not a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4', not a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
+        ({"architectures": ["Gemma2ForCausalLM"], "head_dim": 128}, "query_pre_attn_scalar other than head_dim"),
         ({"vocab_size": ...}, "vocab_size is None, not a positive number"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a positive number"),
         ({"hidden_size": -192}, "hidden_size is -192, not a positive number"),
@@ -165,6 +173,21 @@ def test_weights_of_another_type_are_named(folder):
     refused(folder, "1 of another type: norm.weight torch.int8")
 
 
+def test_limits_and_defaults_are_those_that_transformers_takes():
+    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 8192
+    limit = {"max_position_embeddings": 131072}
+    assert args_from_config(CONFIG | limit | {"rope_scaling": llama3}).context_limit == 131072
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    both = {"rope_scaling": yarn, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    args = args_from_config(CONFIG | limit | both)  # the older field first, but for theta
+    assert args.rope_scaling.kind == "yarn" and args.rope_theta == 1e6 and args.context_limit == 131072
+    mistral = args_from_config(CONFIG | limit | {"architectures": ["MistralForCausalLM"]})
+    assert mistral.windows == (4096,) * 3
+    gemma = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 256, "sliding_window_size": 4096}
+    assert args_from_config(CONFIG | limit | gemma).score_softcap == 50.0
+
+
 @pytest.mark.parametrize("text,match", [("{", "is not JSON"), ("[]", "holds a list")])
 def test_a_broken_config_is_named(folder, text, match):
     (folder / "config.json").write_text(text)
@@ -195,6 +218,33 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "model.pth cannot be written" in result.stderr
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_converting_leaves_no_companion_of_the_model_before(folder, tmp_path):
+    """A tokenizer or an EOS id of another model would be believed."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+        (out / name).write_text("another model's")
+    (folder / "model.pth").unlink()
+    save_file(random_model(GQA, torch.float32).state_dict(), folder / "model.safetensors")
+    (folder / "tokenizer.model").write_text("its own")
+    convert(folder, out)
+    assert (out / "tokenizer.model").read_text() == "its own"
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
+
+
+def test_a_file_of_the_older_format_is_read(folder):
+    state = random_model(GQA, torch.float32).state_dict()
+    torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_model(read_checkpoint(folder), "cpu", torch.float32).output.weight, state["output.weight"])
+
+
+@pytest.mark.parametrize("where", [{}, ["a"], {"a": 5}, {"a": ["x"]}, {"a": "/etc/hostname"}])
+def test_a_damaged_index_is_named(folder, where):
+    (folder / "model.pth").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    refused(folder, "model.safetensors.index.json has no weight_map of file names")
 
 
 def test_config_files_are_read_as_written():

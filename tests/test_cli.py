@@ -366,3 +366,39 @@ def test_a_chat_that_cannot_be_is_one_line(talker, tmp_path, flags, match):
     result = run(*PROMPT, *flags, cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert re.match(f"error: {match}", result.stderr) and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags,match",
+    [
+        (["--prompt", b"caf\xe9"], r"the text is not UTF-8 \(character 3\): convert it"),
+        (["--prompt", "x", "--seed", "-1"], "seed -1 must be at least 0"),
+        (["--prompt", "x", "--seed", str(10**30)], "seed 10+ must be at least 0 and below"),
+        (["--prompt", "x", "--device", "cuda:200"], "device 'cuda:200' is not there"),
+    ],
+    ids=str,
+)
+def test_more_bad_input_is_one_line(flags, match):
+    command = [sys.executable, str(ROOT / "generate.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.match(f"error: {match}", result.stderr) and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_number_is_a_message_in_a_chat(talker):
+    base = ["--checkpoint_path", talker, "--max_new_tokens", 6, "--format", "jsonl", "--seed", 3, "--dtype", "float32"]
+    (asked,) = lines_of(run(*base, "--chat", "--prompt", "17"))
+    (plain,) = lines_of(run(*base, "--prompt", "user: 17\nassistant:"))
+    assert asked["tokens"] == plain["tokens"]
+
+
+def test_a_template_of_one_turn_serves_one_turn(talker):
+    (talker / "chat_template.jinja").write_text(
+        "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}user: {{ messages[0].content }}"
+    )
+    flags = ["--checkpoint_path", talker, "--max_new_tokens", 6, "--quiet"]
+    assert run(*flags, "--chat", "--prompt", "hi").returncode == 0
+    talk = run(*flags, "--interactive", input="hi\nyou\n")
+    assert talk.returncode == 0 and "one turn only" in talk.stderr and talk.stdout
+    bare = run(*flags, "--interactive", "--no-chat", input="hi\nyou\n")
+    assert bare.returncode == 0 and "error" not in bare.stderr

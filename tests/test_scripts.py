@@ -36,7 +36,46 @@ def test_commands_of_the_benchmarks_are_accepted():
         assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--set", "nonsense=3"], ["--steps", "0"], ["-n", "0"], ["--device", "cuda:99"]])
+def test_charts_are_drawn_from_the_cells(tmp_path):
+    out = ["--charts", tmp_path / "charts", "--out", tmp_path / "cells.jsonl"]
+    result = run("benchmark.py", *SMALL, "--context", 33, 50, "--columns", "bifurcated", *out)
+    assert result.returncode == 0, result.stderr
+    again = run("plot.py", "--cells", tmp_path / "cells.jsonl", "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    for folder in ("charts", "again"):
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        assert names == ["tiny-context.png", "tiny-num_samples.png"]
+        assert all((tmp_path / folder / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_attention_alone_is_compared_with_sdpa():
+    result = run("benchmark.py", *SMALL, "--preset", "attention")
+    assert result.returncode == 0, result.stderr
+    kinds = re.findall(r"^\| (\w+)[^|]*\| \d+ \| \d+ \| \d+\.\d+ \|", result.stdout, re.MULTILINE)
+    assert set(kinds) == {"prefill", "decode", "hybrid"}
+
+
+def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
+    """A petabyte of copies, which is computed and not tried; the row's other cell is measured."""
+    columns = ["--columns", "bifurcated", "contiguous"]
+    result = run("benchmark.py", *SMALL, "--context", 10**5, "-n", 2 * 10**5, "--steps", 1, *columns)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"needs [\d.]+ [GT]B", result.stdout), result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--set", "nonsense=3"],
+        ["--steps", "0"],
+        ["-n", "0"],
+        ["--device", "cuda:99"],
+        ["--set", "n_kv_head=0"],
+        ["--budget", "0"],
+        ["--charts", "no/such/folder"],
+        ["--preset", "nonsense"],
+    ],
+)
 def test_benchmark_refuses_bad_input_in_one_line(arguments):
     result = run("benchmark.py", *SMALL, *arguments)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
