@@ -4,7 +4,6 @@ loaded as any checkpoint; for Baichuan, which it lacks, plain loops over positio
 In fp32 every logit is within 1e-4; in bfloat16 they are as near to fp32 as those of transformers in bfloat16.
 """
 
-import copy
 import json
 import math
 
@@ -47,19 +46,26 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def saved(request, tmp_path_factory):
-    """(folder as transformers saves it, transformers' model)."""
-    name, fields = FAMILIES[request.param]
+def save_random(folder, family: str, **change):
+    """A random model as transformers saves it into `folder`; returns transformers' model."""
+    name, fields = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE | fields)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | fields | change)
     reference = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in reference.parameters():
         if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    folder = tmp_path_factory.mktemp(name)
+        # What bfloat16 can hold, as in real checkpoints: then what is compared is arithmetic.
+        parameter.copy_(parameter.to(torch.bfloat16))
     reference.save_pretrained(folder)
-    return folder, reference
+    return reference
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """(folder as transformers saves it, transformers' model)."""
+    folder = tmp_path_factory.mktemp("family")
+    return folder, save_random(folder, request.param)
 
 
 def read(folder, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -75,15 +81,27 @@ def test_logits_equal_those_of_transformers_at_every_position(saved):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
-def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
-    """Root mean square over all logits. Random weights amplify rounding: transformers' own bfloat16 is 2 to 6 % off."""
-    folder, reference = saved
+def bfloat16_errors(folder, reference) -> tuple[float, float]:
+    """Root mean square over all logits against fp32, relative to theirs: (ours, transformers')."""
     tokens = random_tokens(read(folder).args, 3, 60)
     expected = reference(tokens).logits
-    rounded = copy.deepcopy(reference).to(torch.bfloat16)(tokens).logits.float()
-    actual = read(folder, torch.bfloat16)(tokens, positions(0, 3, 60), NoCache()).float()
-    error, bound = ((logits - expected).square().mean().sqrt() for logits in (actual, rounded))
-    assert error < 1.1 * bound, error / bound
+    theirs = type(reference).from_pretrained(folder, dtype=torch.bfloat16)(tokens).logits.float()
+    ours = read(folder, torch.bfloat16)(tokens, positions(0, 3, 60), NoCache()).float()
+    scale = expected.square().mean().sqrt()
+    return tuple(((logits - expected).square().mean().sqrt() / scale).item() for logits in (ours, theirs))
+
+
+def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
+    """Four layers of large random weights amplify rounding: transformers' own bfloat16 is 1 to 6 % off."""
+    ours, theirs = bfloat16_errors(*saved)
+    assert ours < 1.1 * theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_layer_in_bfloat16_is_within_half_a_percent(family, tmp_path):
+    """Weights of the usual size. Where transformers itself is further off (Gemma 2), that counts."""
+    ours, theirs = bfloat16_errors(tmp_path, save_random(tmp_path, family, num_hidden_layers=1, initializer_range=0.02))
+    assert ours < max(5e-3, 1.1 * theirs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -116,20 +134,15 @@ def test_dynamic_scaling_decodes_as_transformers_does(tmp_path):
     torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Llama 3.1", "YaRN", "linear"])
-def test_positions_far_beyond_the_original_context(name):
-    """One layer at position 9,000. Oracle: transformers' rotation of the same position."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    from families import args_from_config
-
-    config = transformers.LlamaConfig(**SHAPE | FAMILIES[name][1] | {"num_hidden_layers": 1})
-    model = Transformer(args_from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}))
-    cos, sin = model.rotation(torch.tensor([[9000]]))
-    half = model.args.head_dim // 2
-    expected = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.tensor([[9000]]))
-    for ours, theirs in zip((cos, sin), expected, strict=True):
-        torch.testing.assert_close(ours[0, 0, 0], theirs[0, 0, :half], rtol=0, atol=1e-6)
+@pytest.mark.parametrize("family", ["Llama 3.1", "YaRN", "linear"])
+def test_positions_far_beyond_the_original_context(family, tmp_path):
+    """Forty tokens up to position 9,040, which llama3 scaling stretches to. Turns are so many there that fp32 angles
+    differ in their last bits."""
+    reference = save_random(tmp_path, family)
+    model, where = read(tmp_path), positions(9000, 2, 40)
+    tokens = random_tokens(model.args, 2, 40)
+    actual, expected = model(tokens, where, NoCache()), reference(tokens, position_ids=where).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 def baichuan_config(heads: int, vocab: int, **fields) -> dict:
