@@ -19,8 +19,9 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -28,8 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint import load_model, read_checkpoint, read_safetensors
 from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
 from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
 from options import OneLineParser
@@ -80,10 +83,7 @@ class Preset:
 
 PRESETS = {
     "cpu": Preset(
-        ("stories110M", "stories110M-gqa"),
-        (2048,),
-        (1, 8, 64),
-        ("bifurcated, compiled", "bifurcated", "contiguous SDPA"),
+        ("stories110M", "stories110M-gqa"), (2048,), (1, 8, 64), ("bifurcated, compiled", "contiguous SDPA"), steps=8
     ),
     "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N)),
     "decode": Preset(("stories110M",), (4096,), (1, 8, 16, 64)),
@@ -280,6 +280,46 @@ def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
     yield f"| hybrid: a chunk of {part}, and decoding | 16 | {long} | {ours:.2f} | {theirs:.2f} |"
 
 
+def load_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[str]:
+    """Loading a folder of safetensors against mapping its bytes by safetensors alone, in milliseconds, as Markdown: the
+    mapping alone, and with every byte read once from the system's cache."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": args.dim,
+        "intermediate_size": args.hidden_dim,
+        "num_hidden_layers": args.n_layer,
+        "num_attention_heads": args.n_head,
+        "num_key_value_heads": args.n_kv_head,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.context_limit,
+    }
+
+    def read(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.view(torch.int16).view(-1).max()
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(config), "utf-8")
+        save_file(random_model(args, torch.device("cpu"), torch.bfloat16).state_dict(), folder / "model.safetensors")
+        size = (folder / "model.safetensors").stat().st_size
+
+        def alone() -> list[Tensor]:
+            return list(read_safetensors(folder / "model.safetensors").values())
+
+        def ours() -> list[Tensor]:
+            return list(load_model(read_checkpoint(folder), "cpu", torch.bfloat16).parameters())
+
+        yield "| bytes | what | safetensors alone | load_model | ratio |\n|---|---|---|---|---|"
+        for what, use in (("mapped", len), ("mapped and read", read)):
+            times = []
+            for load in (alone, ours):
+                seconds = timed(lambda load=load, use=use: use(load()), options.steps + 1, options.device)
+                times.append(1000 * statistics.median(seconds[1:]))
+            yield f"| {human(size)} | {what} | {times[0]:.1f} | {times[1]:.1f} | {times[1] / times[0]:.2f} |"
+
+
 def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -312,18 +352,18 @@ def header(options: argparse.Namespace, rates: Rates) -> str:
 
 def shape_of(name: str, settings: list[str]) -> ModelArgs:
     """The named shape with --set's fields. Raises ValueError on a field that there is not."""
-    args = SHAPES[name]
+    fields = {}
     for setting in settings:
         field_name, _, value = setting.partition("=")
-        if type(getattr(args, field_name, None)) is not int or not value.isdecimal() or int(value) < 1:
+        if type(getattr(SHAPES[name], field_name, None)) is not int or not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--set {setting}: write a field of ModelArgs and a number, such as n_kv_head=4")
-        args = replace(args, **{field_name: int(value)})
-    return args
+        fields[field_name] = int(value)
+    return replace(SHAPES[name], **fields)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = (*PRESETS, "attention")
+    choices = (*PRESETS, "attention", "load")
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; flags go before it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
@@ -341,7 +381,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
     """Fills in what the preset says where no flag does; returns the shapes. Raises ValueError on what cannot be run."""
-    preset = PRESETS["decode" if options.preset == "attention" else options.preset]
+    preset = PRESETS.get(options.preset, PRESETS["decode"])
     for name in ("context", "num_samples", "columns", "steps"):
         if getattr(options, name) is None:
             value = getattr(preset, name)
@@ -372,8 +412,9 @@ def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]
     begin = time.perf_counter()
     for shape, args in shapes.items():
         print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys\n")
-        if options.preset == "attention":
-            for line in attention_table(options, args, rates):
+        if options.preset in ("attention", "load"):
+            lines = load_table(options, args) if options.preset == "load" else attention_table(options, args, rates)
+            for line in lines:
                 print(line, flush=True)
             continue
         own: list[Cell] = []

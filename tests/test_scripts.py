@@ -55,6 +55,12 @@ def test_attention_alone_is_compared_with_sdpa():
     assert set(kinds) == {"prefill", "decode", "hybrid"}
 
 
+def test_loading_is_compared_with_mapping():
+    result = run("benchmark.py", *SMALL, "--preset", "load")
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"\| [\d.]+ MB \| mapped[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \|", result.stdout)) == 2
+
+
 def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
     """A petabyte of copies, which is computed and not tried; the row's other cell is measured."""
     columns = ["--columns", "bifurcated", "contiguous"]
