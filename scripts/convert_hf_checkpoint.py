@@ -13,17 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import check_weights, empty_model, hugging_face_files, read_checkpoint, read_weights, save_model
+from download import COMPANIONS
 from options import OneLineParser
 
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
 
 
 def convert(source: Path, out: Path) -> Path:
@@ -36,9 +29,9 @@ def convert(source: Path, out: Path) -> Path:
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
-    here = [name for name in COMPANIONS if (checkpoint.folder / name).exists()]
+    here = [name for name in KEPT if (checkpoint.folder / name).exists()]
     if here and checkpoint.folder.resolve() != out.resolve():
-        for name in COMPANIONS:  # those of a model that was in this folder before go
+        for name in KEPT:  # those of a model that was in this folder before go
             (out / name).unlink(missing_ok=True)
         for name in here:
             shutil.copyfile(checkpoint.folder / name, out / name)

@@ -16,9 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
-import download
 import pytest
 from conftest import ROOT
+
+import download
 
 COMPANIONS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
