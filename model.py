@@ -254,7 +254,8 @@ def share_rows(tensor: Tensor, n: int) -> Tensor:
 
 
 class SDPACache(KVCache):
-    """The baselines and oracles: one scaled_dot_product_attention over every key that a row sees, side by side.
+    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline, an oracle, and what is
+    faster where little is shared.
 
     Without a parent (`SDPACache.copy`) this is the *contiguous* layout; with one (`fork`) the *expanded* layout: the
     context is held once, but expanded by reference and concatenated with the row's own keys at every step.
