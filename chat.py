@@ -74,7 +74,9 @@ class Chat:
         except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
             roles = [message["role"] for message in messages]
             hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""
-            raise ValueError(f"the chat template cannot render {', '.join(roles)}: {error}{hint}") from error
+            raise ValueError(
+                f"the chat template cannot render {', '.join(roles)}: {error}{hint} (or --no-chat)"
+            ) from error
 
 
 # The form that Llama 2 was trained on: https://github.com/meta-llama/llama, chat_completion.

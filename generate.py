@@ -35,7 +35,7 @@ from plan import (
     keep_freed_memory,
     plan_memory,
 )
-from report import Console, Monitor, Ranked, describe, measure, print_report
+from report import Console, Monitor, Ranked, describe, measure, print_report, rank
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
 DECODE_SLOTS = 128  # slots by which the decoded part of a cache grows
@@ -58,7 +58,7 @@ class Sampling:
         if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
             raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} must be at least 1")
+            raise ValueError(f"top_k {self.top_k} must be at least 1, or on the command line 0, which is off")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -450,17 +450,21 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
             prompt, tokenizer = session.prompt_tokens, session.dialogue.tokenizer
             samples = generate(model, prompt, session.request, tokenizer, steps, console)
         monitors.append(console)
-    ranked = console.show(samples)[: options.top]
-    report = describe(session) | measure(
-        monitors, session.memory, len(session.prompt_tokens), session.compiled, session.device
-    )
+    try:
+        console.show(samples)
+    finally:  # also where nobody reads the samples to their end
+        finish_report(session, model, monitors, rank(samples)[: options.top])
+
+
+def finish_report(session: Session, model: Transformer, monitors: Sequence[Monitor], ranked: Sequence[Ranked]) -> None:
+    """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
+    options, prompt = session.options, session.prompt_tokens
+    report = describe(session) | measure(monitors, session.memory, len(prompt), session.compiled, session.device)
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
-            for each in ranked
-            for decoded, scored in zip(
-                each.sample.logprobs, rescore(model, session.prompt_tokens, each.sample.tokens), strict=True
-            )
+            for sample in (each.sample for each in ranked)
+            for decoded, scored in zip(sample.logprobs, rescore(model, prompt, sample.tokens), strict=True)
         )
     if not options.quiet:
         print_report(report)
@@ -516,7 +520,9 @@ def interact(session: Session, model: Transformer, steps: Steps) -> None:
             with Console(session) as console:
                 samples = conversation.turn(tokens, console)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            held = len(conversation.history)
+            hint = f"; the conversation holds {held} tokens, begin a new one to go on" if held else ""
+            print(f"error: {error}{hint}", file=sys.stderr)
         else:
             ranked = console.show(samples)[: options.top]
             reply = pick(ranked) if options.pick else ranked[0].sample
@@ -549,7 +555,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         session = set_up(options)
         if options.plan:
-            print(session.memory)
+            limit = session.checkpoint.args.context_limit
+            print(f"{session.memory}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
             return 0
         if session.memory.waves > 1 and not options.quiet:
             print(f"running in {session.memory.waves} waves: memory does not suffice for all at once", file=sys.stderr)

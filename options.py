@@ -79,9 +79,11 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     text = options.prompt
     if options.prompt_file is not None:
         name = "stdin" if options.prompt_file == "-" else options.prompt_file
-        data = sys.stdin.buffer.read() if name == "stdin" else Path(name).read_bytes()
         try:
-            text = data.decode("utf-8")
+            data = sys.stdin.buffer.read() if name == "stdin" else Path(name).read_bytes()
+            text = data.decode("utf-8").removesuffix("\n")  # which echo and editors add
+        except OSError as error:
+            raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
         except UnicodeDecodeError as error:
             raise ValueError(f"the prompt in {name} is not UTF-8 (byte {error.start}): convert it") from error
     if text is None and not options.interactive:

@@ -181,7 +181,7 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found")
+        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found; cpu is")
     return device
 
 

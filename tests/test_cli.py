@@ -250,7 +250,10 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         (["--prompt", ""], "the prompt is empty"),
         ([], "no prompt: give --prompt TEXT"),
         (["--prompt", "a", "--prompt_file", "b"], "are both given"),
-        (["--prompt_file", "no/such/file"], "No such file or directory: 'no/such/file'"),
+        (
+            ["--prompt_file", "no/such/file"],
+            "--prompt_file no/such/file cannot be read (No such file or directory): give",
+        ),
         (
             ["--prompt", "300"],
             "prompt of 300 tokens + max_new_tokens 200 = 500 is over the model's context limit of 320",
@@ -402,3 +405,21 @@ def test_a_template_of_one_turn_serves_one_turn(talker):
     assert talk.returncode == 0 and "one turn only" in talk.stderr and talk.stdout
     bare = run(*flags, "--interactive", "--no-chat", input="hi\nyou\n")
     assert bare.returncode == 0 and "error" not in bare.stderr
+
+
+def test_a_report_is_written_though_nobody_reads_the_samples(tmp_path):
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "64", "--report", str(tmp_path / "r.json")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, env=ENVIRONMENT, check=True)
+    os.close(writer)
+    assert json.loads((tmp_path / "r.json").read_text())["seed"] == 1
+
+
+def test_a_newline_at_the_end_of_a_file_is_not_a_part_of_the_prompt():
+    base = ["--max_new_tokens", 9, "--seed", 1, "--prompt_file", "-", "--quiet"]
+    assert run(*base, input="Once upon a time\n").stdout == run(*base, input="Once upon a time").stdout
+
+
+def test_the_plan_names_the_context_limit():
+    assert re.search(r"context limit +320  tokens", run("--plan", "--prompt", 5000).stdout)

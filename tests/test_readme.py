@@ -90,9 +90,19 @@ def test_fetching_without_a_network_is_one_line(script, checkout, monkeypatch):
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_the_commands_of_the_benchmark(checkout):
+    measured, drawn = [line for line in COMMANDS if "cells.jsonl" in line]
+    small = " --shape tiny --set n_layer=1 --context 33 50 -n 1 3 --steps 2 --columns bifurcated"
+    for line in (measured + small, drawn):
+        result = run(line, checkout)
+        assert result.returncode == 0, result.stderr
+    assert list((checkout / "charts").glob("*.png"))
+
+
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout
-    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - {"--checkpoint_dir", "--out", "--help"}  # of scripts
+    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
+    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
     assert mentioned <= known
     assert known - mentioned <= {"--help", "--num_samples", "--parallel_samples"}
