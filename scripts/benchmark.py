@@ -371,7 +371,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--num_samples", type=int, nargs="+")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=", ".join(COLUMNS))
     parser.add_argument("--steps", type=int, help="timed steps per cell, at most")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of timed steps per cell; default: 4")
+    parser.add_argument("--budget", type=float, default=2.0, help="seconds of timed steps per cell; default: 2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--out", type=Path, help="append one JSON object per cell to this file")
