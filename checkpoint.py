@@ -25,7 +25,7 @@ from families import (
     our_tensors,
     tinyllamas_config,
 )
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, empty_model
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def empty_model(args: ModelArgs) -> Transformer:
-    """The network without memory for its weights."""
-    with torch.device("meta"):
-        return Transformer(args)
-
-
 def check_weights(model: Transformer, state: Mapping[str, Tensor]) -> None:
     """Raises ValueError that names the first few tensors that are missing, left over or of another shape."""
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -214,10 +208,8 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
         for path in unfinished:
             path.replace(path.with_suffix(""))
     except RuntimeError as error:  # torch.save's for every failure of the disk
-        free = shutil.disk_usage(folder).free
-        raise OSError(
-            f"{folder / 'model.pth'} cannot be written ({free / 1e9:.1f} GB are free there): {error}"
-        ) from error
+        free, why = shutil.disk_usage(folder).free / 1e9, str(error).splitlines()[0]
+        raise OSError(f"{folder / 'model.pth'} cannot be written ({free:.1f} GB are free there): {why}") from error
     finally:
         for path in unfinished:
             path.unlink(missing_ok=True)

@@ -450,10 +450,11 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
             prompt, tokenizer = session.prompt_tokens, session.dialogue.tokenizer
             samples = generate(model, prompt, session.request, tokenizer, steps, console)
         monitors.append(console)
+    ranked = rank(samples)[: options.top]
     try:
-        console.show(samples)
+        console.show(ranked)
     finally:  # also where nobody reads the samples to their end
-        finish_report(session, model, monitors, rank(samples)[: options.top])
+        finish_report(session, model, monitors, ranked)
 
 
 def finish_report(session: Session, model: Transformer, monitors: Sequence[Monitor], ranked: Sequence[Ranked]) -> None:
@@ -524,7 +525,8 @@ def interact(session: Session, model: Transformer, steps: Steps) -> None:
             hint = f"; the conversation holds {held} tokens, begin a new one to go on" if held else ""
             print(f"error: {error}{hint}", file=sys.stderr)
         else:
-            ranked = console.show(samples)[: options.top]
+            ranked = rank(samples)[: options.top]
+            console.show(ranked)
             reply = pick(ranked) if options.pick else ranked[0].sample
             conversation.keep(reply, console.caches[reply.index])
             dialogue.keep(line, reply.text)

@@ -455,3 +455,9 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         return self.logits(self.hidden(tokens, input_pos, cache))
+
+
+def empty_model(args: ModelArgs) -> Transformer:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import ModelArgs, Transformer
+from model import ModelArgs, empty_model
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def plan_memory(
     available: int,
 ) -> Memory:
     """The plan for a prompt of `context` tokens. Raises ValueError where not even one sample fits."""
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Transformer(args).parameters()) * dtype.itemsize
+    weights = sum(parameter.numel() for parameter in empty_model(args).parameters()) * dtype.itemsize
     token = args.kv_values_per_token * dtype.itemsize
     total, decoded = context + max_new_tokens, max_new_tokens * token
     copied = context * token if attention == "contiguous" else 0

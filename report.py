@@ -127,12 +127,10 @@ class Console(Monitor):
         if self.options.interactive:
             self.caches[sample.index] = cache.row(row, begin)
 
-    def show(self, samples: Sequence["Sample"]) -> list[Ranked]:
-        """Prints the best of the samples, unless they were shown live, and returns all."""
-        ranked = rank(samples)
+    def show(self, ranked: Sequence[Ranked]) -> None:
+        """Prints these samples, unless they were shown live."""
         if not self.streams:
-            print_samples(ranked[: self.options.top], self.options)
-        return ranked
+            print_samples(ranked, self.options)
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +141,7 @@ class Console(Monitor):
         if self.streams and kind in (None, KeyboardInterrupt):
             print(self.live[self.shown :], flush=True)
         if kind is KeyboardInterrupt:
-            self.show(self.earlier or self.finished)
+            self.show(rank(self.earlier or self.finished)[: self.options.top])
 
 
 def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None:

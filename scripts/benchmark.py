@@ -34,7 +34,7 @@ from torch import Tensor
 
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
-from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer
+from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer, empty_model
 from options import OneLineParser
 from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
 
@@ -91,9 +91,7 @@ PRESETS = {
 
 
 def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(args)
-    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    model = empty_model(args).to(dtype).to_empty(device=device).eval().requires_grad_(False)
     model.tie_output()
     for parameter in model.parameters():
         parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
@@ -235,7 +233,7 @@ def attempt(
 
 
 @torch.no_grad()
-def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+def attention_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[str]:
     """One layer's attention against SDPA, as Markdown: prefill by length and by batch, decoding by length and by batch,
     and a prefill chunk next to decoding rows. Milliseconds, eager."""
     args = replace(args, n_layer=1)
@@ -264,7 +262,7 @@ def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
 
     yield "| what | N | T | this engine | SDPA |\n|---|---|---|---|---|"
     short, long = min(options.context), max(options.context)
-    for size in dict.fromkeys((short, *options.context)):
+    for size in options.context:
         yield f"| prefill by length | 1 | {size} | {prefill(1, size):.2f} | the same |"
     for rows in (2, 4):
         yield f"| prefill by batch | {rows} | {short} | {prefill(rows, short):.2f} | the same |"
@@ -346,7 +344,7 @@ def header(options: argparse.Namespace, rates: Rates) -> str:
         f"`python scripts/benchmark.py {shlex.join(options.command)}`\n\n"
         f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(options.dtype)[6:]}; "
         f"measured in this run: {rates.bandwidth / 1e9:.0f} GB/s, {rates.operations / 1e12:.2f} T operations/s in a "
-        "matrix product. Milliseconds per decode step, and the share of the limit that is reached."
+        "matrix product. Milliseconds; of a decode step also the share of the limit that is reached."
     )
 
 
@@ -413,7 +411,7 @@ def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]
     for shape, args in shapes.items():
         print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys\n")
         if options.preset in ("attention", "load"):
-            lines = load_table(options, args) if options.preset == "load" else attention_table(options, args, rates)
+            lines = load_table(options, args) if options.preset == "load" else attention_table(options, args)
             for line in lines:
                 print(line, flush=True)
             continue
