@@ -25,6 +25,7 @@ from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint
 from model import LAYOUTS, KVCache, ModelArgs, NoCache, Prefill, Transformer
 from options import build_parser, check_options, prompt_length, read_prompt
+from packed import pack_linears
 from plan import (
     Memory,
     available_memory,
@@ -32,6 +33,7 @@ from plan import (
     choose_compile,
     choose_device,
     choose_dtype,
+    choose_packing,
     keep_freed_memory,
     plan_memory,
 )
@@ -396,6 +398,7 @@ class Session:
     attention_reason: str
     compiled: bool
     compile_reason: str
+    packed: bool
 
 
 def set_up(options: argparse.Namespace) -> Session:
@@ -436,7 +439,8 @@ def set_up(options: argparse.Namespace) -> Session:
     request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
     steps = options.num_runs * memory.waves * request.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    run = (request, memory, attention_reason, compiled, why)
+    packed = choose_packing(device, dtype, steps)
+    run = (request, memory, attention_reason, compiled, why, packed)
     return Session(options, device, dtype, checkpoint, dialogue, text if tokens else None, tokens, *run)
 
 
@@ -563,6 +567,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if session.memory.waves > 1 and not options.quiet:
             print(f"running in {session.memory.waves} waves: memory does not suffice for all at once", file=sys.stderr)
         model = load_model(session.checkpoint, session.device, session.dtype)
+        if session.packed:
+            pack_linears(model)
         steps = make_steps(model, session.compiled, options.compile_prefill)
         if session.compiled:
             keep_freed_memory()

@@ -169,6 +169,7 @@ def describe(session: "Session") -> dict[str, object]:
         "attention_reason": session.attention_reason,
         "compiled": session.compiled,
         "compile_reason": session.compile_reason,
+        "packed_weights": session.packed,
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
         "dtype": str(session.dtype).removeprefix("torch."),
         "torch": torch.__version__,

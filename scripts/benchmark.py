@@ -36,6 +36,7 @@ from checkpoint import load_model, read_checkpoint, read_safetensors
 from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
 from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer, empty_model
 from options import OneLineParser
+from packed import can_pack, pack_linears
 from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
 
 SHAPES = {
@@ -196,6 +197,8 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
     if weights > available_memory(device):
         raise ValueError(f"the weights of {shape} need {human(weights)}: choose a smaller --shape")
     model = random_model(args, device, dtype)
+    if options.pack:
+        pack_linears(model)
     steps = {compiled: make_steps(model, compile_decode=compiled) for compiled in (False, True)}
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
@@ -342,7 +345,8 @@ def header(options: argparse.Namespace, rates: Rates) -> str:
     threads = f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}" * (device.type == "cpu")
     return (
         f"`python scripts/benchmark.py {shlex.join(options.command)}`\n\n"
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(options.dtype)[6:]}; "
+        f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(options.dtype)[6:]}"
+        f"{', packed weights' * options.pack}; "
         f"measured in this run: {rates.bandwidth / 1e9:.0f} GB/s, {rates.operations / 1e12:.2f} T operations/s in a "
         "matrix product. Milliseconds; of a decode step also the share of the limit that is reached."
     )
@@ -372,6 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timed steps per cell; default: 2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument("--plain_weights", action="store_true", help="do not pack them (packed.py)")
     parser.add_argument("--out", type=Path, help="append one JSON object per cell to this file")
     parser.add_argument("--charts", type=Path, help="draw the cells as PNG files in this folder (needs matplotlib)")
     return parser
@@ -398,6 +403,7 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
         raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
     options.device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, options.device)
+    options.pack = not options.plain_weights and can_pack(options.device, options.dtype)
     return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
 
 
