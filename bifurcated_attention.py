@@ -23,6 +23,29 @@ Partial = tuple[Tensor, Tensor]
 # Scores worked on at a time where nothing is compiled: what stays in a CPU's cache; on a GPU, what bounds memory.
 SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
 
+# PyTorch's fused kernels that return the log-sum-exp too, and on CUDA split long contexts over all multiprocessors.
+FLASH = {
+    "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
+    "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+}
+
+
+def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the fused kernel is the way: on CUDA (compute capability 8.0 on), for what it takes. On a CPU the matrix
+    products of partial_attention are faster."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+
+
+def flash_partial(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Partial:
+    """partial_attention by the fused kernel: no scores are held, and none is masked but those after a query's own
+    position (causal). q [B,H,Q,D], k, v [B,H,L,D] -> out [B,H,Q,D] fp32, lse [B,H,Q,1] fp32; L at least 1.
+
+    Queries that share keys are folded into Q by the caller: for grouped heads with one query the kernel's log-sum-exp
+    is not to be relied on.
+    """
+    out, lse = FLASH[q.device.type](q, k, v, is_causal=causal)[:2]  # [B,H,Q,D] [B,H,Q]
+    return out.float(), lse[..., None].float()
+
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
@@ -53,7 +76,8 @@ def partial_attention(
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
-    Matrix products and a softmax: on a CPU, compiled, faster than the fused kernels (BENCHMARKS.md). Eagerly, large
+    On CUDA, the fused kernel where nothing is masked. Else matrix products and a softmax: on a CPU, compiled, faster
+    than the fused kernels (BENCHMARKS.md). Eagerly, large
     scores are made some heads at a time: no key is read twice, and at most SCORES_AT_ONCE scores, or one head's, are
     held. They are overwritten in place, so this is for inference: it does not support autograd.
     """
@@ -63,6 +87,8 @@ def partial_attention(
         raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected four dimensions, [B or 1,G or 1,Q or 1,L]")
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
+    if mask is None and softcap is None and has_flash(q.device, q.dtype, D):
+        return flash_partial(q, k, v)
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
         return attend_heads(q, k, v, mask, softcap)

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint
-from model import LAYOUTS, KVCache, ModelArgs, NoCache, Prefill, Transformer
+from cuda_graph import RecordedStep
+from int8_context import Int8Context
+from model import LAYOUTS, KVCache, ModelArgs, NoCache, Prefill, Step, Transformer
 from options import build_parser, check_options, prompt_length, read_prompt
 from packed import pack_linears
 from plan import (
@@ -70,7 +72,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Request:
     """What to draw. attention: a key of LAYOUTS. prefill_chunk: tokens of the prompt read at a time.
-    rows_at_once: larger num_samples run in waves of so many; None: all together."""
+    rows_at_once: larger num_samples run in waves of so many; None: all together. kv_dtype: of the context's keys and
+    values while samples decode from it: auto, the network's, or int8."""
 
     num_samples: int
     max_new_tokens: int
@@ -81,6 +84,7 @@ class Request:
     stop: tuple[str, ...] = ()
     prefill_chunk: int = 512
     rows_at_once: int | None = None
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
@@ -166,9 +170,6 @@ def draw_tokens(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Te
     return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
 
 
-Step = Callable[[Tensor, Tensor, KVCache], Tensor]
-
-
 @dataclass(frozen=True)
 class Steps:
     """The two callables of a run. prefill: tokens [1,S], input_pos [1,S], cache -> hidden [1,S,dim].
@@ -179,21 +180,27 @@ class Steps:
 
 
 def make_steps(model: Transformer, compile_decode: bool = False, compile_prefill: bool = False) -> Steps:
-    """The model's steps, each compiled or eager. One compiled decode step serves every N >= 2, context and capacity."""
+    """The model's steps, each compiled or eager. One compiled decode step serves every N >= 2, context and capacity.
+    On CUDA the decode step is recorded as a graph."""
 
     def decode(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         return model(tokens, input_pos, cache)[:, -1]
 
+    step = compiled(decode) if compile_decode else decode  # without torch.compile, whose import alone takes a second
+    on_cuda = model.norm.weight.device.type == "cuda"
     prefill = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
-    if not compile_decode:
-        return Steps(prefill, decode)  # without torch.compile, whose import alone takes a second
-    compiled = torch.compile(decode, fullgraph=True)
+    return Steps(prefill, RecordedStep(step) if on_cuda else step)
 
-    def decode_compiled(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
+
+def compiled(step: Step) -> Step:
+    """A decode step as one graph, compiled at its first call."""
+    graph = torch.compile(step, fullgraph=True)
+
+    def decode(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         mark_dynamic(tokens, input_pos, cache)
-        return compiled(tokens, input_pos, cache)
+        return graph(tokens, input_pos, cache)
 
-    return Steps(prefill, decode_compiled)
+    return decode
 
 
 def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
@@ -204,7 +211,7 @@ def mark_dynamic(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
     marks = [(tokens, 0), (input_pos, 0)]
     link: KVCache | None = cache
     while link is not None:
-        marks += [(tensor, dim) for tensor in link.k + link.v for dim in (0, 2)] + [(link.start, 0)]
+        marks += [(tensor, dim) for tensor in link.tensors for dim in (0, 2)] + [(link.start, 0)]
         link = link.parent
     for tensor, dim in marks:
         if tensor.shape[dim] > 1:
@@ -368,6 +375,7 @@ def generate(
     decoder = Decoder(steps, request, tokenizer, monitor)
     context = KVCache.empty(model.args, 1, len(prompt_tokens), model.norm.weight)
     logits = prefill(steps, model, context, prompt_tokens, request.prefill_chunk)
+    context = Int8Context(context) if request.kv_dtype == "int8" else context
     monitor.prefilled()
     return decoder.draw(context, logits, prompt_tokens)
 
@@ -412,6 +420,7 @@ def set_up(options: argparse.Namespace) -> Session:
         seed,
         stop=tuple(options.stop),
         prefill_chunk=options.prefill_chunk,
+        kv_dtype=options.kv_dtype,
     )
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
@@ -433,13 +442,16 @@ def set_up(options: argparse.Namespace) -> Session:
     attention, attention_reason = choose_attention(
         options.attention, device, args, known, request.num_samples, request.max_new_tokens
     )
+    if options.kv_dtype == "int8":
+        attention, attention_reason = "bifurcated", "--kv_dtype int8"
     available = available_memory(device) if options.max_memory is None else options.max_memory
-    memory = plan_memory(args, dtype, length or 0, request.num_samples, request.max_new_tokens, attention, available)
+    sizes = (length or 0, request.num_samples, request.max_new_tokens)
+    memory = plan_memory(args, dtype, *sizes, attention, available, options.kv_dtype)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
     steps = options.num_runs * memory.waves * request.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    packed = choose_packing(device, dtype, steps)
+    packed = choose_packing(device, dtype, args, steps)
     run = (request, memory, attention_reason, compiled, why, packed)
     return Session(options, device, dtype, checkpoint, dialogue, text if tokens else None, tokens, *run)
 

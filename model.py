@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from bifurcated_attention import merge_partials, shared_attention
+from bifurcated_attention import flash_partial, has_flash, merge_partials, shared_attention
 from rotary import RopeScaling, alibi_slopes, rotary_frequencies, rotate
 
 
@@ -152,9 +152,22 @@ class KVCache:
         return self.k[0].shape[2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.k[0].dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is held for keys and values, each [N,G,L,...]."""
+        return self.k + self.v
+
+    @property
     def nbytes(self) -> int:
         """Bytes of this cache's own keys and values, without its ancestors'."""
-        return sum(tensor.nbytes for tensor in self.k + self.v)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [N,G,L,D] each, in the dtype of the network."""
+        return self.k[layer], self.v[layer]
 
     @classmethod
     def fork(cls, parent: "KVCache", n: int, slots: int, length: Tensor | None = None) -> Self:
@@ -164,7 +177,7 @@ class KVCache:
         """
         start = (parent.start + (parent.slots if length is None else length)).repeat_interleave(n)
         shape = (parent.rows * n, parent.k[0].shape[1], slots, parent.k[0].shape[3])
-        k, v = ([tensor.new_zeros(shape) for tensor in tensors] for tensors in (parent.k, parent.v))
+        k, v = ([t.new_zeros(shape, dtype=parent.dtype) for t in tensors] for tensors in (parent.k, parent.v))
         return cls(k, v, start, parent, length)
 
     @classmethod
@@ -223,14 +236,14 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """The partial attention to one cache of the chain. visible bool [link rows,1,S or 1,L]; None: all slots."""
         if rule is None:
-            return shared_attention(q, link.k[layer], link.v[layer], visible)
+            return shared_attention(q, *link.read(layer), visible)
         if rule.window is None and visible is None:  # an ancestor: one bias serves all rows, or none is needed
             mask = None if rule.slopes is None else rule.bias(input_pos, link.positions())
         else:
             each = self.rows // link.rows
             visible = link.everything() if visible is None else visible
             mask = rule.mask(share_rows(visible, each), input_pos, share_rows(link.positions(), each))
-        return shared_attention(q, link.k[layer], link.v[layer], mask, rule.softcap)
+        return shared_attention(q, *link.read(layer), mask, rule.softcap)
 
     def positions(self) -> Tensor:
         """The positions of the own slots, [N,L]."""
@@ -270,11 +283,14 @@ class SDPACache(KVCache):
             visible = share_rows(cache.everything() if visible is None else visible, each)
             mask = torch.cat([visible.expand(-1, -1, mask.shape[2], -1), mask], -1)
             positions = torch.cat([share_rows(cache.positions(), each), positions], 1)
-            k, v = (torch.cat([share_rows(a, each), b], 2) for a, b in ((cache.k[layer], k), (cache.v[layer], v)))
+            k, v = (torch.cat([share_rows(a, each), b], 2) for a, b in zip(cache.read(layer), (k, v), strict=True))
         if rule is not None:
             return rule.attention(q, k, v, rule.mask(mask, input_pos, positions))
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
 
+
+# A decode step: tokens [N,1], input_pos [N,1], cache -> logits [N,V].
+Step = Callable[[Tensor, Tensor, KVCache], Tensor]
 
 # How N rows hold one context. Bifurcated is the engine; contiguous, a copy for each row, is faster where little is
 # shared; expanded, which copies at each step, is there to be compared with.
@@ -289,17 +305,24 @@ class Prefill:
     """A cache of one row while its next `length` positions are written: causal SDPA over what is there by then.
 
     begin: the slot of the first of them. The visible keys are known on the host, so that SDPA applies: without a mask
-    for the first chunk, with one for those after it.
+    for the first chunk, with one for those after it. With a mask SDPA has no fast kernel on CUDA; there the chunk and
+    what came before it are two partial attentions.
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
         self.cache, self.begin, self.end = cache, begin, begin + length
-        visible = torch.ones(length, self.end, dtype=torch.bool, device=cache.start.device)
-        self.mask = visible.tril(begin) if begin else None
+        like = cache.k[0]
+        self.in_parts = begin > 0 and has_flash(like.device, like.dtype, like.shape[-1])
+        masked = begin > 0 and not self.in_parts
+        self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
         self.cache.k[layer][:, :, self.begin : self.end] = k
         self.cache.v[layer][:, :, self.begin : self.end] = v
+        if rule is None and self.in_parts:
+            past = shared_attention(q, *(t[layer][:, :, : self.begin] for t in (self.cache.k, self.cache.v)))
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # [1,H,S,D]
+            return merge_partials([past, flash_partial(q, k, v, causal=True)])[0].to(q.dtype)
         first = 0 if rule is None or rule.window is None else max(0, self.begin - rule.window + 1)
         k, v = self.cache.k[layer][:, :, first : self.end], self.cache.v[layer][:, :, first : self.end]
         if rule is not None:

@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
     group = parser.add_argument_group("execution")
     flag("--attention", "how the samples hold the context", choices=("auto", *LAYOUTS), default="auto")
+    flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
     flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
     flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
     flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=512)
@@ -106,6 +107,8 @@ def check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
     if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
         raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+    if options.kv_dtype == "int8" and (options.interactive or options.attention not in ("auto", "bifurcated")):
+        raise ValueError("--kv_dtype int8 is for one prompt in --attention bifurcated: leave out what is not")
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ValueError(f"seed {options.seed} must be at least 0 and below 2^63")
     if options.pick and not options.interactive:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import ModelArgs, empty_model
-from packed import can_pack
+from packed import SMALLEST, can_pack
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,10 @@ def plan_memory(
     max_new_tokens: int,
     attention: str,
     available: int,
+    kv_dtype: str = "auto",
 ) -> Memory:
-    """The plan for a prompt of `context` tokens. Raises ValueError where not even one sample fits."""
+    """The plan for a prompt of `context` tokens. kv_dtype: as --kv_dtype; int8 begins once the prompt has been read.
+    Raises ValueError where not even one sample fits."""
     weights = sum(parameter.numel() for parameter in empty_model(args).parameters()) * dtype.itemsize
     token = args.kv_values_per_token * dtype.itemsize
     total, decoded = context + max_new_tokens, max_new_tokens * token
@@ -87,18 +89,21 @@ def plan_memory(
         scores += total * token // args.n_layer
     # Or the logits of a row, in the model's dtype and in fp32; and its random numbers for all steps.
     workspace = max(scores, args.vocab_size * 8) + 8 * max_new_tokens
-    fixed = weights + context * token
+    read = held = context * token  # while the prompt is read, and after that
+    if kv_dtype == "int8":
+        held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     each = decoded + copied + workspace
-    rows = min(num_samples, max(0, available - fixed) // each)
-    if rows < 1:
+    rows = min(num_samples, max(0, available - weights - held) // each)
+    needed = weights + max(read, held + each)
+    if needed > available:
         raise ValueError(
-            f"one sample needs {human(fixed + each)} (weights {human(weights)}, context K/V "
-            f"{human(context * token)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
+            f"one sample needs {human(needed)} (weights {human(weights)}, context K/V "
+            f"{human(read)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
     waves = -(-num_samples // rows)
     rows = -(-num_samples // waves)  # waves of one size
     unshared = num_samples * total * token
-    return Memory(weights, context * token, decoded, copied, workspace, unshared, available, num_samples, rows)
+    return Memory(weights, held, decoded, copied, workspace, unshared, available, num_samples, rows)
 
 
 def human(size: float) -> str:
@@ -215,9 +220,9 @@ def choose_attention(
 REPAYS_PACKING = 20
 
 
-def choose_packing(device: torch.device, dtype: torch.dtype, steps: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps."""
-    return can_pack(device, dtype) and steps >= REPAYS_PACKING
+def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int) -> bool:
+    """Whether to pack the weights for a run of so many decode steps: where any is large enough, and it is repaid."""
+    return can_pack(device, dtype) and args.dim * args.hidden_dim >= SMALLEST and steps >= REPAYS_PACKING
 
 
 # Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.

@@ -171,6 +171,7 @@ def describe(session: "Session") -> dict[str, object]:
         "compile_reason": session.compile_reason,
         "packed_weights": session.packed,
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
+        "kv_dtype": "int8" if request.kv_dtype == "int8" else str(session.dtype).removeprefix("torch."),
         "dtype": str(session.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "seed": request.seed,

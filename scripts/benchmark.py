@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import load_model, read_checkpoint, read_safetensors
-from generate import DECODE_SLOTS, Sampling, Steps, make_steps, sample
-from model import KVCache, ModelArgs, NoCache, Prefill, SDPACache, Transformer, empty_model
+from generate import DECODE_SLOTS, Sampling, Steps, make_steps, prefill, sample
+from int8_context import Int8Context
+from model import KVCache, ModelArgs, NoCache, Prefill, Rule, SDPACache, Transformer, empty_model
 from options import OneLineParser
 from packed import can_pack, pack_linears
 from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
@@ -58,16 +59,35 @@ class Column:
     layout: str
 
 
+class EverySlot(SDPACache):
+    """Copies of the context whose slots are all visible, so that SDPA needs no mask and its flash kernel applies. To be
+    timed: each step writes into the last slot."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
+        self.write(layer, k, v, input_pos.clamp_max(self.slots - 1))
+        k, v = self.k[layer], self.v[layer]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
+    return KVCache.fork(Int8Context(KVCache.copy(context, 1, 0)), n, slots)
+
+
 COLUMNS = {
     "bifurcated": Column(KVCache.fork, False, "bifurcated"),
     "bifurcated, compiled": Column(KVCache.fork, True, "bifurcated"),
+    "bifurcated, int8": Column(fork_int8, False, "bifurcated"),
+    "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated"),
     "contiguous": Column(KVCache.copy, False, "contiguous"),
     "contiguous, compiled": Column(KVCache.copy, True, "contiguous"),
     "contiguous SDPA": Column(SDPACache.copy, False, "contiguous"),
     "contiguous SDPA, compiled": Column(SDPACache.copy, True, "contiguous"),
+    "contiguous SDPA, no mask": Column(EverySlot.copy, False, "contiguous"),
+    "contiguous SDPA, no mask, compiled": Column(EverySlot.copy, True, "contiguous"),
     "expanded SDPA": Column(SDPACache.fork, False, "expanded"),
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
+PREFILL_CHUNK = 512
 EVERY_N = [1 << power for power in range(12)]
 
 
@@ -236,7 +256,7 @@ def attempt(
 
 
 @torch.no_grad()
-def attention_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[str]:
+def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """One layer's attention against SDPA, as Markdown: prefill by length and by batch, decoding by length and by batch,
     and a prefill chunk next to decoding rows. Milliseconds, eager."""
     args = replace(args, n_layer=1)
@@ -251,7 +271,7 @@ def attention_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[st
         timed(function, 2, like.device, options.budget)
         return 1000 * statistics.median(timed(function, options.steps, like.device, options.budget))
 
-    def prefill(rows: int, size: int) -> float:
+    def whole(rows: int, size: int) -> float:
         given = inputs(rows, size, 0)
         return ms(lambda: NoCache().attend(0, *given, None))
 
@@ -266,9 +286,9 @@ def attention_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[st
     yield "| what | N | T | this engine | SDPA |\n|---|---|---|---|---|"
     short, long = min(options.context), max(options.context)
     for size in options.context:
-        yield f"| prefill by length | 1 | {size} | {prefill(1, size):.2f} | the same |"
+        yield f"| prefill by length | 1 | {size} | {whole(1, size):.2f} | the same |"
     for rows in (2, 4):
-        yield f"| prefill by batch | {rows} | {short} | {prefill(rows, short):.2f} | the same |"
+        yield f"| prefill by batch | {rows} | {short} | {whole(rows, short):.2f} | the same |"
     pairs = [("by length", 16, size) for size in options.context] + [
         ("by batch", n, short) for n in options.num_samples
     ]
@@ -281,7 +301,36 @@ def attention_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[st
     yield f"| hybrid: a chunk of {part}, and decoding | 16 | {long} | {ours:.2f} | {theirs:.2f} |"
 
 
-def load_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[str]:
+@torch.no_grad()
+def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
+    model = random_model(args, options.device, options.dtype)
+    if options.pack:
+        pack_linears(model)
+    steps = make_steps(model)
+    yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
+    for context in options.context:
+        tokens = [token % args.vocab_size for token in range(context)]
+
+        def read(tokens: list[int] = tokens) -> None:
+            prefill(steps, model, KVCache.empty(args, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK)
+
+        timed(read, 1, options.device)
+        seconds = statistics.median(timed(read, options.steps, options.device, options.budget))
+        # A token sees half of the prompt on average; only the last one has logits.
+        head = 2 * (context - 1) * args.dim * args.vocab_size
+        rate = (step_operations(args, context // 2, context) - head) / seconds
+        columns = (
+            context,
+            PREFILL_CHUNK,
+            f"{1000 * seconds:.0f}",
+            f"{rate / 1e12:.2f}",
+            f"{rate / rates.operations:.0%}",
+        )
+        yield "| " + " | ".join(map(str, columns)) + " |"
+
+
+def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """Loading a folder of safetensors against mapping its bytes by safetensors alone, in milliseconds, as Markdown: the
     mapping alone, and with every byte read once from the system's cache."""
     config = {
@@ -319,6 +368,9 @@ def load_table(options: argparse.Namespace, args: ModelArgs) -> Iterator[str]:
                 seconds = timed(lambda load=load, use=use: use(load()), options.steps + 1, options.device)
                 times.append(1000 * statistics.median(seconds[1:]))
             yield f"| {human(size)} | {what} | {times[0]:.1f} | {times[1]:.1f} | {times[1] / times[0]:.2f} |"
+
+
+TABLES = {"attention": attention_table, "prefill": prefill_table, "load": load_table}
 
 
 def log(line: str) -> None:
@@ -365,7 +417,7 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = (*PRESETS, "attention", "load")
+    choices = (*PRESETS, *TABLES)
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; flags go before it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
@@ -416,9 +468,8 @@ def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]
     begin = time.perf_counter()
     for shape, args in shapes.items():
         print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys\n")
-        if options.preset in ("attention", "load"):
-            lines = load_table(options, args) if options.preset == "load" else attention_table(options, args)
-            for line in lines:
+        if options.preset in TABLES:
+            for line in TABLES[options.preset](options, args, rates):
                 print(line, flush=True)
             continue
         own: list[Cell] = []

@@ -260,6 +260,8 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ),
         (["--prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
         ([*PROMPT, "--pick"], "add --interactive"),
+        (["--interactive", "--kv_dtype", "int8"], "--kv_dtype int8 is for one prompt"),
+        ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "in --attention bifurcated"),
         ([*PROMPT, "--max_memory", "0"], "one sample needs"),
         ([*PROMPT, "--temperature", "1e-39"], "temperature 1e-39 must be 0"),
         (["--prompt", "30000"], "prompt of 30000 tokens"),

@@ -18,12 +18,13 @@ def run(script: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def test_benchmark_of_every_eager_column(tmp_path):
-    columns = ["bifurcated", "contiguous", "contiguous SDPA", "expanded SDPA"]
+    eager = ("bifurcated", "bifurcated, int8", "contiguous", "contiguous SDPA", "contiguous SDPA, no mask")
+    columns = [*eager, "expanded SDPA"]
     files = ["--out", tmp_path / "cells.jsonl", "--charts", tmp_path / "charts"]
     result = run("benchmark.py", *SMALL, "--columns", *columns, *files)
     assert result.returncode == 0, result.stderr
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    assert len(cells) == 8 and all(cell["ms"] > 0 for cell in cells)
+    assert len(cells) == 12 and all(cell["ms"] > 0 for cell in cells)
     assert len(re.findall(r"^\| 33 \| [13] \|", result.stdout, re.MULTILINE)) == 2
     (chart,) = (tmp_path / "charts").iterdir()
     assert chart.name == "tiny-num_samples.png" and chart.read_bytes().startswith(b"\x89PNG")
@@ -50,6 +51,12 @@ def test_loading_is_compared_with_mapping():
     result = run("benchmark.py", *SMALL, "--preset", "load")
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"\| [\d.]+ MB \| mapped[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \|", result.stdout)) == 2
+
+
+def test_reading_a_prompt_is_compared_with_a_matrix_product():
+    result = run("benchmark.py", *SMALL, "--preset", "prefill")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^\| 33 \| 512 \| \d+ \| \d\.\d\d \| \d+% \|$", result.stdout, re.MULTILINE)
 
 
 def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
