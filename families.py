@@ -159,6 +159,8 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
+    if architecture == "MixtralForCausalLM":
+        raise ValueError("the experts of MixtralForCausalLM are not supported yet; its attention is that of Mistral")
     if architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     fields = Fields(config)

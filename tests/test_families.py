@@ -104,6 +104,30 @@ def test_one_layer_in_bfloat16_is_within_half_a_percent(family, tmp_path):
     assert ours < max(5e-3, 1.1 * theirs)
 
 
+def test_the_attention_of_mixtral_is_that_of_mistral(tmp_path):
+    """transformers' Mixtral with a single expert, whose router then has no choice, read as a Mistral. Mixtral itself is
+    refused by name: its experts have no place in the network."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SHAPE, num_local_experts=1, num_experts_per_tok=1, sliding_window=17)
+    reference = transformers.MixtralForCausalLM(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the experts of MixtralForCausalLM are not supported yet"):
+        read_checkpoint(tmp_path)
+    names = {"experts.0.w1": "gate_proj", "experts.0.w2": "down_proj", "experts.0.w3": "up_proj"}
+    state = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        for theirs, ours in names.items():
+            name = name.replace(f"block_sparse_moe.{theirs}", f"mlp.{ours}")
+        state |= {} if "block_sparse_moe.gate" in name else {name: tensor}
+    save_file(state, tmp_path / "model.safetensors")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields = {name: value for name, value in fields.items() if "router" not in name and "experts" not in name}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["MistralForCausalLM"]}))
+    tokens = random_tokens(read(tmp_path).args, 3, 90)
+    actual = read(tmp_path)(tokens, positions(0, 3, 90), NoCache())
+    torch.testing.assert_close(actual, reference(tokens).logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_three_rows_decode_step_by_step_as_transformers_scores_them(saved, layout):
     """From a context of 50, past every window, over the position 64 that rope scaling starts from."""
