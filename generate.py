@@ -194,7 +194,8 @@ def make_steps(model: Transformer, compile_decode: bool = False, compile_prefill
 
 def compiled(step: Step) -> Step:
     """A decode step as one graph, compiled at its first call."""
-    graph = torch.compile(step, fullgraph=True)
+    # Only what is marked varies: a second model in the process must not turn its other sizes into variables.
+    graph = torch.compile(step, fullgraph=True, dynamic=False)
 
     def decode(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
         mark_dynamic(tokens, input_pos, cache)
