@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import Parameter
 
 from families import (
     args_from_config,
@@ -190,9 +191,16 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
         check_weights(model, state)
     except ValueError as error:
         raise ValueError(f"{checkpoint.weights[0]}: {error}") from error
-    model.load_state_dict(state, assign=True)
+    # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
+    for prefix, module in model.named_modules():
+        module.training = False
+        for name, empty in module._parameters.items():
+            if empty is not None:
+                tensor = state[f"{prefix}.{name}" if prefix else name].to(device, dtype)
+                module._parameters[name] = Parameter(tensor, requires_grad=False)
     model.tie_output()
-    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.place_constants()
+    return model
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

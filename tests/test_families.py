@@ -98,9 +98,9 @@ def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_layer_in_bfloat16_is_within_half_a_percent(family, tmp_path):
+def test_two_layers_in_bfloat16_are_within_half_a_percent(family, tmp_path):
     """Weights of the usual size. Where transformers itself is further off (Gemma 2), that counts."""
-    ours, theirs = bfloat16_errors(tmp_path, save_random(tmp_path, family, num_hidden_layers=1, initializer_range=0.02))
+    ours, theirs = bfloat16_errors(tmp_path, save_random(tmp_path, family, num_hidden_layers=2, initializer_range=0.02))
     assert ours < max(5e-3, 1.1 * theirs)
 
 
