@@ -33,15 +33,17 @@ FLASH = {
 def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the fused kernel is the way: on CUDA (compute capability 8.0 on), for what it takes. On a CPU the matrix
     products of partial_attention are faster."""
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
+        return False
+    return torch.cuda.get_device_properties(device).major >= 8
 
 
 def flash_partial(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Partial:
     """partial_attention by the fused kernel: no scores are held, and none is masked but those after a query's own
     position (causal). q [B,H,Q,D], k, v [B,H,L,D] -> out [B,H,Q,D] fp32, lse [B,H,Q,1] fp32; L at least 1.
 
-    Queries that share keys are folded into Q by the caller: for grouped heads with one query the kernel's log-sum-exp
-    is not to be relied on.
+    The kernel rounds `out` to q's dtype. Queries that share keys are folded into Q by the caller: for grouped heads
+    with one query the kernel's log-sum-exp is not to be relied on.
     """
     out, lse = FLASH[q.device.type](q, k, v, is_causal=causal)[:2]  # [B,H,Q,D] [B,H,Q]
     return out.float(), lse[..., None].float()
@@ -77,9 +79,9 @@ def partial_attention(
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
     On CUDA, the fused kernel where nothing is masked. Else matrix products and a softmax: on a CPU, compiled, faster
-    than the fused kernels (BENCHMARKS.md). Eagerly, large
-    scores are made some heads at a time: no key is read twice, and at most SCORES_AT_ONCE scores, or one head's, are
-    held. They are overwritten in place, so this is for inference: it does not support autograd.
+    than the fused kernels (BENCHMARKS.md). Eagerly, large scores are made some heads at a time: no key is read twice,
+    and at most SCORES_AT_ONCE scores, or one head's, are held. They are overwritten in place, so this is for inference:
+    it does not support autograd.
     """
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)

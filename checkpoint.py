@@ -194,6 +194,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
     # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
     for prefix, module in model.named_modules():
         module.training = False
+        if module is model.output and checkpoint.args.tied_output:
+            continue
         for name, empty in module._parameters.items():
             if empty is not None:
                 tensor = state[f"{prefix}.{name}" if prefix else name].to(device, dtype)

@@ -4,6 +4,7 @@ A room of its own because it is for CUDA alone: without this file and the line t
 own graphs (mode="reduce-overhead") would copy a cache that a step writes to; here the step keeps to its addresses.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,18 +12,27 @@ from torch import Tensor
 
 from model import KVCache, Step
 
+Recording = tuple[Callable[[], None], Tensor]
 
-def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
     """Runs `step`, which may compile, then records it. Returns what replays it, and the tensor that it then fills."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
+    with torch.cuda.device(device):
+        stream = side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            output = step()
     return graph.replay, output
 
 
@@ -33,28 +43,30 @@ class RecordedStep:
     step; that it writes its keys and values more than once changes nothing, since a position's place is fixed.
     """
 
-    def __init__(self, step: Step, record: Callable[..., tuple[Callable[[], None], Tensor]] = record) -> None:
+    def __init__(self, step: Step, record: Callable[[Callable[[], Tensor], torch.device], Recording] = record) -> None:
         self.step, self.record = step, record
-        self.addresses: tuple[int, ...] = ()
+        self.layout: list[tuple] = []
 
     def __call__(self, tokens: Tensor, input_pos: Tensor, cache: KVCache) -> Tensor:
-        addresses = (cache.rows, cache.slots, *addresses_of(cache))
-        if addresses != self.addresses:
-            self.replay = self.logits = None  # what the last recording holds is free for the next
-            self.tokens, self.input_pos, self.addresses = tokens.clone(), input_pos.clone(), addresses
-            self.replay, self.logits = self.record(lambda: self.step(self.tokens, self.input_pos, cache))
+        layout = layout_of(cache)
+        if layout != self.layout:
+            self.layout, self.replay, self.logits = [], None, None  # what the last recording holds is free for the next
+            self.tokens, self.input_pos = tokens.clone(), input_pos.clone()
+            self.replay, self.logits = self.record(lambda: self.step(self.tokens, self.input_pos, cache), tokens.device)
+            self.layout = layout  # now, since recording may run out of memory
         self.tokens.copy_(tokens)
         self.input_pos.copy_(input_pos)
         self.replay()
         return self.logits
 
 
-def addresses_of(cache: KVCache | None) -> list[int]:
-    """Where a cache and its ancestors keep what a step reads and writes."""
-    addresses: list[int] = []
+def layout_of(cache: KVCache | None) -> list[tuple]:
+    """All that a recording depends on: the kind of each cache of the chain, and where its tensors lie. Freed memory is
+    handed out again, so an address alone does not tell a new cache from an old one."""
+    layout: list[tuple] = []
     while cache is not None:
         tensors = [*cache.tensors, cache.start]
         tensors += [] if cache.parent_length is None else [cache.parent_length]
-        addresses += [tensor.data_ptr() for tensor in tensors]
+        layout += [(type(cache), tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
         cache = cache.parent
-    return addresses
+    return layout

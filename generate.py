@@ -90,6 +90,8 @@ class Request:
         for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
         if "" in self.stop:
             raise ValueError("a stop string is empty: it would end every sample at once")
 

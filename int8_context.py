@@ -13,7 +13,7 @@ from model import KVCache
 
 class Int8Context(KVCache):
     """A context that is only read. One scale for each head and token, in the dtype of the network: the largest number
-    of a key or value becomes 127."""
+    of a key or value becomes 127. In float16, numbers beyond 65,000 would not come back."""
 
     def __init__(self, context: KVCache) -> None:
         """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
@@ -42,6 +42,5 @@ class Int8Context(KVCache):
 def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """[N,G,L,D] -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype; what was all 0 stays so."""
     scale = tensor.abs().amax(-1, keepdim=True) / 127  # rounded to the dtype, so that rounding is not lost twice
-    smallest = torch.finfo(tensor.dtype).tiny
-    number = (tensor.float() / scale.float().clamp_min(smallest)).round().clamp(-127, 127)
-    return number.to(torch.int8), scale
+    divisor = scale.float().masked_fill(scale == 0, 1.0)
+    return (tensor.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale

@@ -108,7 +108,7 @@ def check_options(options: argparse.Namespace) -> None:
     if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
         raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
     if options.kv_dtype == "int8" and (options.interactive or options.attention not in ("auto", "bifurcated")):
-        raise ValueError("--kv_dtype int8 is for one prompt in --attention bifurcated: leave out what is not")
+        raise ValueError("--kv_dtype int8 goes with --attention bifurcated and without --interactive: leave one out")
     if options.seed is not None and not 0 <= options.seed < 2**63:
         raise ValueError(f"seed {options.seed} must be at least 0 and below 2^63")
     if options.pick and not options.interactive:

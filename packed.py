@@ -1,5 +1,4 @@
-"""bfloat16 weights in the order in which a CPU multiplies by them: the same sums, from a half to three quarters of the
-time of a decode step (BENCHMARKS.md).
+"""bfloat16 weights in the order in which a CPU multiplies by them: the same sums in less time (BENCHMARKS.md).
 
 oneDNN reorders a plain weight at every product; a packed one was reordered once. It is opaque to torch.compile, so a
 graph holds its number, and an operator of our own looks the number up.
@@ -66,7 +65,10 @@ def pack_linears(model: nn.Module) -> None:
     A weight that other modules use too, such as a tied embedding, stays as it is: it would be held twice for good.
     """
     used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    for module in list(model.modules()):
-        for name, child in module.named_children():
+    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    for parent in parents:
+        for name in list(parent._modules):
+            child = parent._modules[name]
             if isinstance(child, nn.Linear) and child.weight.numel() >= SMALLEST and used[id(child.weight)] == 1:
-                setattr(module, name, PackedLinear(child))
+                setattr(parent, name, PackedLinear(child))
+            del child  # or it would live until the next one has been packed

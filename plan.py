@@ -33,6 +33,7 @@ class Memory:
     available: int
     num_samples: int
     rows_at_once: int
+    context_while_read: int
 
     @property
     def waves(self) -> int:
@@ -57,7 +58,7 @@ class Memory:
         return "\n".join(
             (
                 f"weights                     {human(self.weights):>10}",
-                f"context K/V, held once      {human(self.context):>10}",
+                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
                 f"scores, logits, copies      {human(self.workspace):>10}",
                 f"an unshared K/V cache       {human(self.unshared):>10}  {self.num_samples} copies of the context",
@@ -90,20 +91,22 @@ def plan_memory(
     # Or the logits of a row, in the model's dtype and in fp32; and its random numbers for all steps.
     workspace = max(scores, args.vocab_size * 8) + 8 * max_new_tokens
     read = held = context * token  # while the prompt is read, and after that
-    if kv_dtype == "int8":
+    widened = 0
+    if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
+        widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     each = decoded + copied + workspace
-    rows = min(num_samples, max(0, available - weights - held) // each)
-    needed = weights + max(read, held + each)
+    rows = min(num_samples, max(0, available - weights - held - widened) // each)
+    needed = weights + max(read, held + widened + each)
     if needed > available:
         raise ValueError(
-            f"one sample needs {human(needed)} (weights {human(weights)}, context K/V "
-            f"{human(read)}), {human(available)} is available: shorten the prompt, or raise --max_memory"
+            f"one sample needs {human(needed)} (weights {human(weights)}, context K/V {human(read)} while it is "
+            f"read), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
     waves = -(-num_samples // rows)
     rows = -(-num_samples // waves)  # waves of one size
     unshared = num_samples * total * token
-    return Memory(weights, held, decoded, copied, workspace, unshared, available, num_samples, rows)
+    return Memory(weights, held, decoded, copied, workspace, unshared, available, num_samples, rows, read)
 
 
 def human(size: float) -> str:
@@ -120,9 +123,12 @@ def parse_size(text: str) -> int:
     units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.rstrip("KMGTIBkmgtib ")
     try:
-        return int(float(number) * units[text[len(number) :].strip().upper()])
+        size = int(float(number) * units[text[len(number) :].strip().upper()])
     except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return size
 
 
 def available_memory(device: torch.device) -> int:
@@ -221,7 +227,8 @@ REPAYS_PACKING = 20
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps: where any is large enough, and it is repaid."""
+    """Whether to pack the weights for a run of so many decode steps: where the feed-forward ones are large enough, and
+    it is repaid."""
     return can_pack(device, dtype) and args.dim * args.hidden_dim >= SMALLEST and steps >= REPAYS_PACKING
 
 

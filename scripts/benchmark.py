@@ -38,7 +38,15 @@ from int8_context import Int8Context
 from model import KVCache, ModelArgs, NoCache, Prefill, Rule, SDPACache, Transformer, empty_model
 from options import OneLineParser
 from packed import can_pack, pack_linears
-from plan import available_memory, choose_device, choose_dtype, human, keep_freed_memory, plan_memory
+from plan import (
+    available_memory,
+    choose_device,
+    choose_dtype,
+    human,
+    keep_freed_memory,
+    plan_memory,
+    release_freed_memory,
+)
 
 SHAPES = {
     "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
@@ -52,19 +60,21 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Column:
-    """A way to hold the context (a constructor of caches), its step compiled or not; layout as in plan_memory."""
+    """A way to hold the context (a constructor of caches), its step compiled or not; layout and kv_dtype as in
+    plan_memory."""
 
     make: Callable[[KVCache, int, int], KVCache]
     compiled: bool
     layout: str
+    kv_dtype: str = "auto"
 
 
 class EverySlot(SDPACache):
-    """Copies of the context whose slots are all visible, so that SDPA needs no mask and its flash kernel applies. To be
-    timed: each step writes into the last slot."""
+    """Copies of the context whose slots all count as visible, so that SDPA needs no mask and its flash kernel applies:
+    for timing, since the slots that no step has reached are read too."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
-        self.write(layer, k, v, input_pos.clamp_max(self.slots - 1))
+        self.write(layer, k, v, input_pos)
         k, v = self.k[layer], self.v[layer]
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
@@ -76,8 +86,8 @@ def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
 COLUMNS = {
     "bifurcated": Column(KVCache.fork, False, "bifurcated"),
     "bifurcated, compiled": Column(KVCache.fork, True, "bifurcated"),
-    "bifurcated, int8": Column(fork_int8, False, "bifurcated"),
-    "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated"),
+    "bifurcated, int8": Column(fork_int8, False, "bifurcated", "int8"),
+    "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
     "contiguous": Column(KVCache.copy, False, "contiguous"),
     "contiguous, compiled": Column(KVCache.copy, True, "contiguous"),
     "contiguous SDPA": Column(SDPACache.copy, False, "contiguous"),
@@ -236,10 +246,11 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
             limit = max(limits, key=limits.__getitem__)
             for name in options.columns:
                 column = COLUMNS[name]
-                needed = plan_memory(args, dtype, context, rows, slots, column.layout, 1 << 62)
-                extra = needed.decoded + needed.workspace
-                memory = needed.weights + needed.context + extra
+                needed = plan_memory(args, dtype, context, rows, slots, column.layout, 1 << 62, column.kv_dtype)
+                extra = needed.decoded + needed.workspace + (needed.context if column.kv_dtype == "int8" else 0)
+                memory = needed.weights + shared.context + extra
                 ms, note = None, f"needs {human(memory)}"
+                release_freed_memory(device)
                 if extra <= available_memory(device):
                     ms, note = attempt(column, root, rows, slots, steps[column.compiled], options)
                 yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
@@ -423,7 +434,7 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
     choices = (*PRESETS, *TABLES)
-    parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; flags go before it")
+    parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; other flags change it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
     parser.add_argument("--context", type=int, nargs="+", help="tokens")
@@ -456,11 +467,14 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
     for folder in (options.out and options.out.parent, options.charts and options.charts.parent):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: --out and --charts are written into one that exists")
+    if options.preset in TABLES and (options.out or options.charts):
+        raise ValueError(f"--out and --charts hold decode steps, which --preset {options.preset} does not time")
     if options.charts and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
     options.device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, options.device)
-    options.pack = not options.plain_weights and can_pack(options.device, options.dtype)
+    can = can_pack(options.device, options.dtype) and options.preset not in ("attention", "load")
+    options.pack = can and not options.plain_weights
     return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
 
 
@@ -496,6 +510,7 @@ def main() -> int:
     options = build_parser().parse_args()
     options.command = sys.argv[1:]
     keep_freed_memory()
+    torch._dynamo.config.recompile_limit = 64  # every column of every shape is a compilation of the same code
     try:
         with contextlib.suppress(BrokenPipeError):
             cells = run(options, complete(options))

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bifurcated_attention as ours
 import model as network
-from cuda_graph import RecordedStep
+from cuda_graph import RecordedStep, Recording
 from generate import Request, Sampling, generate, make_steps
-from model import LAYOUTS, KVCache, ModelArgs, Prefill, Transformer, empty_model
+from int8_context import Int8Context
+from model import LAYOUTS, KVCache, ModelArgs, Prefill, SDPACache, Transformer, empty_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPE = ModelArgs(
@@ -40,10 +41,12 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+        self.devices: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         made = result if isinstance(result, tuple | list) else [result]
+        self.devices |= {each.device.type for each in made if isinstance(each, Tensor)}
         self.seen.append((function.name(), [tuple(each.shape) for each in made if isinstance(each, Tensor)]))
         return result
 
@@ -123,13 +126,15 @@ def test_every_layout_traces_on_one_device(fused, layout, dtype):
     for first, size in ((0, 13), (13, 7)):
         tokens = torch.zeros(1, size, dtype=torch.long, device="meta")
         model.hidden(tokens, first + torch.arange(size, device="meta")[None], Prefill(context, first, size))
-    cache = LAYOUTS[layout](context, 5, 4)
-    tokens = torch.zeros(5, 1, dtype=torch.long, device="meta")
-    for step in range(2):
-        assert model(tokens, tokens + 20 + step, cache).shape == (5, 1, 97)
-    cache.keep(torch.tensor([0, 2, 4], device="meta"))
-    cache.reserve(cache.slots + 4)
-    assert model(tokens[:3], tokens[:3] + 22, cache).dtype == dtype
+    tokens, kept = torch.zeros(5, 1, dtype=torch.long, device="meta"), torch.tensor([0, 2, 4], device="meta")
+    with Recorder() as recorder:
+        cache = LAYOUTS[layout](context, 5, 4)
+        for step in range(2):
+            assert model(tokens, tokens + 20 + step, cache).shape == (5, 1, 97)
+        cache.keep(kept)
+        cache.reserve(cache.slots + 4)
+        assert model(tokens[:3], tokens[:3] + 22, cache).dtype == dtype
+    assert recorder.devices == {"meta"}
 
 
 def test_a_recorded_step_is_recorded_when_the_cache_changes(monkeypatch):
@@ -138,7 +143,7 @@ def test_a_recorded_step_is_recorded_when_the_cache_changes(monkeypatch):
     model, prompt = random_model(GQA, torch.float32), random_tokens(GQA, 13).tolist()
     plain, recordings = make_steps(model), []
 
-    def record(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
         output = step()
         recordings.append(output.shape)
 
@@ -155,6 +160,36 @@ def test_a_recorded_step_is_recorded_when_the_cache_changes(monkeypatch):
     assert 4 <= counted <= 12 < max(map(len, drawn))  # five growths, and at most five compactions
     generate(model, prompt, request, steps=steps)
     assert len(recordings) > counted  # another cache
+
+
+def test_memory_that_is_handed_out_again_is_recorded_anew():
+    """Caches of other lengths, and of another kind, in the same memory: each call gives the plain step's logits."""
+    model = random_model(GQA, torch.float32)
+    plain = make_steps(model).decode
+    memory = torch.randn(4 * GQA.n_layer, 10000, generator=torch.Generator().manual_seed(0))
+    starts = torch.zeros(1, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+
+    def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
+        """Keeps to the shapes that it has seen, as a graph does, and not to the objects."""
+        kind, length, output = current[0], current[1], step()
+
+        def replay() -> None:
+            output.copy_(plain(recorded.tokens, recorded.input_pos, cache_of(kind, length)))
+
+        return replay, output
+
+    def cache_of(kind: type[KVCache], length: int) -> KVCache:
+        parts = [part[: rows * 2 * slots * 10].view(rows, 2, slots, 10) for part, (rows, slots) in zip(memory, (
+            [(1, length)] * 2 * GQA.n_layer + [(3, 4)] * 2 * GQA.n_layer), strict=True)]  # fmt: skip
+        layers = [parts[first : first + GQA.n_layer] for first in range(0, len(parts), GQA.n_layer)]
+        starts[1].fill_(length)
+        return kind(layers[2], layers[3], starts[1], KVCache(layers[0], layers[1], starts[0]))
+
+    recorded, tokens = RecordedStep(plain, record), random_tokens(GQA, 3, 1)
+    for current in ((KVCache, 13), (KVCache, 14), (SDPACache, 14), (SDPACache, 14)):
+        input_pos = torch.full((3, 1), current[1])
+        found = recorded(tokens, input_pos, cache_of(*current)).clone()
+        assert torch.equal(found, plain(tokens, input_pos, cache_of(*current))), current
 
 
 @needs_gpu
@@ -182,3 +217,20 @@ def test_layouts_agree_on_a_gpu(compiled):
         for layout in LAYOUTS:
             drawn = generate(on_gpu, prompt, replace(request, attention=layout), steps=steps)
             assert [each.tokens for each in drawn] == expected, (n, layout)
+
+
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_steps_are_the_plain_steps_on_a_gpu(compiled):
+    """bfloat16 through the fused kernel, prompts of several lengths with one recorded step, and the context in int8."""
+    model = random_model(SHAPE, torch.float32).to(device="cuda", dtype=torch.bfloat16)
+    recorded, plain = make_steps(model, compile_decode=compiled).decode, make_steps(model).decode.step
+    for length in (40, 41, 300, 40):
+        for kind in (lambda cache: cache, Int8Context):
+            context = KVCache.empty(SHAPE, 1, length, model.norm.weight)
+            for tensor in context.tensors:
+                tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))
+            context = kind(context)
+            tokens, input_pos = random_tokens(SHAPE, 17, 1).cuda(), torch.full((17, 1), length, device="cuda")
+            found, expected = (step(tokens, input_pos, KVCache.fork(context, 17, 8)) for step in (recorded, plain))
+            assert ((found - expected).float().norm() / expected.float().norm()).item() < 0.02

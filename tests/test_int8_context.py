@@ -28,12 +28,14 @@ def filled(args, rows: int, slots: int, dtype: torch.dtype) -> KVCache:
 def test_numbers_are_rounded_to_the_nearest_of_255(dtype):
     tensor = torch.randn(2, 3, 17, 59, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[0, 1, 2] = 0
+    tensor[0, 2, 2:6] *= torch.tensor([1e-2, 1e-3, 1e-4, 1e-5])[:, None].to(dtype)
     tensor[1, 2, 3] = 1e-7
     number, scale = quantized(tensor)
     assert number.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (2, 3, 17, 1)
     error = (number.float() * scale.float() - tensor.float()).abs()
-    # Half a step; where the scale was rounded down, at most what 127 steps then lack.
-    assert (error <= scale.float() * (0.5 + 127 * torch.finfo(dtype).eps) + 2e-7).all()
+    # Half a step; where the scale was rounded down, at most what 127 steps then lack, also of a subnormal scale.
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    assert (error <= scale.float() * (0.5 + 127 * eps) + 127 * eps * tiny + 1e-12).all()
     assert (number[0, 1, 2] == 0).all()
 
 
@@ -82,11 +84,12 @@ def test_one_compiled_step_reads_it():
 
 
 @needs_stories
-def test_log_probabilities_on_real_stories_are_within_two_hundredths():
-    """stories15M in bfloat16: the mean over stories of |log-probability with int8 - without| of each next token, in
-    the second half of a story that follows the first half."""
+@pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 0.02), (torch.float32, 0.004)])
+def test_log_probabilities_on_real_stories_hardly_move(dtype, bound):
+    """stories15M: the mean over stories of |log-probability with int8 - without| of each next token, in the second half
+    of a story that follows the first half. In bfloat16 most of it is bfloat16's own rounding."""
     checkpoint = read_checkpoint(STORIES)
-    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    model = load_model(checkpoint, "cpu", dtype)
     tokenizer, steps = load_tokenizer(STORIES), make_steps(model)
     text = (SHARED / "text" / "tinystories_sample.txt").read_text("utf-8")
     stories = re.split(r"\n+(?=Once upon a time|One day,)", text)[:40]
@@ -105,6 +108,6 @@ def test_log_probabilities_on_real_stories_are_within_two_hundredths():
     differences = []
     for story in stories:
         tokens = tokenizer.encode(story)[: checkpoint.args.context_limit]
-        differences.append((scored(tokens, "int8") - scored(tokens, "bfloat16")).abs())
+        differences.append((scored(tokens, "int8") - scored(tokens, "auto")).abs())
     mean = torch.cat(differences).mean().item()
-    assert 0 < mean < 0.02
+    assert 0 < mean < bound

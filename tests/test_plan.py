@@ -60,6 +60,12 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize("text", ["-1MB", "0", "0.2"])
+def test_sizes_must_be_above_0(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0"):
+        parse_size(text)
+
+
 @pytest.mark.parametrize("text", ["", "GB", "4 GBB", "four", "4XB", "infGB"])
 def test_sizes_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):

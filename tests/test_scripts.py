@@ -78,6 +78,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
         ["--budget", "0"],
         ["--charts", "no/such/folder"],
         ["--preset", "nonsense"],
+        ["--preset", "attention", "--out", "cells.jsonl"],
     ],
 )
 def test_benchmark_refuses_bad_input_in_one_line(arguments):
