@@ -71,4 +71,3 @@ def pack_linears(model: nn.Module) -> None:
             child = parent._modules[name]
             if isinstance(child, nn.Linear) and child.weight.numel() >= SMALLEST and used[id(child.weight)] == 1:
                 setattr(parent, name, PackedLinear(child))
-            del child  # or it would live until the next one has been packed
