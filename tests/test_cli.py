@@ -262,7 +262,7 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ([*PROMPT, "--pick"], "add --interactive"),
         (["--interactive", "--kv_dtype", "int8"], "without --interactive: leave one out"),
         ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "goes with --attention bifurcated"),
-        ([*PROMPT, "--max_memory", "0"], "one sample needs"),
+        ([*PROMPT, "--max_memory", "0"], "'0' must be above 0"),
         ([*PROMPT, "--temperature", "1e-39"], "temperature 1e-39 must be 0"),
         (["--prompt", "30000"], "prompt of 30000 tokens"),
         ([*PROMPT, "-n", "0"], "num_samples 0 must be at least 1"),
