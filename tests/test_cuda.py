@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
         return sum(name in seen for seen, _ in self.seen)
 
 
-@pytest.mark.parametrize("dtype,scale", [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)])
+@pytest.mark.parametrize("dtype,scale", [(torch.float32, 1), (torch.bfloat16, 4)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_merge_contract_of_the_fused_kernel(fused, shape, dtype, scale):
     q, k_context, v_context, k_decoded, v_decoded = draw(*shape, S=1, dtype=dtype)
