@@ -134,6 +134,14 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
     return model
 
 
+def model_of(options: argparse.Namespace, args: ModelArgs) -> Transformer:
+    """A model to be timed: as generate.py would run it for long."""
+    model = random_model(args, options.device, options.dtype)
+    if options.pack:
+        pack_linears(model)
+    return model
+
+
 def random_context(args: ModelArgs, slots: int, like: Tensor) -> KVCache:
     cache = KVCache.empty(args, 1, slots, like)
     for tensor in cache.k + cache.v:
@@ -231,9 +239,7 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
     weights = plan_memory(args, dtype, 1, 1, 1, "bifurcated", 1 << 62).weights
     if weights > available_memory(device):
         raise ValueError(f"the weights of {shape} need {human(weights)}: choose a smaller --shape")
-    model = random_model(args, device, dtype)
-    if options.pack:
-        pack_linears(model)
+    model = model_of(options, args)
     steps = {compiled: make_steps(model, compile_decode=compiled) for compiled in (False, True)}
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
@@ -320,9 +326,7 @@ def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
 @torch.no_grad()
 def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
-    model = random_model(args, options.device, options.dtype)
-    if options.pack:
-        pack_linears(model)
+    model = model_of(options, args)
     steps = make_steps(model)
     yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
     for context in options.context:
@@ -336,14 +340,8 @@ def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) ->
         # A token sees half of the prompt on average; only the last one has logits.
         head = 2 * (context - 1) * args.dim * args.vocab_size
         rate = (step_operations(args, context // 2, context) - head) / seconds
-        columns = (
-            context,
-            PREFILL_CHUNK,
-            f"{1000 * seconds:.0f}",
-            f"{rate / 1e12:.2f}",
-            f"{rate / rates.operations:.0%}",
-        )
-        yield "| " + " | ".join(map(str, columns)) + " |"
+        share = rate / rates.operations
+        yield f"| {context} | {PREFILL_CHUNK} | {1000 * seconds:.0f} | {rate / 1e12:.2f} | {share:.0%} |"
 
 
 def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
