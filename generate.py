@@ -454,7 +454,7 @@ def set_up(options: argparse.Namespace) -> Session:
     request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
     steps = options.num_runs * memory.waves * request.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    packed = choose_packing(device, dtype, args, steps)
+    packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
     run = (request, memory, attention_reason, compiled, why, packed)
     return Session(options, device, dtype, checkpoint, dialogue, text if tokens else None, tokens, *run)
 

@@ -1,4 +1,4 @@
-"""bfloat16 weights in the order in which a CPU multiplies by them: the same sums in less time (BENCHMARKS.md).
+"""Weights in the order in which a CPU multiplies by them: the same products in less time (BENCHMARKS.md).
 
 oneDNN reorders a plain weight at every product; a packed one was reordered once. It is opaque to torch.compile, so a
 graph holds its number, and an operator of our own looks the number up.
@@ -53,10 +53,10 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing pays here: bfloat16 on an x86 CPU that has instructions for it. Elsewhere it was not measured."""
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-    return on_cpu and is_x86 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether packing pays here: on an x86 CPU. Elsewhere it was not measured."""
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module) -> None:

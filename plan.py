@@ -6,6 +6,7 @@ A room of its own because the command line, the benchmark and the tests take the
 import argparse
 import ctypes
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -200,8 +201,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype; auto is bfloat16, except on a CPU without instructions for it."""
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 numbers. oneDNN does so on plain AVX-512 too: at one
+    row, which reads more than it multiplies, as fast as fp32, but at 64 at a fourth of its rate (BENCHMARKS.md)."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # Numbers in the keys of one layer, over all samples, up to which copying the context is faster than sharing it: two
@@ -222,14 +230,17 @@ def choose_attention(
     return "bifurcated", f"auto: at {each}, reading the context once is faster" if context else "auto: it may grow"
 
 
-# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.03.
+# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.03; and the
+# rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
 REPAYS_PACKING = 20
+PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
 
-def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps: where the feed-forward ones are large enough, and
-    it is repaid."""
-    return can_pack(device, dtype) and args.dim * args.hidden_dim >= SMALLEST and steps >= REPAYS_PACKING
+def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
+    """Whether to pack the weights for a run of so many decode steps, of so many rows: where the feed-forward ones are
+    large enough, and it is repaid."""
+    large = args.dim * args.hidden_dim >= SMALLEST
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and rows >= PACK_FROM_ROWS[dtype]
 
 
 # Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.

@@ -1,6 +1,7 @@
-"""Packed weights. Oracle: the plain model, whose sums are the same, eager and compiled."""
+"""Packed weights. Oracles: the plain model, whose sums in bfloat16 are the same, eager and compiled; fp64."""
 
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -22,14 +23,19 @@ def small_ones_too(monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 1)
 
 
-def test_packed_products_are_those_of_the_plain_weights():
-    """Odd sizes, with a bias and without, at one row and many, S = 1 and more: equal to the last bit."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_products_are_those_of_the_plain_weights(dtype):
+    """Odd sizes, with a bias and without, at one row and many, S = 1 and more: in bfloat16 equal to the last bit; in
+    fp32 as near to the fp64 product."""
     for bias, inputs, outputs in ((False, 30, 52), (True, 97, 259)):
-        linear = torch.nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
-        product = PackedLinear(linear)
+        linear = torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+        product, exact = PackedLinear(linear), deepcopy(linear).double()
         for n, size in ((1, 1), (3, 17), (17, 1), (64, 5)):
-            x = torch.randn(n, size, inputs, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16)
-            assert torch.equal(product(x), linear(x)), (bias, n, size)
+            x = torch.randn(n, size, inputs, generator=torch.Generator().manual_seed(n)).to(dtype)
+            if dtype == torch.bfloat16:
+                assert torch.equal(product(x), linear(x)), (bias, n, size)
+            else:
+                torch.testing.assert_close(product(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)
 
 
 def test_a_packed_model_is_the_plain_model(small_ones_too):

@@ -1,18 +1,22 @@
 """What is decided from shapes alone. Oracles: bytes of tensors that are really allocated; arithmetic done by hand."""
 
 import argparse
+import platform
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import GQA, MHA, random_model
 
 from model import KVCache
+from packed import can_pack
 from plan import (
     COPY_UP_TO,
     choose_attention,
     choose_compile,
     choose_device,
     choose_dtype,
+    choose_packing,
     human,
     parse_size,
     plan_memory,
@@ -91,7 +95,28 @@ def test_devices_that_are_not_there():
 
 def test_dtypes():
     assert choose_dtype("float16", CPU) == torch.float16
-    assert choose_dtype("auto", CPU) in (torch.bfloat16, torch.float32)
+    assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks what an x86 CPU has")
+def test_bfloat16_needs_instructions_for_it(monkeypatch):
+    """AVX-512 alone does not do: oneDNN multiplies bfloat16 there, slowly."""
+    for has_avx512_bf16, has_amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_avx512_bf16: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        expected = torch.bfloat16 if has_avx512_bf16 or has_amx else torch.float32
+        assert choose_dtype("auto", CPU) == expected
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
+def test_weights_are_packed_where_it_is_repaid():
+    large = replace(GQA, dim=512, hidden_dim=512)
+    assert choose_packing(CPU, torch.float32, large, 20, 4)
+    assert not choose_packing(CPU, torch.float32, large, 19, 4), "a short run"
+    assert not choose_packing(CPU, torch.float32, large, 20, 3), "few rows"
+    assert not choose_packing(CPU, torch.float32, GQA, 20, 4), "small weights"
+    assert not choose_packing(CPU, torch.float16, large, 20, 4), "not measured"
+    assert not choose_packing(torch.device("cuda"), torch.bfloat16, large, 20, 4), "not a CPU"
 
 
 def test_compiling_pays_for_long_runs_only():
