@@ -7,7 +7,7 @@ generate: .venv/runtime
 	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 8
 
 lint: .venv/dev
 	.venv/bin/ruff check .

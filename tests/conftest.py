@@ -1,5 +1,6 @@
 """What several test files need: small random models, and where the shared data lies if it does."""
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ STORIES = SHARED / "models" / "stories15M"
 
 sys.path.insert(0, str(ROOT / "scripts"))
 torch.set_num_threads(1)  # the models here are too small to share
+os.environ["OMP_NUM_THREADS"] = "1"  # nor may the commands of tests that run side by side wait for each other's threads
 
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
 
