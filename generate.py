@@ -28,17 +28,7 @@ from int8_context import Int8Context
 from model import LAYOUTS, KVCache, ModelArgs, NoCache, Prefill, Step, Transformer
 from options import build_parser, check_options, prompt_length, read_prompt
 from packed import pack_linears
-from plan import (
-    Memory,
-    available_memory,
-    choose_attention,
-    choose_compile,
-    choose_device,
-    choose_dtype,
-    choose_packing,
-    keep_freed_memory,
-    plan_memory,
-)
+from plan import Execution, choose_device, choose_dtype, choose_execution, keep_freed_memory
 from report import Console, Monitor, Ranked, describe, measure, print_report, rank
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
@@ -405,11 +395,7 @@ class Session:
     prompt_text: str | None
     prompt_tokens: list[int]
     request: Request
-    memory: Memory
-    attention_reason: str
-    compiled: bool
-    compile_reason: str
-    packed: bool
+    execution: Execution
 
 
 def set_up(options: argparse.Namespace) -> Session:
@@ -441,22 +427,11 @@ def set_up(options: argparse.Namespace) -> Session:
         request.check_length(args, length)
         generator = torch.Generator().manual_seed(seed)
         tokens = tokens or torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-    known = 0 if options.interactive else length or 0
-    attention, attention_reason = choose_attention(
-        options.attention, device, args, known, request.num_samples, request.max_new_tokens
-    )
-    if options.kv_dtype == "int8":
-        attention, attention_reason = "bifurcated", "--kv_dtype int8"
-    available = available_memory(device) if options.max_memory is None else options.max_memory
-    sizes = (length or 0, request.num_samples, request.max_new_tokens)
-    memory = plan_memory(args, dtype, *sizes, attention, available, options.kv_dtype)
+    execution = choose_execution(options, args, device, dtype, length or 0)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
-    request = replace(request, attention=attention, eos_ids=ends, rows_at_once=memory.rows_at_once)
-    steps = options.num_runs * memory.waves * request.max_new_tokens
-    compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
-    run = (request, memory, attention_reason, compiled, why, packed)
-    return Session(options, device, dtype, checkpoint, dialogue, text if tokens else None, tokens, *run)
+    request = replace(request, attention=execution.attention, eos_ids=ends, rows_at_once=execution.memory.rows_at_once)
+    known_text = text if tokens else None
+    return Session(options, device, dtype, checkpoint, dialogue, known_text, tokens, request, execution)
 
 
 def run_once(session: Session, model: Transformer, steps: Steps) -> None:
@@ -479,7 +454,7 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
 def finish_report(session: Session, model: Transformer, monitors: Sequence[Monitor], ranked: Sequence[Ranked]) -> None:
     """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
     options, prompt = session.options, session.prompt_tokens
-    report = describe(session) | measure(monitors, session.memory, len(prompt), session.compiled, session.device)
+    report = describe(session) | measure(monitors, session.execution, len(prompt), session.device)
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -575,17 +550,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
     try:
         session = set_up(options)
+        execution = session.execution
         if options.plan:
             limit = session.checkpoint.args.context_limit
-            print(f"{session.memory}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
+            print(f"{execution.memory}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
             return 0
-        if session.memory.waves > 1 and not options.quiet:
-            print(f"running in {session.memory.waves} waves: memory does not suffice for all at once", file=sys.stderr)
+        if execution.memory.waves > 1 and not options.quiet:
+            print(f"running in {execution.memory.waves} waves: memory does not hold all at once", file=sys.stderr)
         model = load_model(session.checkpoint, session.device, session.dtype)
-        if session.packed:
+        if execution.packed:
             pack_linears(model)
-        steps = make_steps(model, session.compiled, options.compile_prefill)
-        if session.compiled:
+        steps = make_steps(model, execution.compiled, options.compile_prefill)
+        if execution.compiled:
             keep_freed_memory()
         with torch.profiler.profile() if options.profile else contextlib.nullcontext() as profile:
             (interact if options.interactive else run_once)(session, model, steps)

@@ -213,20 +213,29 @@ def multiplies_bfloat16() -> bool:
 
 
 # Numbers in the keys of one layer, over all samples, up to which copying the context is faster than sharing it: two
-# partial attentions and their merge have a price of their own. Measured on 2 cores (BENCHMARKS.md); not yet on a GPU.
-COPY_UP_TO = {"cpu": 400_000, "cuda": 0}
+# partial attentions and their merge have a price of their own, less of it compiled. Measured on 2 cores
+# (BENCHMARKS.md); not yet on a GPU.
+COPY_UP_TO = {torch.bfloat16: 400_000, torch.float16: 400_000, torch.float32: 1_000_000}
+COPY_UP_TO_COMPILED = 300_000
+
+
+def copy_up_to(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
+    """The limit for choose_attention."""
+    if device.type == "cuda":
+        return 0
+    return COPY_UP_TO_COMPILED if compiled else COPY_UP_TO[dtype]
 
 
 def choose_attention(
-    name: str, device: torch.device, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
+    name: str, limit: int, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
 ) -> tuple[str, str]:
-    """(layout, why) of --attention. context: tokens of the prompt, 0 where it is not known and may grow."""
+    """(layout, why) of --attention. limit: as copy_up_to. context: tokens of the prompt, 0 where it may grow."""
     if name != "auto":
         return name, f"--attention {name}"
-    keys = num_samples * (context + max_new_tokens // 2) * args.n_head * args.head_dim
-    each = f"{num_samples} x {context + max_new_tokens // 2} tokens x {args.n_head * args.head_dim}"
-    if context and keys <= COPY_UP_TO[device.type]:
-        return "contiguous", f"auto: at {each} (at most {COPY_UP_TO[device.type]}) a copy for each sample is faster"
+    tokens, width = context + max_new_tokens // 2, args.n_head * args.head_dim
+    each = f"{num_samples} x {tokens} tokens x {width}"
+    if context and num_samples * tokens * width <= limit:
+        return "contiguous", f"auto: at {each} (at most {limit}) a copy for each sample is faster"
     return "bifurcated", f"auto: at {each}, reading the context once is faster" if context else "auto: it may grow"
 
 
@@ -265,3 +274,39 @@ def choose_compile(
     decode = steps * (n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type])
     cost = COMPILE + n_layer * COMPILE_PER_LAYER
     return decode / 2 > cost, f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a request will run, and why so."""
+
+    attention: str
+    attention_reason: str
+    memory: Memory
+    compiled: bool
+    compile_reason: str
+    packed: bool
+
+
+def choose_execution(
+    options: argparse.Namespace, args: ModelArgs, device: torch.device, dtype: torch.dtype, context: int
+) -> Execution:
+    """What the command line leaves open, chosen for a prompt of `context` tokens. Raises ValueError where memory does
+    not hold one sample."""
+    available = available_memory(device) if options.max_memory is None else options.max_memory
+    sizes = (context, options.num_samples, options.max_new_tokens)
+
+    def layout(limit: int) -> tuple[str, str, Memory]:
+        name, why = "bifurcated", f"--kv_dtype {options.kv_dtype}"
+        if options.kv_dtype == "auto":
+            known = (0 if options.interactive else context, *sizes[1:])
+            name, why = choose_attention(options.attention, limit, args, *known)
+        return name, why, plan_memory(args, dtype, *sizes, name, available, options.kv_dtype)
+
+    attention, attention_reason, memory = layout(copy_up_to(device, dtype, compiled=False))
+    steps = options.num_runs * memory.waves * options.max_new_tokens
+    compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
+    if compiled:
+        attention, attention_reason, memory = layout(copy_up_to(device, dtype, compiled))
+    packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
+    return Execution(attention, attention_reason, memory, compiled, why, packed)

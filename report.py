@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from model import KVCache
-from plan import Memory, human, peak_memory, release_freed_memory
+from plan import Execution, human, peak_memory, release_freed_memory
 
 if TYPE_CHECKING:
     from generate import Sample, Session
@@ -163,13 +163,13 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace) -> None
 
 def describe(session: "Session") -> dict[str, object]:
     """The part of the report that was decided before the run."""
-    request = session.request
+    request, execution = session.request, session.execution
     return {
         "attention": request.attention,
-        "attention_reason": session.attention_reason,
-        "compiled": session.compiled,
-        "compile_reason": session.compile_reason,
-        "packed_weights": session.packed,
+        "attention_reason": execution.attention_reason,
+        "compiled": execution.compiled,
+        "compile_reason": execution.compile_reason,
+        "packed_weights": execution.packed,
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
         "kv_dtype": "int8" if request.kv_dtype == "int8" else str(session.dtype).removeprefix("torch."),
         "dtype": str(session.dtype).removeprefix("torch."),
@@ -180,12 +180,11 @@ def describe(session: "Session") -> dict[str, object]:
     }
 
 
-def measure(
-    monitors: Sequence[Monitor], memory: Memory, context: int, compiled: bool, device: torch.device
-) -> dict[str, object]:
+def measure(monitors: Sequence[Monitor], execution: Execution, context: int, device: torch.device) -> dict[str, object]:
     """The measured part of the report: medians over the steps of all runs. Values that do not apply are None."""
+    memory = execution.memory
     steps = [second for monitor in monitors for second in monitor.step_s]
-    first, steps = (steps[:1], steps[1:]) if compiled else ([], steps)
+    first, steps = (steps[:1], steps[1:]) if execution.compiled else ([], steps)
     step = statistics.median(steps) if steps else None
     drawn = sum(monitor.decode_tokens for monitor in monitors)
     rate = drawn / (sum(steps) + step * len(first)) if step else None

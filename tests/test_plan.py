@@ -9,14 +9,16 @@ import torch
 from conftest import GQA, MHA, random_model
 
 from model import KVCache
+from options import build_parser
 from packed import can_pack
 from plan import (
-    COPY_UP_TO,
     choose_attention,
     choose_compile,
     choose_device,
     choose_dtype,
+    choose_execution,
     choose_packing,
+    copy_up_to,
     human,
     parse_size,
     plan_memory,
@@ -136,10 +138,30 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
 
 def test_attention_follows_what_would_be_copied():
     """GQA has 6 heads of 10: 60 numbers a token."""
-    limit = COPY_UP_TO["cpu"] // 60
-    assert choose_attention("expanded", CPU, GQA, 9, 64, 9) == ("expanded", "--attention expanded")
-    layout, why = choose_attention("auto", CPU, GQA, limit // 4 - 8, 4, 16)
-    assert layout == "contiguous" and f"4 x {limit // 4} tokens x 60" in why
-    assert choose_attention("auto", CPU, GQA, limit // 4 - 7, 4, 16)[0] == "bifurcated"
-    assert choose_attention("auto", torch.device("cuda"), GQA, 1, 1, 1)[0] == "bifurcated"
-    assert choose_attention("auto", CPU, GQA, 0, 1, 1) == ("bifurcated", "auto: it may grow")
+    limit = 60 * 400
+    assert choose_attention("expanded", limit, GQA, 9, 64, 9) == ("expanded", "--attention expanded")
+    layout, why = choose_attention("auto", limit, GQA, 92, 4, 16)
+    assert layout == "contiguous" and "4 x 100 tokens x 60" in why
+    assert choose_attention("auto", limit, GQA, 93, 4, 16)[0] == "bifurcated"
+    assert choose_attention("auto", limit, GQA, 0, 1, 1) == ("bifurcated", "auto: it may grow")
+
+
+def test_sharing_pays_earlier_where_the_step_is_compiled():
+    """On a CPU; on a GPU it always pays."""
+    eager, compiled = (copy_up_to(CPU, torch.float32, compiled) for compiled in (False, True))
+    assert 0 < compiled < eager
+    assert copy_up_to(torch.device("cuda"), torch.bfloat16, False) == 0
+    context = (eager + compiled) // 2 // 60
+    flags = ["--prompt", "a", "-n", "1", "--max_new_tokens", "2"]
+    for compile_flag, layout in (("--no-compile", "contiguous"), ("--compile", "bifurcated")):
+        options = build_parser().parse_args([*flags, compile_flag])
+        execution = choose_execution(options, GQA, CPU, torch.float32, context)
+        assert (execution.attention, execution.compiled) == (layout, compile_flag == "--compile")
+        assert execution.memory.copied_per_sample == (execution.memory.context if layout == "contiguous" else 0)
+
+
+def test_a_context_in_int8_is_shared():
+    options = build_parser().parse_args(["--prompt", "a", "--kv_dtype", "int8", "--no-compile"])
+    execution = choose_execution(options, GQA, CPU, torch.float32, 50)
+    assert (execution.attention, execution.attention_reason) == ("bifurcated", "--kv_dtype int8")
+    assert execution.memory.context < plan_memory(GQA, torch.float32, 50, 1, 200, "bifurcated", 10**9).context
