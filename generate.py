@@ -241,18 +241,18 @@ class Decoder:
     def draw(self, context: KVCache, logits: Tensor, history: Sequence[int]) -> list[Sample]:
         """logits [1,V] at the context's last token, history: the context's tokens. Returns the samples by index."""
         request = self.request
-        samples = [Sample(index, text=self.tokenizer and "") for index in range(request.num_samples)]
         self.history, self.begin = history, context.slots
-        if self.tokenizer and (request.stop or self.monitor.streams):
-            self.streams = {sample.index: TextStream(self.tokenizer, history) for sample in samples}
         # One number per (sample, step), drawn on the host: the same for every layout, wave and device.
         generator = torch.Generator().manual_seed(request.seed)
-        shape = (request.num_samples, request.max_new_tokens)
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
-        rows = request.rows_at_once or len(samples)
-        for first in range(0, len(samples), rows):
-            wave = slice(first, first + rows)
-            self.decode(context, logits, samples[wave], uniforms[wave].to(logits.device))
+        samples: list[Sample] = []
+        while len(samples) < request.num_samples:  # each wave when its turn comes: they may be many
+            last = min(request.num_samples, len(samples) + (request.rows_at_once or request.num_samples))
+            wave = [Sample(index, text=self.tokenizer and "") for index in range(len(samples), last)]
+            if self.tokenizer and (request.stop or self.monitor.streams):
+                self.streams = {sample.index: TextStream(self.tokenizer, history) for sample in wave}
+            uniforms = torch.rand((len(wave), request.max_new_tokens), generator=generator, dtype=torch.float64)
+            self.decode(context, logits, wave, uniforms.to(logits.device))
+            samples += wave
         return samples
 
     def decode(self, context: KVCache, logits: Tensor, rows: list[Sample], uniforms: Tensor) -> None:
@@ -454,7 +454,9 @@ def run_once(session: Session, model: Transformer, steps: Steps) -> None:
 def finish_report(session: Session, model: Transformer, monitors: Sequence[Monitor], ranked: Sequence[Ranked]) -> None:
     """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
     options, prompt = session.options, session.prompt_tokens
-    report = describe(session) | measure(monitors, session.execution, len(prompt), session.device)
+    report = describe(session) | measure(
+        monitors, session.execution, len(prompt), session.device, options.compile_prefill
+    )
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -557,6 +559,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if execution.memory.waves > 1 and not options.quiet:
             print(f"running in {execution.memory.waves} waves: memory does not hold all at once", file=sys.stderr)
+        if execution.compiled and not options.quiet:
+            print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
         model = load_model(session.checkpoint, session.device, session.dtype)
         if execution.packed:
             pack_linears(model)

@@ -4,6 +4,7 @@ A room of its own because it is a table, which nothing else needs to be read wit
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoint_path", "model.pth, or a model's folder; default: checkpoints/tiny", type=Path, default=tiny)
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    flag("--dtype", "auto is bfloat16 where the device has it", choices=dtypes, default="auto")
+    flag(
+        "--dtype",
+        "auto is bfloat16 where the device has instructions for it, else float32",
+        choices=dtypes,
+        default="auto",
+    )
     group = parser.add_argument_group("prompt")
     flag("--prompt", "text; an integer makes a synthetic prompt of so many tokens")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
@@ -113,6 +119,19 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"seed {options.seed} must be at least 0 and below 2^63")
     if options.pick and not options.interactive:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
-    for path in (options.report, options.profile):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    check_outputs(options)
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError where --report or --profile cannot be written, or would replace what the run reads."""
+    outputs = [path for path in (options.report, options.profile) if path is not None]
+    model, prompt = options.checkpoint_path.resolve(), options.prompt_file
+    folder = model if model.is_dir() else model.parent
+    for path in outputs:
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+        full = path.resolve()
+        if (full.exists() and full.parent == folder) or (prompt is not None and full == Path(prompt).resolve()):
+            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")

@@ -1,7 +1,8 @@
 """Weights in the order in which a CPU multiplies by them: the same products in less time (BENCHMARKS.md).
 
-oneDNN reorders a plain weight at every product; a packed one was reordered once. It is opaque to torch.compile, so a
-graph holds its number, and an operator of our own looks the number up.
+oneDNN reorders a plain bfloat16 weight at every product; a packed one was reordered once. A plain fp32 product is not
+oneDNN's at all; packed, it is, and is faster from some rows on. A packed weight is opaque to torch.compile, so a graph
+holds its number, and an operator of our own looks the number up.
 
 A room of its own because nothing else knows of oneDNN: without this file and the lines that call it all else works.
 Shapes: N rows, S positions.
@@ -53,7 +54,7 @@ class PackedLinear(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing pays here: on an x86 CPU. Elsewhere it was not measured."""
+    """Whether packing may pay here: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN takes there."""
     if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -51,6 +51,11 @@ class Memory:
         return (self.workspace_per_sample + self.copied_per_sample) * self.rows_at_once
 
     @property
+    def needed(self) -> int:
+        """All that is held while the rows that run together decode."""
+        return self.weights + self.context + self.decoded + self.workspace
+
+    @property
     def per_step(self) -> int:
         """What a decode step must read: weights, the context's keys and values once, and the decoded ones."""
         return self.weights + self.context + self.decoded
@@ -205,8 +210,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 numbers. oneDNN does so on plain AVX-512 too: at one
-    row, which reads more than it multiplies, as fast as fp32, but at 64 at a fourth of its rate (BENCHMARKS.md)."""
+    """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
+    of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
+    times as long (BENCHMARKS.md), and reading a prompt is all multiplying."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -214,7 +220,7 @@ def multiplies_bfloat16() -> bool:
 
 # Numbers in the keys of one layer, over all samples, up to which copying the context is faster than sharing it: two
 # partial attentions and their merge have a price of their own, less of it compiled. Measured on 2 cores
-# (BENCHMARKS.md); not yet on a GPU.
+# (BENCHMARKS.md): eagerly in bfloat16 and fp32, compiled in fp32; not yet on a GPU.
 COPY_UP_TO = {torch.bfloat16: 400_000, torch.float16: 400_000, torch.float32: 1_000_000}
 COPY_UP_TO_COMPILED = 300_000
 
@@ -227,11 +233,9 @@ def copy_up_to(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
 
 
 def choose_attention(
-    name: str, limit: int, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
+    limit: int, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
 ) -> tuple[str, str]:
-    """(layout, why) of --attention. limit: as copy_up_to. context: tokens of the prompt, 0 where it may grow."""
-    if name != "auto":
-        return name, f"--attention {name}"
+    """(layout, why) of --attention auto. limit: as copy_up_to. context: tokens of the prompt, 0 where it may grow."""
     tokens, width = context + max_new_tokens // 2, args.n_head * args.head_dim
     each = f"{num_samples} x {tokens} tokens x {width}"
     if context and num_samples * tokens * width <= limit:
@@ -239,8 +243,8 @@ def choose_attention(
     return "bifurcated", f"auto: at {each}, reading the context once is faster" if context else "auto: it may grow"
 
 
-# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.03; and the
-# rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
+# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03; and
+# the rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
 REPAYS_PACKING = 20
 PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
@@ -294,19 +298,24 @@ def choose_execution(
     """What the command line leaves open, chosen for a prompt of `context` tokens. Raises ValueError where memory does
     not hold one sample."""
     available = available_memory(device) if options.max_memory is None else options.max_memory
-    sizes = (context, options.num_samples, options.max_new_tokens)
+    num_samples, name = options.num_samples, options.attention
 
-    def layout(limit: int) -> tuple[str, str, Memory]:
-        name, why = "bifurcated", f"--kv_dtype {options.kv_dtype}"
-        if options.kv_dtype == "auto":
-            known = (0 if options.interactive else context, *sizes[1:])
-            name, why = choose_attention(options.attention, limit, args, *known)
-        return name, why, plan_memory(args, dtype, *sizes, name, available, options.kv_dtype)
+    def plan(layout: str) -> Memory:
+        sizes = (context, num_samples, options.max_new_tokens)
+        return plan_memory(args, dtype, *sizes, layout, available, options.kv_dtype)
 
-    attention, attention_reason, memory = layout(copy_up_to(device, dtype, compiled=False))
+    memory = plan("bifurcated" if name == "auto" else name)
     steps = options.num_runs * memory.waves * options.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    if compiled:
-        attention, attention_reason, memory = layout(copy_up_to(device, dtype, compiled))
     packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
-    return Execution(attention, attention_reason, memory, compiled, why, packed)
+    reason = f"--attention {name}"
+    if options.kv_dtype == "int8":
+        name, reason = "bifurcated", "--kv_dtype int8"
+    elif name == "auto":
+        known = 0 if options.interactive else context
+        limit = copy_up_to(device, dtype, compiled)
+        name, reason = choose_attention(limit, args, known, num_samples, options.max_new_tokens)
+        if name == "contiguous" and (memory.waves > 1 or memory.needed + num_samples * memory.context > available):
+            name, reason = "bifurcated", "auto: memory does not hold a copy for each sample"
+        memory = plan(name)
+    return Execution(name, reason, memory, compiled, why, packed)

@@ -180,20 +180,24 @@ def describe(session: "Session") -> dict[str, object]:
     }
 
 
-def measure(monitors: Sequence[Monitor], execution: Execution, context: int, device: torch.device) -> dict[str, object]:
-    """The measured part of the report: medians over the steps of all runs. Values that do not apply are None."""
+def measure(
+    monitors: Sequence[Monitor], execution: Execution, context: int, device: torch.device, compiled_prefill: bool
+) -> dict[str, object]:
+    """The measured part of the report: medians over the steps of all runs. Values that do not apply are None, as are
+    the times of a prompt whose reading was compiled on the way."""
     memory = execution.memory
     steps = [second for monitor in monitors for second in monitor.step_s]
     first, steps = (steps[:1], steps[1:]) if execution.compiled else ([], steps)
     step = statistics.median(steps) if steps else None
     drawn = sum(monitor.decode_tokens for monitor in monitors)
     rate = drawn / (sum(steps) + step * len(first)) if step else None
-    prefill_s = statistics.median(monitor.prefill_s for monitor in monitors)
+    reads = monitors[1:] if compiled_prefill else monitors
+    prefill_s = statistics.median(monitor.prefill_s for monitor in reads) if reads else None
     return {
         "waves": memory.waves,
         "prefill_s": prefill_s,
-        "prefill_tokens_per_s": context / prefill_s,
-        "first_token_s": statistics.median(monitor.first_token_s for monitor in monitors),
+        "prefill_tokens_per_s": prefill_s and context / prefill_s,
+        "first_token_s": statistics.median(monitor.first_token_s for monitor in reads) if reads else None,
         "decode_ms_per_step": step and 1000 * step,
         "tokens_per_s_per_sample": rate and rate / memory.rows_at_once,
         "tokens_per_s": rate,

@@ -161,7 +161,7 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
 
 
 def model_of(options: argparse.Namespace, args: ModelArgs) -> Transformer:
-    """A model to be timed: as generate.py would run it for long."""
+    """A model to be timed: as generate.py would run it for long (in fp32 that packs from four rows on, this always)."""
     model = random_model(args, options.device, options.dtype)
     if options.pack:
         pack_linears(model)
@@ -465,7 +465,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
     parser.add_argument("--context", type=int, nargs="+", help="tokens")
     parser.add_argument("-n", "--num_samples", type=int, nargs="+")
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=", ".join(COLUMNS))
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=", ".join(map(repr, COLUMNS)))
     parser.add_argument("--steps", type=int, help="timed steps per cell, at most")
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timed steps per cell; default: 2")
     parser.add_argument("--device", default="auto")
@@ -484,20 +484,24 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
             value = getattr(preset, name)
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
     numbers = options.num_samples + options.context + [options.steps]
-    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8 or options.budget <= 0:
+    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8 or not options.budget > 0:
         raise ValueError(
             f"num_samples, context and steps must be at least 1, steps at most {DECODE_SLOTS - 8}, budget above 0"
         )
     if options.preset == "attention" and min(options.context) < 2:
         raise ValueError("--preset attention needs a context of at least 2 tokens: part of it is a chunk")
-    for folder in (options.out and options.out.parent, options.charts and options.charts.parent):
-        if folder is not None and not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder: --out and --charts are written into one that exists")
+    for path, taken in ((options.out, Path.is_dir), (options.charts, Path.is_file)):
+        if path is not None and (taken(path) or not path.parent.is_dir()):
+            raise ValueError(f"{path} cannot be written: --out is a file and --charts a folder, in one that exists")
     if options.preset in TABLES and (options.out or options.charts):
         raise ValueError(f"--out and --charts hold decode steps, which --preset {options.preset} does not time")
     if options.charts and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
     options.device = choose_device(options.device)
+    if options.preset == "load":
+        if options.dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"--preset load reads bfloat16: leave out --dtype {options.dtype}")
+        options.dtype = "bfloat16"
     options.dtype = choose_dtype(options.dtype, options.device)
     can = can_pack(options.device, options.dtype) and options.preset not in ("attention", "load")
     options.pack = can and not options.plain_weights
@@ -536,8 +540,8 @@ def main() -> int:
     options = build_parser().parse_args()
     options.command = sys.argv[1:]
     keep_freed_memory()
-    torch._dynamo.config.recompile_limit = 64  # every column of every shape is a compilation of the same code
     try:
+        torch._dynamo.config.recompile_limit = 64  # every column of every shape is a compilation of the same code
         with contextlib.suppress(BrokenPipeError):
             cells = run(options, complete(options))
             if options.charts and cells:

@@ -46,7 +46,11 @@ def main() -> int:
     options = parser.parse_args()
     try:
         source = options.checkpoint_dir
-        print(convert(source, options.out or (source if source.is_dir() else source.parent)))
+        folder = source if source.is_dir() else source.parent
+        out = options.out or folder
+        print(convert(source, out))
+        if not any((folder / name).exists() for name in KEPT):
+            print(f"{folder} has no tokenizer: {out} needs that of this model", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

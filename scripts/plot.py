@@ -61,7 +61,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         cells = [json.loads(line) for line in options.cells.read_text("utf-8").splitlines()]
-        print("\n".join(map(str, draw(cells, options.out))))
+        files = draw(cells, options.out)
+        if not files:
+            raise ValueError("no shape was measured at two values of N or of the context")
+        print(*files, sep="\n")
     except (ValueError, TypeError, KeyError, OSError) as error:
         print(f"error: {options.cells} cannot be drawn: {error}", file=sys.stderr)
         return 2

@@ -298,6 +298,14 @@ def test_a_prompt_file_that_is_not_utf8_gets_one_line(tmp_path):
 def test_nothing_is_overwritten_by_a_refused_command(tmp_path):
     (tmp_path / "r.json").write_text("precious")
     assert_refused(run(*PROMPT, "-n", 0, "--report", tmp_path / "r.json"), "num_samples 0")
+    model, prompt, both = tmp_path / "model", tmp_path / "prompt.txt", tmp_path / "both"
+    shutil.copytree(TINY, model)
+    prompt.write_text("Once")
+    base = ["--checkpoint_path", model, "--prompt_file", prompt]
+    assert_refused(run(*base, "--report", prompt), "prompt.txt is the prompt, or lies with the model")
+    assert_refused(run(*base, "--profile", model / "model.pth"), "model.pth is the prompt, or lies with the model")
+    assert_refused(run(*base, "--report", both, "--profile", both), "both: give two files")
+    assert prompt.read_text() == "Once" and (model / "model.pth").read_bytes() == (TINY / "model.pth").read_bytes()
     assert (tmp_path / "r.json").read_text() == "precious"
 
 

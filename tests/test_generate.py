@@ -81,6 +81,21 @@ def test_waves_change_nothing():
         assert monitor.waves == math.ceil(7 / rows)
 
 
+def test_a_wave_holds_no_more_than_its_own_rows():
+    """A million million samples: the first wave begins before the others are thought of."""
+
+    class Begun(Exception):
+        pass
+
+    class Stop(Monitor):
+        def wave(self) -> None:
+            raise Begun
+
+    request = Request(10**12, 30, Sampling(0.9), seed=1, rows_at_once=3)
+    with pytest.raises(Begun):
+        generate(random_model(GQA), [1, 2], request, monitor=Stop())
+
+
 def test_more_samples_begin_with_the_same_ones():
     model = random_model(GQA)
     assert draws(generate(model, PROMPT, request(9)))[:4] == draws(generate(model, PROMPT, request(4)))

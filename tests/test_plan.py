@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import GQA, MHA, random_model
 
-from model import KVCache
+from model import KVCache, ModelArgs
 from options import build_parser
 from packed import can_pack
 from plan import (
+    Execution,
     choose_attention,
     choose_compile,
     choose_device,
@@ -23,6 +24,7 @@ from plan import (
     parse_size,
     plan_memory,
 )
+from report import Monitor, measure
 
 CPU = torch.device("cpu")
 
@@ -136,32 +138,74 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     assert compiled is False and "no C++ compiler" in why
 
 
+def execution(flags: str, args: ModelArgs, context: int, dtype: torch.dtype = torch.float32) -> Execution:
+    options = build_parser().parse_args(["--prompt", "a", *flags.split()])
+    return choose_execution(options, args, CPU, dtype, context)
+
+
 def test_attention_follows_what_would_be_copied():
     """GQA has 6 heads of 10: 60 numbers a token."""
     limit = 60 * 400
-    assert choose_attention("expanded", limit, GQA, 9, 64, 9) == ("expanded", "--attention expanded")
-    layout, why = choose_attention("auto", limit, GQA, 92, 4, 16)
+    layout, why = choose_attention(limit, GQA, 92, 4, 16)
     assert layout == "contiguous" and "4 x 100 tokens x 60" in why
-    assert choose_attention("auto", limit, GQA, 93, 4, 16)[0] == "bifurcated"
-    assert choose_attention("auto", limit, GQA, 0, 1, 1) == ("bifurcated", "auto: it may grow")
+    assert choose_attention(limit, GQA, 93, 4, 16)[0] == "bifurcated"
+    chosen = execution("--attention expanded", GQA, 9)
+    assert (chosen.attention, chosen.attention_reason) == ("expanded", "--attention expanded")
+    chosen = execution("--interactive", GQA, 9)
+    assert (chosen.attention, chosen.attention_reason) == ("bifurcated", "auto: it may grow")
 
 
 def test_sharing_pays_earlier_where_the_step_is_compiled():
     """On a CPU; on a GPU it always pays."""
-    eager, compiled = (copy_up_to(CPU, torch.float32, compiled) for compiled in (False, True))
-    assert 0 < compiled < eager
+    eager, half, compiled = (
+        copy_up_to(CPU, *each) for each in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
+    )
+    assert 100_000 < compiled < half < eager
     assert copy_up_to(torch.device("cuda"), torch.bfloat16, False) == 0
-    context = (eager + compiled) // 2 // 60
-    flags = ["--prompt", "a", "-n", "1", "--max_new_tokens", "2"]
-    for compile_flag, layout in (("--no-compile", "contiguous"), ("--compile", "bifurcated")):
-        options = build_parser().parse_args([*flags, compile_flag])
-        execution = choose_execution(options, GQA, CPU, torch.float32, context)
-        assert (execution.attention, execution.compiled) == (layout, compile_flag == "--compile")
-        assert execution.memory.copied_per_sample == (execution.memory.context if layout == "contiguous" else 0)
+    for flag, layout in (("--no-compile", "contiguous"), ("--compile", "bifurcated")):
+        chosen = execution(f"-n 1 --max_new_tokens 2 {flag}", GQA, (eager + compiled) // 2 // 60)
+        assert (chosen.attention, chosen.compiled) == (layout, flag == "--compile")
+        assert chosen.memory.copied_per_sample == (chosen.memory.context if layout == "contiguous" else 0)
+
+
+def test_a_context_is_shared_where_memory_does_not_hold_the_copies():
+    """To the byte: what the copies need is planned as such."""
+    flags = "-n 4 --max_new_tokens 9 --no-compile"
+    copies = plan_memory(GQA, torch.float32, 50, 4, 9, "contiguous", 10**9).needed
+    assert execution(f"{flags} --max_memory {copies}", GQA, 50).attention == "contiguous"
+    shared = plan_memory(GQA, torch.float32, 50, 4, 9, "bifurcated", 10**9).needed
+    for available in (copies - 1, shared):
+        chosen = execution(f"{flags} --max_memory {available}", GQA, 50)
+        assert (chosen.attention, chosen.memory.waves) == ("bifurcated", 1)
+        assert chosen.attention_reason == "auto: memory does not hold a copy for each sample"
 
 
 def test_a_context_in_int8_is_shared():
-    options = build_parser().parse_args(["--prompt", "a", "--kv_dtype", "int8", "--no-compile"])
-    execution = choose_execution(options, GQA, CPU, torch.float32, 50)
-    assert (execution.attention, execution.attention_reason) == ("bifurcated", "--kv_dtype int8")
-    assert execution.memory.context < plan_memory(GQA, torch.float32, 50, 1, 200, "bifurcated", 10**9).context
+    chosen = execution("--kv_dtype int8 --no-compile", GQA, 50)
+    assert (chosen.attention, chosen.attention_reason) == ("bifurcated", "--kv_dtype int8")
+    assert chosen.memory.context < plan_memory(GQA, torch.float32, 50, 1, 200, "bifurcated", 10**9).context
+
+
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
+def test_packing_follows_the_rows_and_steps_that_run():
+    large = replace(GQA, dim=512, hidden_dim=512)
+    assert not execution("-n 3", large, 50).packed
+    assert execution("-n 4", large, 50).packed
+    three = plan_memory(large, torch.float32, 50, 3, 200, "bifurcated", 10**9).needed
+    waves = execution(f"-n 6 --max_memory {three}", large, 50)
+    assert (waves.memory.rows_at_once, waves.packed) == (3, False)
+    assert not execution("-n 4 --max_new_tokens 1 --num_runs 19", large, 50).packed
+    assert execution("-n 4 --max_new_tokens 1 --num_runs 20", large, 50).packed
+
+
+def test_a_prompt_whose_reading_was_compiled_has_no_time_of_its_own():
+    """The first run's prefill is mostly the compiler's; that of the others is not."""
+    chosen, runs = execution("--no-compile", GQA, 50), [Monitor(), Monitor()]
+    for run, seconds in zip(runs, (9.0, 2.0), strict=True):
+        run.prefill_s, run.first_token_s = seconds, seconds + 1
+    names = ("prefill_s", "prefill_tokens_per_s", "first_token_s")
+    for monitors, compiled, expected in (
+        (runs[:1], False, (9.0, 50 / 9, 10.0)), (runs[:1], True, (None, None, None)), (runs, True, (2.0, 25.0, 3.0))
+    ):  # fmt: skip
+        report = measure(monitors, chosen, 50, CPU, compiled)
+        assert tuple(report[name] for name in names) == expected

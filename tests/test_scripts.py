@@ -8,6 +8,7 @@ import sys
 
 import benchmark
 import pytest
+import torch
 from conftest import ROOT, SHARED
 
 BENCHMARKS = (ROOT / "BENCHMARKS.md").read_text("utf-8")
@@ -35,14 +36,22 @@ def test_benchmark_of_every_eager_column(tmp_path):
     assert chart.name == "tiny-num_samples.png" and chart.read_bytes().startswith(b"\x89PNG")
 
 
-def test_commands_of_the_benchmarks_are_accepted(monkeypatch, capsys):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What benchmark.py sets for its process is put back."""
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        yield
+
+
+def test_commands_of_the_benchmarks_are_accepted(in_this_process, monkeypatch, capsys):
     """The command of the tables with smaller sizes: the last value of a flag counts."""
-    commands = re.findall(r"^`python scripts/benchmark\.py (.*)`$", BENCHMARKS, re.MULTILINE)
-    assert commands
+    commands = re.findall(r"^`python scripts/benchmark\.py ?(.*)`$", BENCHMARKS, re.MULTILINE)
+    assert "" in commands and len(commands) > 5
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *shlex.split(command), *SMALL, "--columns", "bifurcated"])
         status, printed = benchmark.main(), capsys.readouterr()
-        assert status == 0 and "| 33 |" in printed.out or "MB |" in printed.out, (command, printed.err)
+        assert status == 0 and ("| 33 |" in printed.out or "MB |" in printed.out), (command, printed.err)
 
 
 def test_attention_alone_is_compared_with_sdpa():
@@ -80,13 +89,16 @@ def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
         ["-n", "0"],
         ["--device", "cuda:99"],
         ["--set", "n_kv_head=0"],
-        ["--budget", "0"],
+        ["--budget", "nan"],
         ["--charts", "no/such/folder"],
+        ["--out", "scripts"],
+        ["--charts", "README.md"],
+        ["--preset", "load", "--dtype", "float32"],
         ["--preset", "nonsense"],
         ["--preset", "attention", "--out", "cells.jsonl"],
     ],
 )
-def test_benchmark_refuses_bad_input_in_one_line(arguments, monkeypatch, capsys):
+def test_benchmark_refuses_bad_input_in_one_line(arguments, in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *SMALL, *arguments])
     try:
         status = benchmark.main()
@@ -94,6 +106,12 @@ def test_benchmark_refuses_bad_input_in_one_line(arguments, monkeypatch, capsys)
         status = end.code
     error = capsys.readouterr().err
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_measurement_of_one_point_is_no_chart(tmp_path):
+    (tmp_path / "cells.jsonl").write_text("")
+    result = run("plot.py", "--cells", tmp_path / "cells.jsonl", "--out", tmp_path / "charts")
+    assert result.returncode == 2 and "no shape was measured at two values" in result.stderr
 
 
 def test_conversion_refuses_bad_input_in_one_line(tmp_path):
