@@ -49,7 +49,7 @@ def main() -> int:
         folder = source if source.is_dir() else source.parent
         out = options.out or folder
         print(convert(source, out))
-        if not any((folder / name).exists() for name in KEPT):
+        if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             print(f"{folder} has no tokenizer: {out} needs that of this model", file=sys.stderr)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

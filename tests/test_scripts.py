@@ -3,13 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import benchmark
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, TINY
 
 BENCHMARKS = (ROOT / "BENCHMARKS.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]
@@ -117,6 +118,15 @@ def test_a_measurement_of_one_point_is_no_chart(tmp_path):
 def test_conversion_refuses_bad_input_in_one_line(tmp_path):
     result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "nothing")
     assert result.returncode == 2 and result.stderr.startswith("error: no checkpoint at")
+
+
+def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
+    """One that is already at the output may be of another model."""
+    for name in ("model.pth", "config.json"):
+        shutil.copyfile(TINY / name, tmp_path / name)
+    result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "model.pth", "--out", tmp_path / "out")
+    assert result.returncode == 0 and result.stdout == f"{tmp_path}/out/model.pth\n"
+    assert result.stderr == f"{tmp_path} has no tokenizer: {tmp_path}/out needs that of this model\n"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the text is not beside the repository")
