@@ -33,14 +33,14 @@ def resident(field):
 
 args = SHAPES["stories110M"]
 model = random_model(args, CPU, torch.{dtype})
-def run(context, n):
-    request = Request(n, 64, Sampling(0.8, top_k=200), seed=0, prefill_chunk=512)
+def run(context, n, length):
+    request = Request(n, length, Sampling(0.8, top_k=200), seed=0, prefill_chunk=512)
     generate(model, [token % args.vocab_size for token in range(context)], request, monitor=Trim())
-run(600, 64)  # loads the code that PyTorch loads on first use
+run(600, 64, 3)  # loads the code that PyTorch loads on first use
 release_freed_memory(CPU)  # nothing that was freed is left to be used unseen
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = resident("VmRSS")
-run(4096, 64)
+run(4096, 64, 64)
 print(resident("VmHWM") - before)
 """
 
