@@ -87,7 +87,7 @@ def hugging_face_files(folder: Path) -> tuple[Path, ...]:
             return shards_of(index)
         if found := sorted(folder.glob("*.safetensors" if stem == "model" else "pytorch_model*.bin")):
             return tuple(found)
-    raise FileNotFoundError(f"no model.pth to run, and no *.safetensors or pytorch_model*.bin, in {folder}")
+    raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in {folder}: give one that has, or a model.pth")
 
 
 def shards_of(index: Path) -> tuple[Path, ...]:
