@@ -20,6 +20,8 @@ from torch import Tensor
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
 
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+
 NUMBERS = itertools.count()
 WEIGHTS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -55,7 +57,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether packing may pay here: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN takes there."""
-    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+    if device.type != "cpu" or not IS_X86:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -6,19 +6,18 @@ A room of its own because the command line, the benchmark and the tests take the
 import argparse
 import ctypes
 import os
-import platform
 import resource
 import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from model import ModelArgs, empty_model
-from packed import SMALLEST, can_pack
+from packed import IS_X86, SMALLEST, can_pack
 
 
 @dataclass(frozen=True)
@@ -213,7 +212,7 @@ def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
     of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
     times as long (BENCHMARKS.md), and reading a prompt is all multiplying."""
-    if platform.machine() in ("x86_64", "AMD64"):
+    if IS_X86:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -299,12 +298,9 @@ def choose_execution(
     not hold one sample."""
     available = available_memory(device) if options.max_memory is None else options.max_memory
     num_samples, name = options.num_samples, options.attention
-
-    def plan(layout: str) -> Memory:
-        sizes = (context, num_samples, options.max_new_tokens)
-        return plan_memory(args, dtype, *sizes, layout, available, options.kv_dtype)
-
-    memory = plan("bifurcated" if name == "auto" else name)
+    sizes = (context, num_samples, options.max_new_tokens)
+    layout = "bifurcated" if name == "auto" else name
+    memory = plan_memory(args, dtype, *sizes, layout, available, options.kv_dtype)
     steps = options.num_runs * memory.waves * options.max_new_tokens
     compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
     packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
@@ -315,7 +311,9 @@ def choose_execution(
         known = 0 if options.interactive else context
         limit = copy_up_to(device, dtype, compiled)
         name, reason = choose_attention(limit, args, known, num_samples, options.max_new_tokens)
-        if name == "contiguous" and (memory.waves > 1 or memory.needed + num_samples * memory.context > available):
+        copies = replace(memory, copied_per_sample=memory.context)
+        if name == "contiguous" and (memory.waves > 1 or copies.needed > available):
             name, reason = "bifurcated", "auto: memory does not hold a copy for each sample"
-        memory = plan(name)
+        elif name == "contiguous":
+            memory = copies
     return Execution(name, reason, memory, compiled, why, packed)

@@ -76,7 +76,7 @@ def test_missing_files_are_named(folder, tmp_path):
     (folder / "config.json").unlink()
     refused(folder, "no config.json beside")
     (folder / "model.pth").unlink()
-    refused(folder, "no \\*.safetensors or pytorch_model\\*.bin in")
+    refused(folder, "no \\*.safetensors or pytorch_model\\*.bin in .*: give one that has, or a model.pth")
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])

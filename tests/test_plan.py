@@ -1,7 +1,6 @@
 """What is decided from shapes alone. Oracles: bytes of tensors that are really allocated; arithmetic done by hand."""
 
 import argparse
-import platform
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ from conftest import GQA, MHA, random_model
 
 from model import KVCache, ModelArgs
 from options import build_parser
-from packed import can_pack
+from packed import IS_X86, can_pack
 from plan import (
     Execution,
     choose_attention,
@@ -102,7 +101,7 @@ def test_dtypes():
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks what an x86 CPU has")
+@pytest.mark.skipif(not IS_X86, reason="asks what an x86 CPU has")
 def test_bfloat16_needs_instructions_for_it(monkeypatch):
     """AVX-512 alone does not do: oneDNN multiplies bfloat16 there, slowly."""
     for has_avx512_bf16, has_amx in ((False, False), (True, False), (False, True)):
@@ -165,6 +164,9 @@ def test_sharing_pays_earlier_where_the_step_is_compiled():
     for flag, layout in (("--no-compile", "contiguous"), ("--compile", "bifurcated")):
         chosen = execution(f"-n 1 --max_new_tokens 2 {flag}", GQA, (eager + compiled) // 2 // 60)
         assert (chosen.attention, chosen.compiled) == (layout, flag == "--compile")
+        context = chosen.memory.context // (4 * GQA.kv_values_per_token)
+        sizes = (GQA, torch.float32, context, 1, 2, layout, chosen.memory.available)
+        assert chosen.memory == plan_memory(*sizes)
         assert chosen.memory.copied_per_sample == (chosen.memory.context if layout == "contiguous" else 0)
 
 

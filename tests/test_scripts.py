@@ -28,10 +28,9 @@ def test_benchmark_of_every_eager_column(tmp_path):
     assert result.returncode == 0, result.stderr
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
     assert len(cells) == 2 * len(columns)
-    for cell in cells:  # the CPU has no kernel of that name
-        assert (cell["ms"] is None and cell["note"] == "no such kernel") == (
-            cell["column"] == "contiguous SDPA, efficient"
-        )
+    refused = [cell for cell in cells if cell["column"] == "contiguous SDPA, efficient"]  # not a kernel of the CPU
+    assert len(refused) == 2 and all((cell["ms"], cell["note"]) == (None, "no such kernel") for cell in refused)
+    assert all(cell["ms"] > 0 for cell in cells if cell not in refused)
     assert len(re.findall(r"^\| 33 \| [13] \|", result.stdout, re.MULTILINE)) == 2
     (chart,) = (tmp_path / "charts").iterdir()
     assert chart.name == "tiny-num_samples.png" and chart.read_bytes().startswith(b"\x89PNG")
@@ -90,6 +89,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
         ["-n", "0"],
         ["--device", "cuda:99"],
         ["--set", "n_kv_head=0"],
+        ["--budget", "0"],
         ["--budget", "nan"],
         ["--charts", "no/such/folder"],
         ["--out", "scripts"],
