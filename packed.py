@@ -1,33 +1,77 @@
-"""Weights in the order in which a CPU multiplies by them: the same products in less time (BENCHMARKS.md).
+"""Other ways to hold the weight of a linear layer than plainly: packed by oneDNN, int8, int4. They enter a network
+through `swap_linears`; what multiplies by a quantised weight, `make_linear` chooses, once, at construction.
 
 oneDNN reorders a plain bfloat16 weight at every product; a packed one was reordered once. A plain fp32 product is not
 oneDNN's at all; packed, it is, and is faster from some rows on. A packed weight is opaque to torch.compile, so a graph
 holds its number, and an operator of our own looks the number up.
 
-A room of its own because nothing else knows of oneDNN: without this file and the lines that call it all else works.
-Shapes: N rows, S positions.
+A room of its own because nothing else knows of these kernels: where choose_kernel always says "dequantised", all else
+works. Shapes: N rows, S positions; out and in: the features of a layer; groups: runs of `in` that share a scale.
 """
 
 import itertools
+import math
 import platform
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products of bfloat16 numbers."""
+    if IS_X86:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class HeldLinear(nn.Module):
+    """A linear layer for inference whose weight is not held plainly. kernel: what multiplies by it."""
+
+    kernel: str
+
+
+def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
+    """Replaces every nn.Linear by make(its name, it), where that is not None: one after another, so that one weight
+    at most is held twice.
+
+    A weight that other modules use too, such as a tied embedding, stays as it is: it would be held twice for good.
+    """
+    used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    parents = [(name, module) for name, module in model.named_modules() if not isinstance(module, nn.Linear)]
+    for prefix, parent in parents:
+        for name in list(parent._modules):
+            child = parent._modules[name]
+            if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
+                made = make(f"{prefix}.{name}" if prefix else name, child)
+                if made is not None:
+                    setattr(parent, name, made)
+
+
+def kernels(model: nn.Module) -> dict[str, int]:
+    """How many linear layers each kernel multiplies, by its name."""
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear))
+    return dict(Counter(getattr(linear, "kernel", "plain") for linear in linears))
+
+
 NUMBERS = itertools.count()
 WEIGHTS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
 def multiply(x: Tensor, bias: Tensor | None, number: int, features: int) -> Tensor:
-    """x [N,S,inputs] times the packed weight of that number -> [N,S,features]."""
+    """x [N,S,in] times the packed weight of that number -> [N,S,out]."""
     return torch.ops.mkldnn._linear_pointwise(x, WEIGHTS[number], bias, "none", [], "")
 
 
@@ -36,17 +80,12 @@ def multiply_shape(x: Tensor, bias: Tensor | None, number: int, features: int) -
     return x.new_empty(*x.shape[:-1], features)
 
 
-OPERATORS = torch.library.Library("bifurcated", "DEF")
-OPERATORS.define("packed_linear(Tensor x, Tensor? bias, int number, int features) -> Tensor")
-OPERATORS.impl("packed_linear", multiply, "CPU")
-OPERATORS.impl("packed_linear", multiply_shape, "Meta")
-
-
-class PackedLinear(nn.Module):
-    """nn.Linear for inference, its weight packed."""
+class PackedLinear(HeldLinear):
+    """nn.Linear, its weight packed by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, packed"
         self.bias, self.features, self.number = linear.bias, linear.out_features, next(NUMBERS)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         WEIGHTS[self.number] = self.packed
@@ -63,14 +102,291 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replaces every nn.Linear that is large enough, one after another, so that one weight at most is held twice.
+    """Packs every plain linear layer, or one that was dequantised, that is large enough."""
+    swap_linears(model, lambda name, linear: PackedLinear(linear) if linear.weight.numel() >= SMALLEST else None)
 
-    A weight that other modules use too, such as a tied embedding, stays as it is: it would be held twice for good.
+
+BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """values int8 [out,in] times scales bfloat16 [out]: symmetric, a scale per output channel."""
+
+    kind: ClassVar[str] = "int8"
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, groupsize: int | None = None) -> "Int8Weight":
+        """Without memory: for its shapes and sizes."""
+        return cls(*empty_tensors((outputs, inputs), torch.int8, (outputs,), 1))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """[out,in] in dtype, rounded from fp32."""
+        return self.values.float().mul_(self.scales.float()[:, None]).to(dtype)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """(code - 8) * scale + zero, with the codes 0 to 15 of two inputs in a byte, the even one in its upper half.
+
+    values uint8 [out,in/2], scales and zeros bfloat16 [out,groups]. The same on every device; packed at construction
+    of a layer for what multiplies there.
     """
-    used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    parents = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    for parent in parents:
-        for name in list(parent._modules):
-            child = parent._modules[name]
-            if isinstance(child, nn.Linear) and child.weight.numel() >= SMALLEST and used[id(child.weight)] == 1:
-                setattr(parent, name, PackedLinear(child))
+
+    kind: ClassVar[str] = "int4"
+    values: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def empty(cls, outputs: int, inputs: int, groupsize: int) -> "Int4Weight":
+        """Without memory: for its shapes and sizes."""
+        return cls(*empty_tensors((outputs, inputs // 2), torch.uint8, (outputs, inputs // groupsize), 2))
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor) -> "Int4Weight":
+        """codes uint8 [out,in], of 0 to 15."""
+        return cls(codes[:, ::2] << 4 | codes[:, 1::2], scales, zeros)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], 2 * self.values.shape[1]
+
+    @property
+    def groupsize(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    def codes(self) -> Tensor:
+        """uint8 [out,in], of 0 to 15."""
+        return torch.stack((self.values >> 4, self.values & 15), -1).flatten(1)
+
+    def expand(self, dtype: torch.dtype) -> Tensor:
+        """[out,in] in dtype, rounded from fp32."""
+        steps = self.codes().float().sub_(8).unflatten(1, (-1, self.groupsize))  # [out,groups,groupsize]
+        return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1).to(dtype)
+
+
+Quantised = Int8Weight | Int4Weight
+KINDS: dict[str, type[Quantised]] = {"int8": Int8Weight, "int4": Int4Weight}
+
+
+def empty_tensors(values: tuple[int, int], dtype: torch.dtype, scales: tuple[int, ...], count: int) -> list[Tensor]:
+    meta = [torch.empty(scales, dtype=torch.bfloat16, device="meta") for _ in range(count)]
+    return [torch.empty(values, dtype=dtype, device="meta"), *meta]
+
+
+def tensors_of(weight: Quantised) -> dict[str, Tensor]:
+    """Its tensors by the names under which a checkpoint holds them, behind the name of the layer."""
+    return {field.name: getattr(weight, field.name) for field in fields(weight)}
+
+
+def blocks(weight: Quantised) -> Iterator[tuple[int, int, Quantised]]:
+    """(begin, end, its outputs from begin to end), some BLOCK numbers each."""
+    outputs, inputs = weight.shape
+    step = max(1, BLOCK // inputs)
+    for begin in range(0, outputs, step):
+        end = min(outputs, begin + step)
+        yield begin, end, type(weight)(*(tensor[begin:end] for tensor in tensors_of(weight).values()))
+
+
+def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
+    """[out,in] in dtype, rounded from fp32."""
+    whole = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
+    for begin, end, part in blocks(weight):
+        whole[begin:end] = part.expand(dtype)
+    return whole
+
+
+def multiply_expanded(x: Tensor, weight: Quantised) -> Tensor:
+    """x [rows,in] -> [rows,out] in x's dtype, a block of the weight at a time. The products are in fp32 where the CPU
+    has no instructions for those of x's dtype: that is several times as fast there."""
+    dtype = x.dtype if multiplies_bfloat16() else torch.float32
+    product, wide = x.new_empty(x.shape[0], weight.shape[0]), x.to(dtype)
+    for begin, end, part in blocks(weight):
+        product[:, begin:end] = F.linear(wide, part.expand(dtype))
+    return product
+
+
+# Rows of one product from which on dequantising the weight for it is faster than the operator, which dequantises in
+# its inner loop for every few rows. 1 core with AVX2, in bfloat16, matrices of 768 x 2048 to 5632 x 2048.
+EXPAND_FROM = {"int8": 24, "int4": 96}
+
+
+def multiply_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x bfloat16 [N,S,in], an Int8Weight -> [N,S,out]."""
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.shape[0] < EXPAND_FROM["int8"]:
+        product = torch.ops.aten._weight_int8pack_mm(flat, values, scales)
+    else:
+        product = multiply_expanded(flat, Int8Weight(values, scales))
+    product = product.view(*x.shape[:-1], values.shape[0])
+    return product if bias is None else product.add_(bias)
+
+
+def multiply_int4(
+    x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
+) -> Tensor:
+    """x bfloat16 [N,S,in], an Int4Weight, packed and as it is -> [N,S,out]. packed_scales [groups,out,2]."""
+    flat, weight = x.reshape(-1, x.shape[-1]).contiguous(), Int4Weight(values, scales, zeros)
+    if flat.shape[0] < EXPAND_FROM["int4"]:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, weight.groupsize, packed_scales)
+    else:
+        product = multiply_expanded(flat, weight)
+    product = product.view(*x.shape[:-1], values.shape[0])
+    return product if bias is None else product.add_(bias)
+
+
+def multiply_int8_shape(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def multiply_int4_shape(x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, *rest: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+OPERATORS = torch.library.Library("bifurcated", "DEF")
+OPERATORS.define("packed_linear(Tensor x, Tensor? bias, int number, int features) -> Tensor")
+OPERATORS.impl("packed_linear", multiply, "CPU")
+OPERATORS.impl("packed_linear", multiply_shape, "Meta")
+OPERATORS.define("int8_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor")
+OPERATORS.impl("int8_linear", multiply_int8, "CPU")
+OPERATORS.impl("int8_linear", multiply_int8_shape, "Meta")
+OPERATORS.define(
+    "int4_linear(Tensor x, Tensor packed, Tensor packed_scales, Tensor values, Tensor scales, Tensor zeros, "
+    "Tensor? bias) -> Tensor"
+)
+OPERATORS.impl("int4_linear", multiply_int4, "CPU")
+OPERATORS.impl("int4_linear", multiply_int4_shape, "Meta")
+
+
+class DequantisedLinear(nn.Linear):
+    """A plain layer whose weight was dequantised once: as large and as fast as one that never was quantised."""
+
+    kernel = "dequantised"
+
+    def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = Parameter(dequantise(weight, dtype), requires_grad=False)
+        self.bias = None if bias is None else Parameter(bias, requires_grad=False)
+
+
+class QuantisedLinear(HeldLinear):
+    """Holds a quantised weight as it is, and dequantises it at each product, which torch.compile may fuse with it."""
+
+    kernel = "dequantised at each product"
+
+    def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.type = type(weight)
+        for name, tensor in tensors_of(weight).items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> Quantised:
+        return self.type(*(getattr(self, field.name) for field in fields(self.type)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.expand(x.dtype), self.bias)
+
+
+class Int8PackLinear(QuantisedLinear):
+    """PyTorch's operator for int8 weights on a CPU; many rows, such as a prompt's, dequantise block by block."""
+
+    kernel = "int8pack"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.bifurcated.int8_linear(x, self.values, self.scales, self.bias)
+
+
+class Int4PackLinear(QuantisedLinear):
+    """PyTorch's operator for int4 weights on a CPU, which has an order of its own; many rows dequantise block by block
+    from what the checkpoint holds: on a CPU those are pages of its file, in memory only while they are used."""
+
+    kernel = "int4pack"
+
+    def __init__(self, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, bias, dtype)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
+        self.packed_scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.bifurcated.int4_linear(
+            x, self.packed, self.packed_scales, self.values, self.scales, self.zeros, self.bias
+        )
+
+
+class TinygemmLinear(HeldLinear):
+    """PyTorch's operator for int4 weights on CUDA."""
+
+    kernel = "tinygemm"
+
+    def __init__(self, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.features, self.groupsize, self.bias = weight.shape[0], weight.groupsize, bias
+        tiles = next(tiles for tiles in (8, 4, 2) if weight.shape[1] % (16 * tiles) == 0)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack(weight.values, tiles)
+        self.packed_scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        product = torch.ops.aten._weight_int4pack_mm(flat, self.packed, self.groupsize, self.packed_scales)
+        product = product.view(*x.shape[:-1], self.features)
+        return product if self.bias is None else product + self.bias
+
+
+LINEARS: dict[str, Callable[..., nn.Module]] = {
+    linear.kernel: linear
+    for linear in (DequantisedLinear, QuantisedLinear, Int8PackLinear, Int4PackLinear, TinygemmLinear)
+}
+
+# The sizes of groups that PyTorch's operators for int4 take.
+PACK_GROUPS = (32, 64, 128, 256)
+
+# Rows of a decode step up to which PyTorch's operators for a CPU beat a dequantised weight, in bfloat16; in fp32 and
+# fp16 they are some ten times slower than in that, and never do. With bfloat16 instructions (AVX-512, 2 cores) oneDNN
+# wins from there on; without them (AVX2), nothing in bfloat16 does.
+PACK_UP_TO = {("int8", True): 4, ("int4", True): 8, ("int8", False): math.inf, ("int4", False): math.inf}
+
+
+def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """What multiplies fastest in decode steps of so many rows: a key of LINEARS."""
+    outputs, inputs = weight.shape
+    groups = isinstance(weight, Int8Weight) or weight.groupsize in PACK_GROUPS
+    if device.type == "cpu":
+        # Of other sizes the operators raise, and the one for int8 reads past the end of its weight.
+        fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
+        wins = IS_X86 and dtype == torch.bfloat16 and rows <= PACK_UP_TO[weight.kind, multiplies_bfloat16()]
+        return f"{weight.kind}pack" if fits and wins else "dequantised"
+    if weight.kind == "int4" and has_tinygemm(device, dtype) and groups and inputs % 32 == outputs % 8 == 0:
+        return "tinygemm"
+    return "dequantised at each product"
+
+
+def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CUDA device can run it: in bfloat16, from compute capability 8.0 on."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def make_linear(
+    weight: Quantised, bias: Tensor | None, device: torch.device, dtype: torch.dtype, rows: int
+) -> nn.Module:
+    """The layer x [N,S,in] -> [N,S,out] that runs best where decode steps have `rows` rows; right for any number.
+
+    device: where the weight and the bias are already.
+    """
+    return LINEARS[choose_kernel(weight, device, dtype, rows)](weight, bias, dtype)
+
+
+def held_bytes(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
+    """Bytes that a decode step reads of what make_linear makes of this weight."""
+    if choose_kernel(weight, device, dtype, rows) == "dequantised":
+        return math.prod(weight.shape) * dtype.itemsize
+    return sum(tensor.nbytes for tensor in tensors_of(weight).values())

@@ -1,4 +1,5 @@
-"""Packed weights. Oracles: the plain model, whose sums in bfloat16 are the same, eager and compiled; fp64."""
+"""Weights held otherwise than plainly. Oracles: the plain model, whose sums in bfloat16 are the same, eager and
+compiled; fp64 products with dequantised weights; plain loops."""
 
 import weakref
 from copy import deepcopy
@@ -11,11 +12,28 @@ from conftest import GQA, random_model, random_tokens
 import packed
 from generate import make_steps
 from model import KVCache, NoCache
-from packed import PackedLinear, can_pack, pack_linears
+from packed import (
+    DequantisedLinear,
+    Int4PackLinear,
+    Int4Weight,
+    Int8PackLinear,
+    Int8Weight,
+    PackedLinear,
+    QuantisedLinear,
+    can_pack,
+    choose_kernel,
+    dequantise,
+    held_bytes,
+    kernels,
+    make_linear,
+    pack_linears,
+    swap_linears,
+)
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.device("cpu"), torch.float32), reason="needs an x86 CPU")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="needs an x86 CPU")
 DTYPES = [torch.float32]
-DTYPES += [torch.bfloat16] if can_pack(torch.device("cpu"), torch.bfloat16) else []
+DTYPES += [torch.bfloat16] if can_pack(CPU, torch.bfloat16) else []
 # Of logits: what rounding may make of them.
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 
@@ -96,3 +114,141 @@ def test_weights_leave_with_their_model(small_ones_too):
     assert len(packed.WEIGHTS) == held + 22
     del model
     assert len(packed.WEIGHTS) == held
+
+
+def test_swapping_names_every_layer_and_leaves_what_is_shared():
+    args = replace(GQA, tied_output=True)
+    model, seen = random_model(args), []
+    swap_linears(model, lambda name, linear: seen.append((name, linear.weight.shape)))
+    named = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert seen == [(name, module.weight.shape) for name, module in named.items() if name != "output"]
+    swap_linears(model, lambda name, linear: torch.nn.Identity() if name == "layers.1.attention.wo" else None)
+    assert isinstance(model.layers[1].attention.wo, torch.nn.Identity)
+    assert model.layers[0].attention.wo is named["layers.0.attention.wo"]
+    assert kernels(model) == {"plain": 7 * 3 - 1 + 1}
+
+
+def random_weight(kind: str, outputs: int, inputs: int, groupsize: int = 32) -> Int8Weight | Int4Weight:
+    generator = torch.Generator().manual_seed(outputs)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).bfloat16()
+
+    if kind == "int8":
+        return Int8Weight(torch.randint(-127, 128, (outputs, inputs), generator=generator).char(), uniform(outputs))
+    codes = torch.randint(16, (outputs, inputs), generator=generator).byte()
+    return Int4Weight.from_codes(codes, *(uniform(outputs, inputs // groupsize) for _ in range(2)))
+
+
+@pytest.mark.parametrize("groupsize", [10, 32, 64])
+def test_dequantising_is_what_the_format_says(groupsize, monkeypatch):
+    """Number by number, in Python; also where a weight is dequantised in several blocks."""
+    monkeypatch.setattr(packed, "BLOCK", 3 * 128)
+    int8, int4 = random_weight("int8", 7, 6 * groupsize), random_weight("int4", 7, 6 * groupsize, groupsize)
+    found8, found4 = dequantise(int8, torch.float32), dequantise(int4, torch.float32)
+    for out in range(7):
+        for i in range(6 * groupsize):
+            assert found8[out, i] == int8.values[out, i].item() * int8.scales[out].item()
+            byte, group = int4.values[out, i // 2].item(), i // groupsize
+            code = byte & 15 if i % 2 else byte >> 4
+            assert code == int4.codes()[out, i]
+            expected = (code - 8) * int4.scales[out, group].item() + int4.zeros[out, group].item()
+            assert found4[out, i].item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+BF16_ONLY = [("int8", Int8PackLinear), ("int4", Int4PackLinear)]
+ANY = [(kind, linear) for kind in ("int8", "int4") for linear in (DequantisedLinear, QuantisedLinear)]
+CASES = [(*case, torch.bfloat16) for case in BF16_ONLY + ANY] + [(*case, torch.float32) for case in ANY]
+
+
+@pytest.mark.parametrize("kind,linear,dtype", CASES)
+@pytest.mark.parametrize("instructions", [True, False], ids=["bf16 CPU", "older CPU"])
+def test_a_quantised_product_is_the_dequantised_one(kind, linear, dtype, instructions, monkeypatch):
+    """With a bias and without, on few rows and on as many as a prompt has, contiguous or not. At most twice the error
+    of the plain product in the same dtype."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr(packed, "BLOCK", 1000)
+    for bias, outputs, inputs in ((False, 48, 96), (True, 112, 32)):
+        weight = random_weight(kind, outputs, inputs)
+        bias = torch.randn(outputs, dtype=dtype) if bias else None
+        product, exact = linear(weight, bias, dtype), dequantise(weight, torch.float64)
+        for n, size in ((1, 1), (3, 2), (8, 1), (2, 59), (1, 200)):
+            x = torch.randn(size, n, inputs, generator=torch.Generator().manual_seed(n)).to(dtype).transpose(0, 1)
+            expected = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+            plain = torch.nn.functional.linear(x, exact.to(dtype), bias)
+            found = product(x)
+            assert found.shape == (n, size, outputs) and found.dtype == dtype
+            error, bound = ((each.double() - expected).norm() for each in (found, plain))
+            assert error <= 2 * bound + 1e-6 * expected.norm(), (n, size)
+
+
+def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
+    """Oracle: the measurements in BENCHMARKS.md, as a table."""
+
+    def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
+        return choose_kernel(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
+
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+    for rows, int8, int4 in ((1, "int8pack", "int4pack"), (5, "dequantised", "int4pack"), (9, *["dequantised"] * 2)):
+        assert chosen("int8", 48, 96, torch.bfloat16, rows) == int8
+        assert chosen("int4", 48, 96, torch.bfloat16, rows) == int4
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    for kind in ("int8", "int4"):
+        assert chosen(kind, 48, 96, torch.bfloat16, 64) == f"{kind}pack"
+        assert chosen(kind, 48, 96, torch.float32, 1) == chosen(kind, 48, 96, torch.float16, 1) == "dequantised"
+        assert choose_kernel(random_weight(kind, 48, 96), torch.device("cuda"), torch.float32, 1) == (
+            "dequantised at each product"
+        )
+    # Where the operators read past the end, or raise.
+    assert chosen("int8", 48, 52, torch.bfloat16, 1) == chosen("int4", 41, 96, torch.bfloat16, 1) == "dequantised"
+    assert chosen("int4", 48, 96, torch.bfloat16, 1, groupsize=16) == "dequantised"
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype,copies", [(torch.bfloat16, 1), (torch.float32, 4)])
+def test_planned_bytes_are_those_that_a_step_reads(kind, dtype, copies, monkeypatch):
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    weight = random_weight(kind, 48, 96)
+    linear = make_linear(weight, None, CPU, dtype, 1)
+    read = {"int8": ("values", "scales"), "int4": ("packed", "packed_scales")}[kind] if copies == 1 else ("weight",)
+    assert held_bytes(weight, CPU, dtype, 1) == sum(getattr(linear, name).nbytes for name in read)
+    empty = type(weight).empty(48, 96, 32)
+    assert held_bytes(empty, CPU, dtype, 1) == held_bytes(weight, CPU, dtype, 1)
+
+
+def test_dequantised_layers_are_packed_as_plain_ones(small_ones_too):
+    model = random_model(GQA, torch.float32)
+    weight = random_weight("int8", 60, 30)
+    make = lambda name, linear: make_linear(weight, None, CPU, torch.float32, 4) if "wq" in name else None  # noqa: E731
+    swap_linears(model, make)
+    pack_linears(model)
+    assert kernels(model) == {"dequantised, packed": 3, "plain, packed": 6 * 3 + 1}
+
+
+def test_a_compiled_step_takes_quantised_weights(monkeypatch):
+    """One graph for N = 3, 17 and 130 rows, whose kernels differ; its logits are those of the eager step in bfloat16,
+    within its rounding."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    torch.compiler.reset()
+    args = replace(GQA, dim=64, hidden_dim=96, n_layer=1)
+    models = [random_model(args, torch.bfloat16) for _ in range(2)]
+
+    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
+        weight = random_weight("int8" if "w1" in name or "wq" in name else "int4", *linear.weight.shape)
+        return make_linear(weight, None, CPU, torch.bfloat16, 3) if linear.in_features % 32 == 0 else None
+
+    for model in models:
+        swap_linears(model, make)
+    assert kernels(models[0]) == {"int8pack": 2, "int4pack": 2, "dequantised": 3, "plain": 1}
+    compiled, eager = make_steps(models[0], compile_decode=True).decode, make_steps(models[1]).decode
+    root = KVCache.empty(args, 1, 29, models[0].norm.weight)
+    root.k[0].normal_(), root.v[0].normal_()
+
+    def difference(n: int) -> float:
+        token, input_pos = random_tokens(args, n, 1), torch.full((n, 1), 29)
+        logits, expected = (step(token, input_pos, KVCache.fork(root, n, 4)) for step in (compiled, eager))
+        return ((logits - expected).float().norm() / expected.float().norm()).item()
+
+    assert difference(5) < 0.03
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert difference(3) < 0.03 and difference(17) < 0.03 and difference(130) < 0.03
