@@ -2,15 +2,15 @@
 
 A checkpoint is a folder with config.json, in the schema of Hugging Face, and the weights: model.pth (a state dict under
 this repository's names), or *.safetensors or pytorch_model*.bin (under Hugging Face's; families.py), or it is one file
-of karpathy/tinyllamas. What a model is stands in its metadata; nothing is guessed from a path. Weights are mapped, not
-read: a page comes into memory when it is first used.
+of karpathy/tinyllamas. A quantised model.pth holds its recipe beside its state dict. What a model is stands in its
+metadata; nothing is guessed from a path. Weights are mapped, not read: a page comes into memory when it is first used.
 """
 
 import json
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,30 @@ from families import (
     tinyllamas_config,
 )
 from model import ModelArgs, Transformer, empty_model
+from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights of a checkpoint were quantised; stored in its file.
+
+    layers: of each quantised linear layer, "int8" or "int4". kept: those that groupsize does not divide, in 16 bits.
+    The calibration fields are None where no text was read.
+    """
+
+    mode: str
+    layers: dict[str, str]
+    kept: tuple[str, ...] = ()
+    groupsize: int | None = None
+    calibration_file: str | None = None
+    calibration_sha256: str | None = None
+    calibration_sequences: int | None = None
+    calibration_seq_length: int | None = None
+    act_order: bool = False
+    torch_version: str = str(torch.__version__)
+    version: int = RECIPE_VERSION
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class Checkpoint:
     config: dict[str, Any]
     args: ModelArgs
     eos_ids: frozenset[int]
+    recipe: Recipe | None = None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -49,7 +74,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
     folder = path if path.is_dir() else path.parent
     weights = weight_files(folder) if path.is_dir() else (path,)
-    if path.is_file() and is_tinyllamas(found := unpickle(path)):
+    found = unpickle(weights[0]) if path.is_file() or weights[0].name == "model.pth" else None
+    if is_tinyllamas(found):
         try:
             config, source = tinyllamas_config(found), path
         except ValueError as error:
@@ -70,7 +96,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
             eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
         except ValueError as error:
             raise ValueError(f"{generation}: {error}") from error
-    return Checkpoint(folder, weights, config, args, eos_ids)
+    recipe = read_recipe(found["recipe"], weights[0]) if is_quantised(found) else None
+    return Checkpoint(folder, weights, config, args, eos_ids, recipe)
+
+
+def is_quantised(found: object) -> bool:
+    """Whether an unpickled file has the layout of save_quantised."""
+    return isinstance(found, dict) and found.keys() == {"recipe", "state"}
+
+
+def read_recipe(values: Any, path: Path) -> Recipe:
+    """Raises ValueError where it is not one that this version knows."""
+    try:
+        recipe = Recipe(**values)
+        known = recipe.version == RECIPE_VERSION and KINDS.keys() >= set(recipe.layers.values())
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its recipe cannot be read ({error}): quantise the model again") from error
+    if not known:
+        raise ValueError(f"{path}: its recipe is of another version, {recipe.version}: quantise the model again")
+    return recipe
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -127,6 +171,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
             state |= our_tensors(read_safetensors(path), checkpoint.config)
             continue
         found = unpickle(path)
+        found = found["state"] if is_quantised(found) else found
         if is_tinyllamas(found):
             try:
                 state |= from_tinyllamas(found["model"], checkpoint.args.head_dim)
@@ -165,18 +210,40 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_weights(model: Transformer, state: Mapping[str, Tensor]) -> None:
+def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Quantised]:
+    """The layers of the recipe, by name, without memory. Raises ValueError where the network has no such layer."""
+    layers = recipe.layers if recipe else {}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if unknown := sorted(layers.keys() - linears.keys()):
+        raise ValueError(f"the recipe has layers that config.json does not: {', '.join(unknown[:3])}")
+    shapes = {name: linears[name].weight.shape for name in layers}
+    return {name: KINDS[kind].empty(*shapes[name], recipe.groupsize) for name, kind in layers.items()}
+
+
+def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:
+    """What the weights of this network must be, by name: shapes, and of quantised ones the dtypes."""
+    expected = dict(model.state_dict())
+    for layer, weight in quantised_weights(model, recipe).items():
+        del expected[f"{layer}.weight"]
+        expected |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
+    return expected
+
+
+def check_weights(model: Transformer, state: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
     """Raises ValueError that names the first few tensors that are missing, left over or of another shape."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = expected_tensors(model, recipe)
+    exact = expected.keys() - model.state_dict().keys()
     missing = sorted(expected.keys() - state.keys())
     unknown = sorted(state.keys() - expected.keys())
     wrong = sorted(
-        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
     )
     kinds = sorted(
-        f"{name} {state[name].dtype}" for name in expected if name in state and state[name].dtype not in DTYPES
+        f"{name} {state[name].dtype}"
+        for name, tensor in expected.items()
+        if name in state and state[name].dtype not in ((tensor.dtype,) if name in exact else DTYPES)
     )
     found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
     problems = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names]
@@ -184,42 +251,103 @@ def check_weights(model: Transformer, state: Mapping[str, Tensor]) -> None:
         raise ValueError("the weights do not match config.json; " + "; ".join(problems))
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Transformer:
-    """The network, its weights on `device` in `dtype`, ready for inference. Raises ValueError as those two."""
-    state, model = read_weights(checkpoint), empty_model(checkpoint.args)
+def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1) -> Transformer:
+    """The network, its weights on `device`, ready for inference: in `dtype`, or quantised and multiplied by what runs
+    best at decode steps of `rows` rows. Raises ValueError as read_weights and check_weights."""
+    state, model, recipe = read_weights(checkpoint), empty_model(checkpoint.args), checkpoint.recipe
     try:
-        check_weights(model, state)
+        check_weights(model, state, recipe)
     except ValueError as error:
         raise ValueError(f"{checkpoint.weights[0]}: {error}") from error
+    quantised = quantised_weights(model, recipe)
     # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
     for prefix, module in model.named_modules():
         module.training = False
-        if module is model.output and checkpoint.args.tied_output:
+        if prefix in quantised or (module is model.output and checkpoint.args.tied_output):
             continue
         for name, empty in module._parameters.items():
             if empty is not None:
                 tensor = state[f"{prefix}.{name}" if prefix else name].to(device, dtype)
                 module._parameters[name] = Parameter(tensor, requires_grad=False)
+
+    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
+        if name not in quantised:
+            return None
+        bias = None if linear.bias is None else state[f"{name}.bias"].to(device, dtype)
+        weight = quantised[name]
+        parts = (state[f"{name}.{part}"].to(device) for part in tensors_of(weight))
+        return make_linear(type(weight)(*parts), bias, torch.device(device), dtype, rows).eval()
+
     model.tie_output()
+    swap_linears(model, make)
     model.place_constants()
     return model
 
 
-def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes config.json and model.pth, each under a temporary name first, so that a crash leaves no half of one.
+def weight_sizes(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1
+) -> dict[str, int]:
+    """Bytes of each tensor that load_model would hold, by name, from the metadata alone; a tied one counts once.
 
-    Raises OSError where they cannot be written.
+    What a decode step reads: another form of an int4 weight, for prompts, stays in the pages of the checkpoint's file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = [folder / "config.json.unfinished", folder / "model.pth.unfinished"]
+    model = empty_model(checkpoint.args)
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in model.named_parameters()}
+    for layer, weight in quantised_weights(model, checkpoint.recipe).items():
+        sizes[f"{layer}.weight"] = held_bytes(weight, torch.device(device), dtype, rows)
+    return sizes
+
+
+def write_whole(value: Any, path: Path) -> None:
+    """torch.save under a temporary name first, so that a crash leaves no half of a file. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        unfinished[0].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        torch.save(dict(state), unfinished[1])
-        for path in unfinished:
-            path.replace(path.with_suffix(""))
+        torch.save(value, unfinished)
+        unfinished.replace(path)
     except RuntimeError as error:  # torch.save's for every failure of the disk
-        free, why = shutil.disk_usage(folder).free / 1e9, str(error).splitlines()[0]
-        raise OSError(f"{folder / 'model.pth'} cannot be written ({free:.1f} GB are free there): {why}") from error
+        free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({free:.1f} GB are free there): {why}") from error
     finally:
-        for path in unfinished:
-            path.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Writes config.json and model.pth, each under a temporary name first. Raises OSError where that cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "config.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_whole(dict(state), folder / "model.pth")
+        unfinished.replace(folder / "config.json")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_output(output: Path, checkpoint: Checkpoint) -> None:
+    """Raises ValueError where the output would replace what is read, or would lie beside another model's config."""
+    if output.resolve() in (path.resolve() for path in checkpoint.weights):
+        raise ValueError(f"--output {output} is the checkpoint that is read: give another name")
+    if output.suffix != ".pth":
+        raise ValueError(f"--output {output} must end in .pth")
+    config = output.parent / "config.json"
+    if config.exists() and read_json(config) != checkpoint.config:
+        raise ValueError(f"{config} is of another model: give --output in a folder of its own")
+
+
+def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Writes a quantised model, and beside it what else its source has. Raises OSError as write_whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, output.parent)
+    write_whole({"recipe": asdict(recipe), "state": dict(state)}, output)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Puts config.json, and what belongs to the tokenizer, into a folder that has no config.json."""
+    if (folder / "config.json").exists():
+        return
+    if folder.resolve() != checkpoint.folder.resolve():
+        for pattern in ("*.json", "*.jinja", "tokenizer.model"):
+            for path in checkpoint.folder.glob(pattern):
+                if not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, folder / path.name)
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", "utf-8")

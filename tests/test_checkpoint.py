@@ -10,9 +10,19 @@ from conftest import GQA, ROOT, STORIES, TINY, needs_stories, random_model
 from convert_hf_checkpoint import convert
 from safetensors.torch import save_file
 
-from checkpoint import load_model, read_checkpoint, read_weights, save_model
+from checkpoint import (
+    Recipe,
+    load_model,
+    read_checkpoint,
+    read_weights,
+    save_model,
+    save_quantised,
+    weight_sizes,
+)
 from families import args_from_config
 from model import Transformer
+from packed import tensors_of
+from quantize import quantise_int4, quantise_int8
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -251,3 +261,64 @@ def test_config_files_are_read_as_written():
     checkpoint = read_checkpoint(TINY)
     assert checkpoint.config == json.loads((TINY / "config.json").read_text())
     assert checkpoint.weights == (TINY / "model.pth",)
+
+
+@pytest.fixture
+def quantised(folder):
+    """model.pth with one int8 layer and one int4 layer, whose groups are of 10 inputs."""
+    state = random_model(GQA, torch.float32).state_dict()
+    recipe = Recipe("by hand", {"output": "int8", "layers.1.attention.wk": "int4"}, groupsize=10)
+    for name, kind in recipe.layers.items():
+        weight = state.pop(f"{name}.weight")
+        weight = quantise_int8(weight) if kind == "int8" else quantise_int4(weight, 10)
+        state |= {f"{name}.{part}": tensor for part, tensor in tensors_of(weight).items()}
+    save_quantised(read_checkpoint(folder), folder / "model.pth", state, recipe)
+    return folder
+
+
+def change(folder, **changes):
+    saved = torch.load(folder / "model.pth")
+    torch.save({key: saved[key] | changes.get(key, {}) for key in saved}, folder / "model.pth")
+
+
+def test_a_quantised_file_comes_back(quantised):
+    """From the folder and by its name, its numbers as they were stored, mapped."""
+    for path in (quantised, quantised / "model.pth"):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.recipe.layers == {"output": "int8", "layers.1.attention.wk": "int4"}
+        assert checkpoint.args == GQA
+    state = read_weights(checkpoint)
+    assert state["output.values"].dtype == torch.int8 and state["layers.1.attention.wk.values"].dtype == torch.uint8
+    assert not load_model(checkpoint, "cpu", torch.float32).output.training
+
+
+@pytest.mark.parametrize(
+    "changes,match",
+    [
+        ({"recipe": {"version": 2}}, "model.pth: its recipe is of another version, 2: quantise the model again"),
+        ({"recipe": {"layers": {"output": "int3"}}}, "its recipe is of another version"),
+        ({"recipe": {"layers": 3}}, "its recipe cannot be read"),
+        ({"recipe": {"colour": 3}}, "its recipe cannot be read .*'colour'"),
+        ({"recipe": {"layers": {"layers.9.attention.wk": "int8"}}}, "layers that config.json does not: layers.9.att"),
+        ({"state": {"output.values": torch.zeros(96, 30, dtype=torch.int8)}}, r"output.values \(96, 30\) instead of"),
+        ({"state": {"output.values": torch.zeros(97, 30)}}, "1 of another type: output.values torch.float32"),
+        ({"state": {"output.weight": torch.zeros(97, 30)}}, "1 not in the model: output.weight"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_does_not_fit_is_named(quantised, changes, match):
+    change(quantised, **changes)
+    refused(quantised, match)
+
+
+def test_planned_bytes_of_a_checkpoint_are_those_of_its_tensors(quantised):
+    """Oracle: the parameters of the loaded network. Quantised layers of these sizes are dequantised; those that are
+    not, in test_packed.py."""
+    for folder in (quantised, TINY):
+        checkpoint = read_checkpoint(folder)
+        for dtype in (torch.float32, torch.bfloat16):
+            loaded = {name: p.nbytes for name, p in load_model(checkpoint, "cpu", dtype).named_parameters()}
+            assert weight_sizes(checkpoint, "cpu", dtype) == loaded
+    meta = weight_sizes(read_checkpoint(quantised), "cuda", torch.float32)
+    assert meta["output.weight"] == 97 * 30 + 2 * 97
+    assert meta["layers.1.attention.wk.weight"] == 20 * 15 + 2 * 2 * 20 * 3
