@@ -372,9 +372,7 @@ def prepare(tmp_path):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "log").touch()
 
-    def run(*arguments, quantize: bool = False, **environment):
-        if quantize:
-            (root / "quantize.py").touch()
+    def run(*arguments, **environment):
         environment = os.environ | {"PYTHON": str(tmp_path / "python"), "LOG": str(tmp_path / "log")} | environment
         result = subprocess.run(
             ["bash", str(root / "scripts" / "prepare.sh"), *arguments],
@@ -386,6 +384,8 @@ def prepare(tmp_path):
 
 
 CONVERTED = ["ROOT/scripts/download.py|o/m", "ROOT/scripts/convert_hf_checkpoint.py|--checkpoint_dir|/models/of o/m"]
+QUANTISED = "ROOT/quantize.py|--checkpoint_path|/models/of o/m/model.pth|--mode|"
+USAGE = "usage: scripts/prepare.sh OWNER/NAME [int8|int4|int4-gptq CALIBRATION_TEXT]\n"
 
 
 def test_prepare_fetches_and_converts(prepare):
@@ -395,9 +395,16 @@ def test_prepare_fetches_and_converts(prepare):
 
 
 def test_prepare_quantises_where_asked(prepare):
-    result, asked = prepare("o/m", "int4", quantize=True)
+    result, asked = prepare("o/m", "int4")
     assert result.returncode == 0, result.stderr
-    assert asked == [*CONVERTED, "ROOT/quantize.py|--checkpoint_path|/models/of o/m/model.pth|--mode|int4"]
+    assert asked == [*CONVERTED, QUANTISED + "int4"]
+
+
+def test_prepare_hands_a_calibration_text_on(prepare, tmp_path):
+    (tmp_path / "a text").touch()
+    result, asked = prepare("o/m", "int4-gptq", "a text")
+    assert result.returncode == 0, result.stderr
+    assert asked == [*CONVERTED, QUANTISED + "int4-gptq|--calibration_file|a text"]
 
 
 def test_prepare_stops_where_the_download_does(prepare):
@@ -408,14 +415,16 @@ def test_prepare_stops_where_the_download_does(prepare):
 @pytest.mark.parametrize(
     "arguments,environment,message",
     [
-        ([], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
-        (["--help"], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
-        (["o/m", "int8", "more"], {}, "usage: scripts/prepare.sh OWNER/NAME [int8|int4]\n"),
-        (["o/m", "int2"], {}, "error: mode 'int2' is not known: give int8 or int4, or nothing\n"),
-        (["o/m", "int8"], {}, "error: quantize.py is not there: leave out int8\n"),
+        ([], {}, USAGE),
+        (["--help"], {}, USAGE),
+        (["o/m", "int4-gptq", "text", "more"], {}, USAGE),
+        (["o/m", "int2"], {}, "error: mode 'int2' is not known: give int8, int4 or int4-gptq, or nothing\n"),
+        (["o/m", "int4-gptq"], {}, "error: int4-gptq needs a calibration text, and there is none at '': give a file"),
+        (["o/m", "int4-gptq", "none"], {}, "error: int4-gptq needs a calibration text, and there is none at 'none'"),
+        (["o/m", "int8", "text"], {}, "error: 'int8' reads no calibration text: leave out text\n"),
         (["o/m"], {"PYTHON": "no-such-python"}, "error: 'no-such-python' is not there: set PYTHON to"),
     ],
-    ids=["nothing", "help", "three", "mode", "quantize", "python"],
+    ids=["nothing", "help", "four", "mode", "no text", "text not there", "text", "python"],
 )
 def test_prepare_refuses_before_anything_is_fetched(prepare, arguments, environment, message):
     result, asked = prepare(*arguments, **environment)
