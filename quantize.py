@@ -55,18 +55,13 @@ STAGES = (
 )
 COLUMNS = 128  # a multiple of every groupsize; GPTQ corrects the columns after these once for all of them
 TOKENS_AT_ONCE = 2048  # of calibration text, in one pass through a block
-
-
-def round_up(scales: Tensor) -> Tensor:
-    """fp32 -> bfloat16, never smaller: what a scale has to cover stays covered. No scale is 0."""
-    near = scales.clamp_min(torch.finfo(torch.float32).tiny).bfloat16()
-    return torch.where(near.float() < scales, near.nextafter(torch.full_like(near, torch.inf)), near)
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a group of zeros
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:
     """weight [out,in] -> its nearest int8 weight; no number is off by more than half its channel's scale."""
     weight = weight.float()
-    scales = round_up(weight.abs().amax(1) / 127)
+    scales = (weight.abs().amax(1) / 127).clamp_min(SMALLEST_SCALE).bfloat16()
     return Int8Weight((weight / scales.float()[:, None]).round_().to(torch.int8), scales)
 
 
@@ -74,7 +69,7 @@ def int4_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
     """groups fp32 [...,groupsize] -> scales, zeros bfloat16 [...], such that no number of a group is further than half
     a scale from the nearest of the 16 values: a scale also covers what rounding the zero to bfloat16 may shift."""
     low, high = groups.amin(-1), groups.amax(-1)
-    scales = round_up(torch.maximum((high - low) / 15, torch.maximum(-low, high) / 240))
+    scales = torch.maximum((high - low) / 15, torch.maximum(-low, high) / 240).clamp_min(SMALLEST_SCALE).bfloat16()
     return scales, ((low + high + scales.float()) / 2).bfloat16()
 
 
@@ -93,7 +88,7 @@ def quantise_int4(weight: Tensor, groupsize: int) -> Int4Weight:
 
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the inverse of a damped Hessian [in,in]; damped more where that is not definite."""
-    damping = 0.01 * hessian.diagonal().mean()
+    damping = (0.01 * hessian.diagonal().mean()).clamp_min(1e-12)  # also where all inputs are 0
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian)))
         upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -108,10 +103,9 @@ def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = Fals
     with them are near to those of the weight. Frantar et al. 2022 (arXiv 2210.17323), algorithm 1.
 
     A column is rounded, and what that changes is made up for in the columns after it. act_order: those of the largest
-    inputs first; the grid of a group is then taken from the weight as it was. An input that is always 0 has no say: its
-    column is rounded plainly.
+    inputs first; the grid of a group is then taken from the weight as it was. The column of an input that is always 0
+    is rounded plainly: the damping alone makes it independent of all others.
     """
-    hessian = hessian + torch.diag((hessian.diagonal() == 0).float())
     by_size = hessian.diagonal().argsort(descending=True, stable=True)
     order = by_size if act_order else torch.arange(len(hessian))
     scales, zeros = int4_grid(weight.unflatten(1, (-1, groupsize)))  # [out,groups]
@@ -232,7 +226,10 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
     if not 1 < length <= limit or count < 1:
         raise ValueError(f"{count} sequences of {length} tokens cannot be: give at least one, of 2 to {limit} tokens")
     tokenizer = load_tokenizer(checkpoint.folder)
-    tokens = tokenizer.encode(options.calibration_file.read_text("utf-8"))
+    try:
+        tokens = tokenizer.encode(options.calibration_file.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.calibration_file} is not a UTF-8 text: {error}") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     own = length - len(first)
     if len(tokens) < count * own:
@@ -293,8 +290,8 @@ def quantise(options: argparse.Namespace) -> Path:
     checkpoint = read_checkpoint(source)
     if checkpoint.recipe is not None:
         raise ValueError(f"{checkpoint.weights[0]} is quantised already ({checkpoint.recipe.mode}): give its source")
-    if (mode == "int4-gptq") != (text is not None):
-        raise ValueError("int4-gptq needs --calibration_file TEXT" if text is None else f"{mode} reads no calibration")
+    if (mode == "int4-gptq") != (text is not None) or (options.act_order and mode != "int4-gptq"):
+        raise ValueError(f"--mode {mode}: int4-gptq needs --calibration_file TEXT, no other takes it, nor --act_order")
     groupsize = None if mode == "int8" else options.groupsize
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"

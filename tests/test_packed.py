@@ -145,6 +145,8 @@ def test_dequantising_is_what_the_format_says(groupsize, monkeypatch):
     """Number by number, in Python; also where a weight is dequantised in several blocks."""
     monkeypatch.setattr(packed, "BLOCK", 3 * 128)
     int8, int4 = random_weight("int8", 7, 6 * groupsize), random_weight("int4", 7, 6 * groupsize, groupsize)
+    codes = torch.arange(16).repeat(7, 6 * groupsize // 2)[:, : 6 * groupsize].byte()
+    assert torch.equal(Int4Weight.from_codes(codes, int4.scales, int4.zeros).codes(), codes)
     found8, found4 = dequantise(int8, torch.float32), dequantise(int4, torch.float32)
     for out in range(7):
         for i in range(6 * groupsize):

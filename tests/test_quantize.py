@@ -80,10 +80,11 @@ def test_gptq_beats_rounding_by_the_objective_of_the_layer(inputs, groupsize, ac
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_of_independent_inputs_is_rounding(act_order):
-    """Nothing that one column loses can be made up for by another."""
+    """Nothing that one column loses can be made up for by another; also where all inputs are 0."""
     weight, _ = correlated(96, 11)
-    found, rounded = gptq(weight, torch.diag(torch.rand(96) + 0.1), 32, act_order), quantise_int4(weight, 32)
-    assert torch.equal(dequantise(found, torch.float32), dequantise(rounded, torch.float32))
+    for sizes in (torch.rand(96) + 0.1, torch.zeros(96)):
+        found, rounded = gptq(weight, torch.diag(sizes), 32, act_order), quantise_int4(weight, 32)
+        assert torch.equal(dequantise(found, torch.float32), dequantise(rounded, torch.float32))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -307,8 +308,13 @@ REFUSED = {
     "mode": (("--mode", "int3"), "argument --mode: invalid choice: 'int3'"),
     "group": (("--mode", "int4", "--groupsize", "128"), "groups of 128 fit no layer, whose inputs are 52, 64: give"),
     "group size": (("--mode", "int4", "--groupsize", "48"), "argument --groupsize: invalid choice: 48"),
-    "no text": (("--mode", "int4-gptq"), "int4-gptq needs --calibration_file TEXT"),
-    "text for nothing": (("--mode", "int8", "--calibration_file", "text"), "int8 reads no calibration"),
+    "no text": (("--mode", "int4-gptq"), "--mode int4-gptq: int4-gptq needs --calibration_file TEXT"),
+    "text for nothing": (
+        ("--mode", "int8", "--calibration_file", "text"),
+        "--mode int8: int4-gptq needs --calibration_file TEXT, no other",
+    ),
+    "order": (("--mode", "int8", "--act_order"), "--mode int8: int4-gptq needs --calibration_file TEXT, no other"),
+    "no UTF-8": (("--mode", "int4-gptq", "--calibration_file", "latin"), "latin is not a UTF-8 text: "),
     "short": (
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "50"),
         "64 sequences of 50 tokens need 3136, text has 90: give a longer text, or fewer with --calibration_seq",
@@ -327,6 +333,7 @@ REFUSED = {
 @pytest.mark.parametrize("arguments,message", REFUSED.values(), ids=REFUSED)
 def test_refusals_are_one_line_and_write_nothing(folder, capsys, monkeypatch, small_vocabulary, arguments, message):
     (folder / "text").write_text("a text")
+    (folder / "latin").write_bytes(b"\xe9t\xe9")
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text((TINY / "config.json").read_text())
     before = sorted(folder.rglob("*"))
