@@ -1,11 +1,10 @@
-"""Weights in the order in which a CPU multiplies by them: the same products in less time (BENCHMARKS.md).
+"""Linear weights prepacked for oneDNN (x86): the same products in less time (BENCHMARKS.md).
 
 oneDNN reorders a plain bfloat16 weight at every product; a packed one was reordered once. A plain fp32 product is not
 oneDNN's at all; packed, it is, and is faster from some rows on. A packed weight is opaque to torch.compile, so a graph
 holds its number, and an operator of our own looks the number up.
 
-A room of its own because nothing else knows of oneDNN: without this file and the lines that call it all else works.
-Shapes: N rows, S positions.
+Nothing else knows of oneDNN: without this file and the lines that call it all else works. Shapes: N rows, S positions.
 """
 
 import itertools

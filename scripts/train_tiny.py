@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache import NoCache
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
-from generate import Request, Sampling, generate
-from model import NoCache, Transformer
+from engine import Engine, Request
+from model import Transformer
 from plan import keep_freed_memory
+from sampling import Sampling
 from tokenizer import load_tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -55,7 +57,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
     """Appends whole stories, drawn from the bare BOS token, to `out`; unfinished ones are dropped."""
     checkpoint = read_checkpoint(checkpoint_path)
     tokenizer = load_tokenizer(checkpoint.folder)
-    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    engine = Engine(load_model(checkpoint, torch.device("cpu"), torch.bfloat16), tokenizer)
     assert tokenizer.bos_id is not None, "stories are sampled from BOS"
     kept = 0
     with out.open("a", encoding="utf-8") as file:
@@ -68,9 +70,9 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
                 # A model trained on stories that BOS alone separates ends one by BOS.
                 eos_ids=checkpoint.eos_ids | {tokenizer.bos_id},
             )
-            for each in generate(model, [tokenizer.bos_id], request, tokenizer):
+            for each in engine.generate([tokenizer.bos_id], request):
                 if each.finish_reason == "eos":
-                    file.write(f"{each.text.strip()}\n{SEPARATOR}\n")
+                    file.write(f"{(each.text or '').strip()}\n{SEPARATOR}\n")
                     kept += 1
             file.flush()
             log(f"{(seed + 1) * rows} sampled, {kept} whole, {file.tell() / 1e6:.1f} MB")
@@ -207,8 +209,10 @@ def main() -> None:
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    command = {"sample": sample_corpus, "train": train}[options.pop("command")]
-    command(**options)
+    if options.pop("command") == "sample":
+        sample_corpus(**options)
+    else:
+        train(**options)
 
 
 if __name__ == "__main__":

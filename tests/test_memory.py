@@ -17,25 +17,25 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {scripts!r})
 from benchmark import SHAPES, random_model
-from generate import Request, Sampling, generate
+from engine import Engine, Monitor, Request
 from plan import release_freed_memory
-from report import Monitor
+from sampling import Sampling
 
 CPU = torch.device("cpu")
 
 class Trim(Monitor):  # as the command line does
     def prefilled(self):
         release_freed_memory(CPU)
-        super().prefilled()
 
 def resident(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 args = SHAPES["stories110M"]
-model = random_model(args, CPU, torch.{dtype})
+engine = Engine(random_model(args, CPU, torch.{dtype}), compile=False)
+engine.packed = True  # a packed weight is a copy: what is held beyond the weights is to be seen
 def run(context, n, length):
     request = Request(n, length, Sampling(0.8, top_k=200), seed=0, prefill_chunk=512)
-    generate(model, [token % args.vocab_size for token in range(context)], request, monitor=Trim())
+    engine.generate([token % args.vocab_size for token in range(context)], request, Trim())
 run(600, 64, 3)  # loads the code that PyTorch loads on first use
 release_freed_memory(CPU)  # nothing that was freed is left to be used unseen
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
