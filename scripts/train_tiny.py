@@ -26,7 +26,7 @@ from cache import NoCache
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
 from engine import Engine, Request
 from model import Transformer
-from plan import keep_freed_memory
+from plan import keep_freed_memory, multiplies_bfloat16
 from sampling import Sampling
 from tokenizer import load_tokenizer
 
@@ -108,10 +108,11 @@ def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> I
 
 
 def loss_of(model: Transformer, batch: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token; the products in bfloat16. batch [N,S+1]."""
+    """Mean cross-entropy, nats per token; the products in bfloat16 where the CPU has instructions for it. batch
+    [N,S+1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     input_pos = torch.arange(inputs.shape[1], device=batch.device).expand_as(inputs)
-    with torch.autocast(batch.device.type, torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=multiplies_bfloat16()):
         logits = model(inputs, input_pos, NoCache())  # [N,S,V]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 

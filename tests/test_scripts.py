@@ -138,7 +138,7 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path):
     (tmp_path / "stories.txt").write_text(text, "utf-8")
     out = tmp_path / "model"
     result = run(
-        "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 3, "--batch", 2
+        "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 2, "--batch", 1
     )
     assert result.returncode == 0, result.stderr
     generated = subprocess.run(
