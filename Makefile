@@ -4,7 +4,7 @@ PYTHON ?= python3
 .PHONY: generate test lint clean
 
 generate: .venv/runtime
-	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4
+	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4 --echo
 
 test: lint
 	.venv/bin/python -m pytest -n auto --maxprocesses 8
@@ -12,6 +12,7 @@ test: lint
 lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check --quiet .
+	.venv/bin/mypy
 
 .venv/runtime: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,4 +24,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

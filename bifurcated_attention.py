@@ -23,30 +23,44 @@ Partial = tuple[Tensor, Tensor]
 # Scores worked on at a time where nothing is compiled: what stays in a CPU's cache; on a GPU, what bounds memory.
 SCORES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}
 
-# PyTorch's fused kernels that return the log-sum-exp too, and on CUDA split long contexts over all multiprocessors.
+# PyTorch's fused kernels that return the log-sum-exp too; on CUDA, that without a mask splits long contexts over all
+# multiprocessors, and that with one is the memory-efficient kernel.
 FLASH = {
     "cuda": torch.ops.aten._scaled_dot_product_flash_attention,
     "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
 }
+MASKED = {
+    "cuda": lambda q, k, v, bias: torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True),
+    "cpu": lambda q, k, v, bias: FLASH["cpu"](q, k, v, attn_mask=bias),
+}
 
 
-def has_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the fused kernel is the way: on CUDA (compute capability 8.0 on), for what it takes. On a CPU the matrix
-    products of partial_attention are faster."""
+def has_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the fused kernels are the way: on CUDA (compute capability 8.0 on), for what they take. On a CPU the
+    matrix products of partial_attention are faster for few queries."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return False
     return torch.cuda.get_device_properties(device).major >= 8
 
 
-def flash_partial(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Partial:
-    """partial_attention by the fused kernel: no scores are held, and none is masked but those after a query's own
-    position (causal). q [B,H,Q,D], k, v [B,H,L,D] -> out [B,H,Q,D] fp32, lse [B,H,Q,1] fp32; L at least 1.
+def fused_partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Partial:
+    """partial_attention by a fused kernel, which holds no scores. q [B,H,Q,D], k, v [B,H,L,D], L at least 1; mask bool
+    [B or 1,H or 1,Q or 1,L], or causal -> out [B,H,Q,D], lse [B,H,Q,1], fp32 (fp64 for fp64).
 
     The kernel rounds `out` to q's dtype. Queries that share keys are folded into Q by the caller: for grouped heads
     with one query the kernel's log-sum-exp is not to be relied on.
     """
-    out, lse = FLASH[q.device.type](q, k, v, is_causal=causal)[:2]  # [B,H,Q,D] [B,H,Q]
-    return out.float(), lse[..., None].float()
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if mask is None:
+        out, lse = FLASH[q.device.type](q, k, v, is_causal=causal)[:2]  # [B,H,Q,D] [B,H,Q]
+        return out.to(dtype), lse[..., None].to(dtype)
+    L = mask.shape[-1]
+    bias = q.new_zeros(*mask.shape[:-1], -(-L // 8) * 8)[..., :L]  # the kernel wants rows of 16 bytes
+    bias = bias.masked_fill_(~mask, -math.inf).expand(*q.shape[:3], L)
+    out, lse = MASKED[q.device.type](q, k, v, bias)[:2]
+    seen = mask.any(-1, keepdim=True)  # [...,1]; a query that sees nothing is nan to the kernel
+    lse = lse[..., : q.shape[2], None].to(dtype).masked_fill(~seen, -math.inf)
+    return out.to(dtype).masked_fill(~seen, 0), lse
 
 
 def raw_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -78,7 +92,7 @@ def partial_attention(
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
-    On CUDA, the fused kernel where nothing is masked. Else matrix products and a softmax: on a CPU, compiled, faster
+    On CUDA, a fused kernel. Else matrix products and a softmax: on a CPU, compiled, faster
     than the fused kernels (BENCHMARKS.md). Eagerly, large scores are made some heads at a time: no key is read twice,
     and at most SCORES_AT_ONCE scores, or one head's, are held. They are overwritten in place, so this is for inference:
     it does not support autograd.
@@ -89,8 +103,9 @@ def partial_attention(
         raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected four dimensions, [B or 1,G or 1,Q or 1,L]")
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
-    if mask is None and softcap is None and has_flash(q.device, q.dtype, D):
-        return flash_partial(q, k, v)
+    boolean = mask is None or mask.dtype == torch.bool  # a bias would be rounded to q's dtype
+    if boolean and softcap is None and has_fused(q.device, q.dtype, D):
+        return fused_partial(q, k, v, mask)
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
         return attend_heads(q, k, v, mask, softcap)

@@ -1,4 +1,4 @@
-"""A conversation to token ids, by the model's own chat template.
+"""A conversation: its texts to token ids by the model's own chat template, and the context that grows by them.
 
 A template is rendered as transformers' apply_chat_template does it, in jinja2's sandbox; what it wrote is then cut at
 the names of control tokens. What a message says is never one of them: a mark is put inside every such name in it before
@@ -7,13 +7,14 @@ the template sees it, and taken out again after the cut.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -21,7 +22,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
+from cache import KVCache
+from engine import SILENT, Engine, Monitor, Piece, Request, Run, Sample
+from tokenizer import JSONTokenizer, Tokenizer, continuation_text, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content
 BARRIER = "\ue000"  # no token reaches from this character into what follows it
@@ -67,7 +70,7 @@ class Chat:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of the conversation. Raises ValueError with the template's message where it cannot be rendered."""
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        values = {"messages": list(messages), "tools": None, "documents": None}
+        values: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
         values |= {name: token for name, token in names.items() if token}
         try:
             return compile_template(self.template).render(values, add_generation_prompt=add_generation_prompt)
@@ -182,7 +185,8 @@ def opening_tokens(chat: Chat, tokenizer: Tokenizer, system: str | None, user: s
     if system is not None and sentinel not in chat.render([{"role": "system", "content": sentinel}, messages[1]]):
         raise ValueError("the chat template drops a system message: leave the system prompt out")
     ids = encode_chat(chat, tokenizer, chat.render(defused(messages, tokenizer, mark)), mark, begins=True)
-    return ids if tokenizer.bos_id in (None, *ids[:1]) else [tokenizer.bos_id, *ids]
+    bos = tokenizer.bos_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
 def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> tuple[str, str]:
@@ -244,7 +248,7 @@ class Dialogue:
             with suppress(ValueError):  # a template of one turn: a second one is refused when it comes
                 self.eos_ids |= end_of_turn_ids(chat, tokenizer)
 
-    def say(self, text: str) -> list[int]:
+    def encode_turn(self, text: str) -> list[int]:
         """What to append to the context for the user's next text. Raises ValueError where it cannot be said."""
         try:
             (text + (self.system or "")).encode()
@@ -267,3 +271,49 @@ class Dialogue:
         if not self.messages and self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+class Conversation:
+    """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        self.engine, self.request = engine, request
+        self.context = KVCache.empty(engine.args, 1, 0, engine.model.norm.weight)
+        self.history: list[int] = []  # the tokens of the context, then the pending ones
+        self.pending: list[int] = []  # kept, but not yet in the context
+        self.replies: dict[int, KVCache] = {}  # keys and values of the last turn's samples
+
+    def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> list[Sample]:
+        """Reads the user's tokens and draws replies. Raises ValueError, with nothing changed, where they do not fit."""
+        run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
+        deque(self.draw(run, tokens), maxlen=0)
+        return run.samples
+
+    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Iterator[Piece]:
+        """`turn`, piece by piece as the text comes."""
+        run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
+        run.live = True
+        yield from self.draw(run, tokens)
+
+    def draw(self, run: Run, tokens: Sequence[int]) -> Iterator[Piece]:
+        new = [*self.pending, *tokens]
+        slots = self.context.slots + len(new)
+        self.context.resize(slots, slots + run.own_slots if run.extends else 0)
+        logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
+        self.history, self.pending = list(run.history), []
+        run.kept = self.replies = {}
+        try:
+            yield from run.draw(self.context, logits)
+        finally:
+            self.context.resize(slots)  # a single reply is drawn in it
+
+    def keep(self, reply: Sample) -> None:
+        """Goes on from this reply of the last turn: its keys and values move into the context."""
+        tokens, tokenizer = reply.text_tokens, self.engine.tokenizer
+        if tokenizer is not None and reply.finish_reason == "stop":  # only what was shown: no part of the stop string
+            while tokens and len(continuation_text(tokenizer, self.history, tokens)) > len(reply.text or ""):
+                tokens = tokens[:-1]
+        cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
+        self.context.append(self.replies[reply.index], len(cached))
+        self.pending = tokens[len(cached) :]
+        self.history += tokens

@@ -36,14 +36,14 @@ RECIPE_VERSION = 1
 class Recipe:
     """How the weights of a checkpoint were quantised; stored in its file.
 
-    layers: of each quantised linear layer, "int8" or "int4". kept: those that groupsize does not divide, in 16 bits.
-    The calibration fields are None where no text was read.
+    layers: of each quantised linear layer, "int8" or "int4". groupsize: of int4, 0 where no layer is that. kept: those
+    that groupsize does not divide, in 16 bits. The calibration fields are None where no text was read.
     """
 
     mode: str
     layers: dict[str, str]
     kept: tuple[str, ...] = ()
-    groupsize: int | None = None
+    groupsize: int = 0
     calibration_file: str | None = None
     calibration_sha256: str | None = None
     calibration_sequences: int | None = None
@@ -74,7 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
     folder = path if path.is_dir() else path.parent
     weights = weight_files(folder) if path.is_dir() else (path,)
-    found = unpickle(weights[0]) if path.is_file() or weights[0].name == "model.pth" else None
+    found: Any = unpickle(weights[0]) if path.is_file() or weights[0].name == "model.pth" else None
     if is_tinyllamas(found):
         try:
             config, source = tinyllamas_config(found), path
@@ -212,12 +212,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Quantised]:
     """The layers of the recipe, by name, without memory. Raises ValueError where the network has no such layer."""
-    layers = recipe.layers if recipe else {}
+    layers, groupsize = (recipe.layers, recipe.groupsize) if recipe else ({}, 0)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if unknown := sorted(layers.keys() - linears.keys()):
         raise ValueError(f"the recipe has layers that config.json does not: {', '.join(unknown[:3])}")
-    shapes = {name: linears[name].weight.shape for name in layers}
-    return {name: KINDS[kind].empty(*shapes[name], recipe.groupsize) for name, kind in layers.items()}
+    return {
+        name: KINDS[kind].empty(linears[name].out_features, linears[name].in_features, groupsize)
+        for name, kind in layers.items()
+    }
 
 
 def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:

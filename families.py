@@ -1,7 +1,7 @@
 """The model families: Hugging Face's config.json -> ModelArgs, and the names of their tensors -> ours.
 
-A room of its own because it is a table that grows with every family, where checkpoint.py stays as it is. A field of a
-config that this file does not know is refused by name unless it is off: what might change the result is never ignored.
+A field of a config that this file does not know is refused by name unless it is off: what might change the result is
+never ignored.
 """
 
 import math
@@ -50,12 +50,15 @@ class Fields:
             raise ValueError(f"{name} is {value!r}, not a positive number: the model's shape is not known without it")
         return value
 
-    def number(self, name: str, default: float | None) -> float | None:
+    def number(self, name: str, default: float | None = None) -> float:
         """The field's value, which must be above 0; the default where the field is missing or null."""
         value = self.get(name, default)
-        if value is not None and (type(value) not in (int, float) or not value > 0):
+        if type(value) not in (int, float) or not value > 0:
             raise ValueError(f"{name} is {value!r}, not a number above 0")
         return value
+
+    def optional(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.number(name)
 
     def switch(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -220,10 +223,10 @@ def rope(fields: Fields, trained: int) -> tuple[float, RopeScaling | None]:
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     if missing := [name for name in needed if rope.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
-    factor, original = rope.number("factor", None), rope.integer("original_max_position_embeddings", trained)
+    factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings", trained)
     scaling = RopeScaling(kind, factor, trained if kind == "dynamic" else original)
     if kind == "llama3":
-        turns = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
+        turns = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         scaling = RopeScaling(kind, factor, original, *turns)
     if kind == "yarn":
         turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
@@ -238,7 +241,7 @@ def yarn_attention_factor(rope: Fields, factor: float) -> float:
     def warmth(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    given, scale, all_dim = (rope.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    given, scale, all_dim = (rope.optional(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if given is not None:
         return given
     return warmth(scale) / warmth(all_dim) if scale and all_dim else warmth(1.0)

@@ -5,8 +5,9 @@ oneDNN reorders a plain bfloat16 weight at every product; a packed one was reord
 oneDNN's at all; packed, it is, and is faster from some rows on. A packed weight is opaque to torch.compile, so a graph
 holds its number, and an operator of our own looks the number up.
 
-A room of its own because nothing else knows of these kernels: where choose_kernel always says "dequantised", all else
-works. Shapes: N rows, S positions; out and in: the features of a layer; groups: runs of `in` that share a scale.
+Nothing else knows of these kernels: where choose_kernel always says "dequantised", all else works.
+
+Shapes: N rows, S positions; out and in: the features of a layer; groups: runs of `in` that share a scale.
 """
 
 import itertools
@@ -31,7 +32,9 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 numbers."""
+    """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
+    of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
+    times as long (BENCHMARKS.md), and reading a prompt is all multiplying."""
     if IS_X86:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -118,7 +121,7 @@ class Int8Weight:
     scales: Tensor
 
     @classmethod
-    def empty(cls, outputs: int, inputs: int, groupsize: int | None = None) -> "Int8Weight":
+    def empty(cls, outputs: int, inputs: int, groupsize: int = 0) -> "Int8Weight":
         """Without memory: for its shapes and sizes."""
         return cls(*empty_tensors((outputs, inputs), torch.int8, (outputs,), 1))
 
@@ -274,7 +277,7 @@ class DequantisedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = Parameter(dequantise(weight, dtype), requires_grad=False)
-        self.bias = None if bias is None else Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else Parameter(bias, requires_grad=False))
 
 
 class QuantisedLinear(HeldLinear):
@@ -284,14 +287,15 @@ class QuantisedLinear(HeldLinear):
 
     def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.type = type(weight)
+        self.held = type(weight)
+        self.bias: Tensor | None
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> Quantised:
-        return self.type(*(getattr(self, field.name) for field in fields(self.type)))
+        return self.held(*(getattr(self, field.name) for field in fields(self.held)))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.expand(x.dtype), self.bias)

@@ -1,43 +1,76 @@
-"""What is decided before anything is loaded: device, dtype, cache layout, whether compiling pays, and the memory plan.
+"""What is decided before anything is loaded, from plain values: device, dtype, memory, packing, whether to compile."""
 
-A room of its own because the command line, the benchmark and the tests take the same decisions from shapes alone.
-"""
-
-import argparse
 import ctypes
 import os
 import resource
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from model import ModelArgs, empty_model
-from packed import IS_X86, SMALLEST, can_pack
+from model import ModelArgs, Transformer
+from packed import SMALLEST, can_pack, multiplies_bfloat16
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a run needs. rows_at_once: the samples that fit together; more run in waves."""
+class Weights:
+    """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
+    is not the output too."""
 
-    weights: int
+    total: int
+    per_step: int
+
+
+def weigh(model: Transformer) -> Weights:
+    """The weights of a network, in memory or on the meta device."""
+    tensors = chain(model.named_parameters(), model.named_buffers())  # one that is tied comes once
+    return weigh_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
+
+
+def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
+    """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
+    total = sum(sizes.values())
+    return Weights(total, total if args.tied_output else total - sizes["tok_embeddings.weight"])
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same."""
+
     context: int
+    num_samples: int
+    max_new_tokens: int
+    attention: str = "bifurcated"
+    kv_dtype: str = "auto"
+    runs: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a workload will run. Sizes are in bytes. rows_at_once: the samples that fit together; more run in waves."""
+
+    workload: Workload
+    weights: Weights
+    context: int
+    context_while_read: int
     decoded_per_sample: int
     copied_per_sample: int  # the contiguous layout's own copy of the context
     workspace_per_sample: int
     unshared: int
     available: int
-    num_samples: int
     rows_at_once: int
-    context_while_read: int
+    compiled: bool
+    compile_reason: str
+    packed: bool
 
     @property
     def waves(self) -> int:
-        return -(-self.num_samples // self.rows_at_once)
+        return -(-self.workload.num_samples // self.rows_at_once)
 
     @property
     def decoded(self) -> int:
@@ -52,66 +85,81 @@ class Memory:
     @property
     def needed(self) -> int:
         """All that is held while the rows that run together decode."""
-        return self.weights + self.context + self.decoded + self.workspace
+        return self.weights.total + self.context + self.decoded + self.workspace
 
     @property
     def per_step(self) -> int:
-        """What a decode step must read: weights, the context's keys and values once, and the decoded ones."""
-        return self.weights + self.context + self.decoded
+        """What a decode step must read, halfway: weights, the context's keys and values once, half of the decoded."""
+        return self.weights.per_step + self.context + self.decoded // 2
 
     def __str__(self) -> str:
         return "\n".join(
             (
-                f"weights                     {human(self.weights):>10}",
+                f"weights                     {human(self.weights.total):>10}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
                 f"scores, logits, copies      {human(self.workspace):>10}",
-                f"an unshared K/V cache       {human(self.unshared):>10}  {self.num_samples} copies of the context",
+                f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
                 f"available                   {human(self.available):>10}",
                 f"waves                       {self.waves:>10}",
             )
         )
 
 
-def plan_memory(
+def plan_run(
     args: ModelArgs,
+    weights: Weights,
+    work: Workload,
+    device: torch.device,
     dtype: torch.dtype,
-    context: int,
-    num_samples: int,
-    max_new_tokens: int,
-    attention: str,
     available: int,
-    kv_dtype: str = "auto",
-) -> Memory:
-    """The plan for a prompt of `context` tokens. kv_dtype: as --kv_dtype; int8 begins once the prompt has been read.
-    Raises ValueError where not even one sample fits."""
-    weights = sum(parameter.numel() for parameter in empty_model(args).parameters()) * dtype.itemsize
+    compile: bool | None = None,
+) -> Plan:
+    """The plan for a workload. compile None: where it pays. A context in int8 is so once it has been read. Raises
+    ValueError where not even one sample fits into `available` bytes."""
+    context, kv_dtype = work.context, work.kv_dtype
     token = args.kv_values_per_token * dtype.itemsize
-    total, decoded = context + max_new_tokens, max_new_tokens * token
-    copied = context * token if attention == "contiguous" else 0
+    total, decoded = context + work.max_new_tokens, work.max_new_tokens * token
+    copied = context * token if work.attention == "contiguous" else 0
     # Of one layer: scores in fp32 and in the model's dtype, own keys in fp32, and for the expanded layout all its keys.
-    scores = args.n_head * total * 8 + 4 * max_new_tokens * args.n_kv_head * args.head_dim
-    if attention == "expanded":
+    scores = args.n_head * total * 8 + 4 * work.max_new_tokens * args.n_kv_head * args.head_dim
+    if work.attention == "expanded":
         scores += total * token // args.n_layer
-    # Or the logits of a row, in the model's dtype and in fp32; and its random numbers for all steps.
-    workspace = max(scores, args.vocab_size * 8) + 8 * max_new_tokens
+    # Or the logits of a row, in the model's dtype and in fp32. A recorded step has them in a pool of its own, too.
+    workspace = max(scores, args.vocab_size * 8) * (2 if device.type == "cuda" else 1)
     read = held = context * token  # while the prompt is read, and after that
     widened = 0
     if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
         widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     each = decoded + copied + workspace
-    rows = min(num_samples, max(0, available - weights - held - widened) // each)
-    needed = weights + max(read, held + widened + each)
+    rows = min(work.num_samples, max(0, available - weights.total - held - widened) // each)
+    needed = weights.total + max(read, held + widened + each)
     if needed > available:
         raise ValueError(
-            f"one sample needs {human(needed)} (weights {human(weights)}, context K/V {human(read)} while it is "
+            f"one sample needs {human(needed)} (weights {human(weights.total)}, context K/V {human(read)} while it is "
             f"read), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
-    waves = -(-num_samples // rows)
-    rows = -(-num_samples // waves)  # waves of one size
-    unshared = num_samples * total * token
-    return Memory(weights, held, decoded, copied, workspace, unshared, available, num_samples, rows, read)
+    waves = -(-work.num_samples // rows)
+    rows = -(-work.num_samples // waves)  # waves of one size
+    steps = work.runs * waves * work.max_new_tokens
+    step_bytes = weights.per_step + held + decoded * rows // 2
+    compiled, why = choose_compile(compile, device, args.n_layer, steps, step_bytes)
+    return Plan(
+        workload=work,
+        weights=weights,
+        context=held,
+        context_while_read=read,
+        decoded_per_sample=decoded,
+        copied_per_sample=copied,
+        workspace_per_sample=workspace,
+        unshared=work.num_samples * total * token,
+        available=available,
+        rows_at_once=rows,
+        compiled=compiled,
+        compile_reason=why,
+        packed=choose_packing(device, dtype, args, steps, rows),
+    )
 
 
 def human(size: float) -> str:
@@ -124,15 +172,15 @@ def human(size: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "4GB", "512MiB", "1.5e9"."""
+    """Bytes of "4GB", "512MiB", "1.5e9". Raises ValueError where it is no size."""
     units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.rstrip("KMGTIBkmgtib ")
     try:
         size = int(float(number) * units[text[len(number) :].strip().upper()])
     except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+        raise ValueError(f"{text!r} is not a size: write 4GB or 512MiB") from None
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+        raise ValueError(f"{text!r} must be above 0")
     return size
 
 
@@ -208,40 +256,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
-    of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
-    times as long (BENCHMARKS.md), and reading a prompt is all multiplying."""
-    if IS_X86:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-# Numbers in the keys of one layer, over all samples, up to which copying the context is faster than sharing it: two
-# partial attentions and their merge have a price of their own, less of it compiled. Measured on 2 cores
-# (BENCHMARKS.md): eagerly in bfloat16 and fp32, compiled in fp32; not yet on a GPU.
-COPY_UP_TO = {torch.bfloat16: 400_000, torch.float16: 400_000, torch.float32: 1_000_000}
-COPY_UP_TO_COMPILED = 300_000
-
-
-def copy_up_to(device: torch.device, dtype: torch.dtype, compiled: bool) -> int:
-    """The limit for choose_attention."""
-    if device.type == "cuda":
-        return 0
-    return COPY_UP_TO_COMPILED if compiled else COPY_UP_TO[dtype]
-
-
-def choose_attention(
-    limit: int, args: ModelArgs, context: int, num_samples: int, max_new_tokens: int
-) -> tuple[str, str]:
-    """(layout, why) of --attention auto. limit: as copy_up_to. context: tokens of the prompt, 0 where it may grow."""
-    tokens, width = context + max_new_tokens // 2, args.n_head * args.head_dim
-    each = f"{num_samples} x {tokens} tokens x {width}"
-    if context and num_samples * tokens * width <= limit:
-        return "contiguous", f"auto: at {each} (at most {limit}) a copy for each sample is faster"
-    return "bifurcated", f"auto: at {each}, reading the context once is faster" if context else "auto: it may grow"
-
-
 # Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03; and
 # the rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
 REPAYS_PACKING = 20
@@ -277,43 +291,3 @@ def choose_compile(
     decode = steps * (n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type])
     cost = COMPILE + n_layer * COMPILE_PER_LAYER
     return decode / 2 > cost, f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s"
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a request will run, and why so."""
-
-    attention: str
-    attention_reason: str
-    memory: Memory
-    compiled: bool
-    compile_reason: str
-    packed: bool
-
-
-def choose_execution(
-    options: argparse.Namespace, args: ModelArgs, device: torch.device, dtype: torch.dtype, context: int
-) -> Execution:
-    """What the command line leaves open, chosen for a prompt of `context` tokens. Raises ValueError where memory does
-    not hold one sample."""
-    available = available_memory(device) if options.max_memory is None else options.max_memory
-    num_samples, name = options.num_samples, options.attention
-    sizes = (context, num_samples, options.max_new_tokens)
-    layout = "bifurcated" if name == "auto" else name
-    memory = plan_memory(args, dtype, *sizes, layout, available, options.kv_dtype)
-    steps = options.num_runs * memory.waves * options.max_new_tokens
-    compiled, why = choose_compile(options.compile, device, args.n_layer, steps, memory.per_step)
-    packed = choose_packing(device, dtype, args, steps, memory.rows_at_once)
-    reason = f"--attention {name}"
-    if options.kv_dtype == "int8":
-        name, reason = "bifurcated", "--kv_dtype int8"
-    elif name == "auto":
-        known = 0 if options.interactive else context
-        limit = copy_up_to(device, dtype, compiled)
-        name, reason = choose_attention(limit, args, known, num_samples, options.max_new_tokens)
-        copies = replace(memory, copied_per_sample=memory.context)
-        if name == "contiguous" and (memory.waves > 1 or copies.needed > available):
-            name, reason = "bifurcated", "auto: memory does not hold a copy for each sample"
-        elif name == "contiguous":
-            memory = copies
-    return Execution(name, reason, memory, compiled, why, packed)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from cache import NoCache
 from checkpoint import (
     Checkpoint,
     Recipe,
@@ -40,9 +41,9 @@ from checkpoint import (
     unpickle,
     write_whole,
 )
-from model import NoCache, Transformer, empty_model
-from options import OneLineParser
+from model import Transformer, empty_model
 from packed import Int4Weight, Int8Weight, Quantised, dequantise, tensors_of
+from report import OneLineParser
 from tokenizer import load_tokenizer
 
 MODES = ("int8", "int4", "int4-gptq")
@@ -134,7 +135,7 @@ class Reached(Exception):
 
 def input_hessian(run: Callable[[], object], linear: nn.Module) -> Tensor:
     """The sum of x x^T over all inputs that `linear` is given by `run`, fp32 [in,in]. run ends at that layer."""
-    hessian = torch.zeros(linear.in_features, linear.in_features)
+    hessian = torch.zeros([linear.get_parameter("weight").shape[1]] * 2)
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()  # [N*S,in]
@@ -168,9 +169,9 @@ class Calibration:
         """Those layers of the block: each sees what the layers before it make of the text once they are quantised."""
         found: dict[str, Int4Weight] = {}
         for stage in STAGES:
-            if linears := {name: block.get_submodule(name) for name in stage if name in layers}:
-                hessian = input_hessian(lambda: self.run(block), next(iter(linears.values())))
-                new = {name: gptq(linear.weight, hessian, groupsize, act_order) for name, linear in linears.items()}
+            if names := [name for name in stage if name in layers]:
+                hessian = input_hessian(lambda: self.run(block), block.get_submodule(names[0]))
+                new = {n: gptq(block.get_parameter(f"{n}.weight"), hessian, groupsize, act_order) for n in names}
                 hold(block, new)
                 found |= new
         assert found.keys() == set(layers), "a layer that has no stage"
@@ -179,10 +180,10 @@ class Calibration:
 
 def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
     for name, weight in weights.items():
-        block.get_submodule(name).weight.copy_(dequantise(weight, torch.float32))
+        block.get_parameter(f"{name}.weight").copy_(dequantise(weight, torch.float32))
 
 
-def calibrated(model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path) -> Iterator[dict[str, Int4Weight]]:
+def calibrated(model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path) -> Iterator[dict[str, Quantised]]:
     """The int4 layers of one block after another. What is done is kept in `folder`, and found there by the next run.
 
     Memory: the mapped model, one block in fp32, the inputs of a block, and one Hessian with its factors.
@@ -292,7 +293,7 @@ def quantise(options: argparse.Namespace) -> Path:
         raise ValueError(f"{checkpoint.weights[0]} is quantised already ({checkpoint.recipe.mode}): give its source")
     if (mode == "int4-gptq") != (text is not None) or (options.act_order and mode != "int4-gptq"):
         raise ValueError(f"--mode {mode}: int4-gptq needs --calibration_file TEXT, no other takes it, nor --act_order")
-    groupsize = None if mode == "int8" else options.groupsize
+    groupsize = 0 if mode == "int8" else options.groupsize
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"
     check_output(output, checkpoint)
@@ -302,8 +303,9 @@ def quantise(options: argparse.Namespace) -> Path:
     steps = plain_layers(recipe, state)
     if text is not None:
         tokens, digest = calibration_tokens(options, checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()
-        recipe = replace(recipe, calibration_file=text.name, calibration_sha256=digest, act_order=options.act_order)
-        recipe = replace(recipe, calibration_sequences=len(tokens), calibration_seq_length=tokens.shape[1])
+        recipe = Recipe(
+            mode, layers, kept, groupsize, text.name, digest, len(tokens), tokens.shape[1], options.act_order
+        )
         folder = blocks_folder(output, recipe, checkpoint)
         model = load_model(checkpoint, "cpu", state["tok_embeddings.weight"].dtype)
         steps = chain(plain_layers(recipe, state), calibrated(model, recipe, tokens, folder))

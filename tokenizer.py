@@ -102,7 +102,7 @@ class TiktokenTokenizer:
         self.base = base = len(ranks)
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
         self.encoding = Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
-        self.bos_id = self.specials["<|begin_of_text|>"]
+        self.bos_id: int | None = self.specials["<|begin_of_text|>"]
         self.eos_ids = frozenset(self.specials[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"))
         self.vocab_size = base + 256
 
@@ -135,7 +135,7 @@ class JSONTokenizer:
         self.specials = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         begun = backend.encode(".")
         first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
-        self.bos_id = self.specials.get(bos) if first is None and metadata.get("add_bos_token") else first
+        self.bos_id = self.specials.get(bos or "") if first is None and metadata.get("add_bos_token") else first
         self.eos_ids = frozenset(self.specials[name] for name in (*self.EOS_NAMES, eos) if name in self.specials)
         self.vocab_size = backend.get_vocab_size()
         # Some models of that library hold the names as words.

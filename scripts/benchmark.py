@@ -23,7 +23,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -33,21 +35,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache
 from checkpoint import load_model, read_checkpoint, read_safetensors
-from generate import DECODE_SLOTS, Sampling, Steps, make_steps, prefill, sample
-from int8_context import Int8Context
-from model import KVCache, ModelArgs, NoCache, Prefill, Rule, SDPACache, Transformer, empty_model
-from options import OneLineParser
+from engine import SILENT, Engine, decode
+from graphs import Step, StepInput, compiled
+from model import ModelArgs, Transformer, empty_model
 from packed import can_pack, pack_linears
 from plan import (
+    Plan,
+    Workload,
     available_memory,
     choose_device,
     choose_dtype,
     human,
     keep_freed_memory,
-    plan_memory,
+    plan_run,
     release_freed_memory,
+    weigh,
 )
+from report import OneLineParser
+from rotary import ScoreMod
+from sampling import Sampling, uniform
 
 SHAPES = {
     "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
@@ -62,7 +70,7 @@ SHAPES = {
 @dataclass(frozen=True)
 class Column:
     """A way to hold the context (a constructor of caches), its step compiled or not; layout and kv_dtype as in
-    plan_memory."""
+    Request."""
 
     make: Callable[[KVCache, int, int], KVCache]
     compiled: bool
@@ -76,7 +84,7 @@ class OneKernel(SDPACache):
 
     kernel: SDPBackend
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, rule: Rule | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
         self.write(layer, k, v, input_pos)
         k, v = self.k[layer], self.v[layer]
         with sdpa_kernel(self.kernel):
@@ -95,13 +103,18 @@ class MathKernel(OneKernel):
     kernel = SDPBackend.MATH
 
 
+def share(context: KVCache, n: int, slots: int) -> KVCache:
+    """As the engine does it: a single row goes on in the context's own cache, here in a copy of it."""
+    return KVCache.copy(context, 1, slots) if n == 1 else KVCache.fork(context, n, slots)
+
+
 def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
     return KVCache.fork(Int8Context(KVCache.copy(context, 1, 0)), n, slots)
 
 
 COLUMNS = {
-    "bifurcated": Column(KVCache.fork, False, "bifurcated"),
-    "bifurcated, compiled": Column(KVCache.fork, True, "bifurcated"),
+    "bifurcated": Column(share, False, "bifurcated"),
+    "bifurcated, compiled": Column(share, True, "bifurcated"),
     "bifurcated, int8": Column(fork_int8, False, "bifurcated", "int8"),
     "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
     "contiguous": Column(KVCache.copy, False, "contiguous"),
@@ -118,6 +131,7 @@ COLUMNS = {
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
 PREFILL_CHUNK = 512
+MOST_SLOTS = 128  # decoded slots of a timed cache
 EVERY_N = [1 << power for power in range(12)]
 
 # What the paper compares, each eager and compiled.
@@ -188,23 +202,21 @@ def timed(function: Callable[[], object], times: int, device: torch.device, budg
 
 
 @torch.no_grad()
-def time_decode(steps: Steps, cache: KVCache, context: int, repeats: int, budget: float = 1e9) -> float:
+def time_decode(step: Step, cache: KVCache, context: int, repeats: int, budget: float = 1e9) -> float:
     """Median seconds of a decode step over positions from `context` on."""
     device, rows = cache.start.device, cache.rows
-    generator = torch.Generator().manual_seed(0)
     token = torch.zeros(rows, dtype=torch.long, device=device)
     input_pos = torch.full((rows, 1), context, device=device)
+    samples, seed = torch.arange(rows, device=device), torch.tensor(0, device=device)
 
-    def step() -> None:
+    def advance() -> None:
         nonlocal token, input_pos
-        logits = steps.decode(token[:, None], input_pos, cache)
-        uniform = torch.rand(rows, generator=generator, dtype=torch.float64).to(device)
-        token, _ = sample(logits, uniform, Sampling(0.8, top_k=200))
+        token, _ = step(StepInput(token[:, None], input_pos, samples, seed), cache)
         input_pos = input_pos + 1
 
-    timed(step, 1, device)  # may compile
-    timed(step, 3, device, budget / 4)
-    return statistics.median(timed(step, repeats, device, budget))
+    timed(advance, 1, device)  # may compile
+    timed(advance, 3, device, budget / 4)
+    return statistics.median(timed(advance, repeats, device, budget))
 
 
 @dataclass(frozen=True)
@@ -220,9 +232,12 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     big = torch.ones(1 << 26, device=device)
     copy = torch.ones_like(big)
     square = torch.ones(2048, 2048, device=device, dtype=dtype)
-    moved = 2 * big.nbytes / min(timed(lambda: copy.copy_(big), 6, device)[1:])
-    read = big.nbytes / min(timed(lambda: big.sum(), 6, device)[1:])
-    return Rates(max(moved, read), 2 * 2048**3 / min(timed(lambda: square @ square, 6, device)[1:]))
+
+    def best(function: Callable[[], object]) -> float:
+        return min(timed(function, 6, device, 1.0))
+
+    moved, read = 2 * big.nbytes / best(lambda: copy.copy_(big)), big.nbytes / best(lambda: big.sum())
+    return Rates(max(moved, read), 2 * 2048**3 / best(lambda: square @ square))
 
 
 @dataclass(frozen=True)
@@ -258,19 +273,30 @@ def step_operations(args: ModelArgs, context: int, rows: int) -> int:
     return 2 * rows * (weights + 2 * args.n_layer * attention * context)
 
 
+def plan_of(
+    options: argparse.Namespace, args: ModelArgs, model: Transformer, context: int, rows: int, column: Column
+) -> Plan:
+    """The bytes that a cell needs."""
+    slots = min(MOST_SLOTS, options.steps + 8)
+    work = Workload(context, rows, slots, column.layout, column.kv_dtype)
+    return plan_run(args, weigh(model), work, options.device, options.dtype, 1 << 62, False)
+
+
 def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rates) -> Iterator[Cell]:
     """Every cell of a shape, row by row."""
-    device, dtype = options.device, options.dtype
-    slots = min(DECODE_SLOTS, options.steps + 8)
-    weights = plan_memory(args, dtype, 1, 1, 1, "bifurcated", 1 << 62).weights
-    if weights > available_memory(device):
-        raise ValueError(f"the weights of {shape} need {human(weights)}: choose a smaller --shape")
+    device, empty = options.device, empty_model(args).to(options.dtype)
+    if weigh(empty).total > available_memory(device):
+        raise ValueError(f"the weights of {shape} need {human(weigh(empty).total)}: choose a smaller --shape")
     model = model_of(options, args)
-    steps = {compiled: make_steps(model, compile_decode=compiled) for compiled in (False, True)}
+    steps = {}
+    for is_compiled in (False, True):
+        engine = Engine(model)
+        engine.compiled = compiled(partial(decode, model, uniform)) if is_compiled else None
+        steps[is_compiled] = engine.step(Sampling(0.8, top_k=200))
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
         for rows in options.num_samples:
-            shared = plan_memory(args, dtype, context, rows, slots, "bifurcated", 1 << 62)
+            shared = plan_of(options, args, empty, context, rows, COLUMNS["bifurcated"])
             limits = {
                 "bandwidth": 1000 * shared.per_step / rates.bandwidth,
                 "operations": 1000 * step_operations(args, context, rows) / rates.operations,
@@ -278,23 +304,23 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
             limit = max(limits, key=limits.__getitem__)
             for name in options.columns:
                 column = COLUMNS[name]
-                needed = plan_memory(args, dtype, context, rows, slots, column.layout, 1 << 62, column.kv_dtype)
+                needed = plan_of(options, args, empty, context, rows, column)
                 extra = needed.decoded + needed.workspace + (needed.context if column.kv_dtype == "int8" else 0)
-                memory = needed.weights + shared.context + extra
+                memory = needed.weights.total + shared.context + extra
                 ms, note = None, f"needs {human(memory)}"
                 release_freed_memory(device)
                 if extra <= available_memory(device):
-                    ms, note = attempt(column, root, rows, slots, steps[column.compiled], options)
+                    ms, note = attempt(column, root, rows, steps[column.compiled], options)
                 yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
 
 
 def attempt(
-    column: Column, root: KVCache, rows: int, slots: int, steps: Steps, options: argparse.Namespace
+    column: Column, root: KVCache, rows: int, step: Step, options: argparse.Namespace
 ) -> tuple[float | None, str]:
     """(milliseconds, "") of a step, or (None, why not)."""
     try:
-        cache = column.make(root, rows, slots)
-        return 1000 * time_decode(steps, cache, root.slots, options.steps, options.budget), ""
+        cache = column.make(root, rows, min(MOST_SLOTS, options.steps + 8))
+        return 1000 * time_decode(step, cache, root.slots, options.steps, options.budget), ""
     except RuntimeError as error:
         if "No viable backend" in str(error) or "No available kernel" in str(error):
             return None, "no such kernel"
@@ -305,10 +331,27 @@ def attempt(
         return None, "out of memory"
 
 
+@dataclass(frozen=True)
+class Point:
+    """One layer's attention: what is read (prefill, decode, hybrid), the size that varies, and milliseconds."""
+
+    kind: str
+    by: str
+    num_samples: int
+    context: int
+    ours_ms: float
+    sdpa_ms: float
+    shape: str
+
+    def __str__(self) -> str:
+        sizes = f"{self.kind} by {self.by} | {self.num_samples} | {self.context}"
+        return f"| {sizes} | {self.ours_ms:.2f} | {self.sdpa_ms:.2f} |"
+
+
 @torch.no_grad()
-def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """One layer's attention against SDPA, as Markdown: prefill by length and by batch, decoding by length and by batch,
-    and a prefill chunk next to decoding rows. Milliseconds, eager."""
+def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -> Iterator[Point]:
+    """One layer's attention against SDPA over N copies of the context: prefill, decoding, and a prefill chunk next to
+    decoding rows (hybrid), each by length and by batch. Eager."""
     args = replace(args, n_layer=1)
     like = torch.empty(0, device=options.device, dtype=options.dtype)
 
@@ -321,47 +364,44 @@ def attention_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
         timed(function, 2, like.device, options.budget)
         return 1000 * statistics.median(timed(function, options.steps, like.device, options.budget))
 
-    def whole(rows: int, size: int) -> float:
+    def whole(rows: int, size: int) -> tuple[float, float]:
         given = inputs(rows, size, 0)
-        return ms(lambda: NoCache().attend(0, *given, None))
+        both = ms(lambda: NoCache().attend(0, *given, None))  # the same kernel
+        return both, both
 
     def chunk(begin: int, size: int) -> float:
         cache, given = KVCache.empty(args, 1, begin + size, like), inputs(1, size, begin)
         return ms(lambda: Prefill(cache, begin, size).attend(0, *given, None))
 
-    def decode(make: Callable[[KVCache, int, int], KVCache], rows: int, context: int) -> float:
-        cache, given = make(random_context(args, context, like), rows, 64), inputs(rows, 1, context)
-        return ms(lambda: cache.attend(0, *given, None))
+    def decoded(rows: int, context: int) -> tuple[float, float]:
+        root, given = random_context(args, context, like), inputs(rows, 1, context)
+        ours, theirs = share(root, rows, 64), SDPACache.copy(root, rows, 64)
+        return ms(lambda: ours.attend(0, *given, None)), ms(lambda: theirs.attend(0, *given, None))
 
-    yield "| what | N | T | this engine | SDPA |\n|---|---|---|---|---|"
-    short, long = min(options.context), max(options.context)
-    for size in options.context:
-        yield f"| prefill by length | 1 | {size} | {whole(1, size):.2f} | the same |"
-    for rows in (2, 4):
-        yield f"| prefill by batch | {rows} | {short} | {whole(rows, short):.2f} | the same |"
-    pairs = [("by length", 16, size) for size in options.context] + [
-        ("by batch", n, short) for n in options.num_samples
-    ]
-    for what, rows, context in dict.fromkeys(pairs):
-        ours, theirs = decode(KVCache.fork, rows, context), decode(SDPACache.copy, rows, context)
-        yield f"| decode {what} | {rows} | {context} | {ours:.2f} | {theirs:.2f} |"
-    part = min(512, long // 2)
-    both = chunk(long - part, part)
-    ours, theirs = (both + decode(make, 16, long) for make in (KVCache.fork, SDPACache.copy))
-    yield f"| hybrid: a chunk of {part}, and decoding | 16 | {long} | {ours:.2f} | {theirs:.2f} |"
+    def hybrid(rows: int, context: int) -> tuple[float, float]:
+        part = min(512, context // 2)
+        read, (ours, theirs) = chunk(context - part, part), decoded(rows, context)
+        return read + ours, read + theirs
+
+    short = min(options.context)
+    for kind, time_both, few in (("prefill", whole, 1), ("decode", decoded, 16), ("hybrid", hybrid, 16)):
+        for size in options.context:
+            yield Point(kind, "length", few, size, *time_both(few, size), shape)
+        for rows in (1, 2, 4) if kind == "prefill" else options.num_samples:
+            yield Point(kind, "batch", rows, short, *time_both(rows, short), shape)
 
 
 @torch.no_grad()
 def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
     model = model_of(options, args)
-    steps = make_steps(model)
+    engine = Engine(model)
     yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
     for context in options.context:
         tokens = [token % args.vocab_size for token in range(context)]
 
         def read(tokens: list[int] = tokens) -> None:
-            prefill(steps, model, KVCache.empty(args, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK)
+            engine.prefill(KVCache.empty(args, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK, SILENT)
 
         timed(read, 1, options.device)
         seconds = statistics.median(timed(read, options.steps, options.device, options.budget))
@@ -407,12 +447,12 @@ def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> It
         for what, use in (("mapped", len), ("mapped and read", read)):
             times = []
             for load in (alone, ours):
-                seconds = timed(lambda load=load, use=use: use(load()), options.steps + 1, options.device)
+                seconds = timed(partial(lambda load, use: use(load()), load, use), options.steps + 1, options.device)
                 times.append(1000 * statistics.median(seconds[1:]))
             yield f"| {human(size)} | {what} | {times[0]:.1f} | {times[1]:.1f} | {times[1] / times[0]:.2f} |"
 
 
-TABLES = {"attention": attention_table, "prefill": prefill_table, "load": load_table}
+TABLES = {"prefill": prefill_table, "load": load_table}
 
 
 def log(line: str) -> None:
@@ -448,7 +488,7 @@ def header(options: argparse.Namespace, rates: Rates) -> str:
 
 def shape_of(name: str, settings: list[str]) -> ModelArgs:
     """The named shape with --set's fields. Raises ValueError on a field that there is not."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for setting in settings:
         field_name, _, value = setting.partition("=")
         if type(getattr(SHAPES[name], field_name, None)) is not int or not value.isdecimal() or int(value) < 1:
@@ -459,7 +499,7 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = (*PRESETS, *TABLES)
+    choices = (*PRESETS, *TABLES, "attention")
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; other flags change it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
@@ -484,9 +524,9 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
             value = getattr(preset, name)
             setattr(options, name, list(value) if isinstance(value, tuple) else value)
     numbers = options.num_samples + options.context + [options.steps]
-    if min(numbers) < 1 or options.steps > DECODE_SLOTS - 8 or not options.budget > 0:
+    if min(numbers) < 1 or options.steps > MOST_SLOTS - 8 or not options.budget > 0:
         raise ValueError(
-            f"num_samples, context and steps must be at least 1, steps at most {DECODE_SLOTS - 8}, budget above 0"
+            f"num_samples, context and steps must be at least 1, steps at most {MOST_SLOTS - 8}, budget above 0"
         )
     if options.preset == "attention" and min(options.context) < 2:
         raise ValueError("--preset attention needs a context of at least 2 tokens: part of it is a chunk")
@@ -494,7 +534,7 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
         if path is not None and (taken(path) or not path.parent.is_dir()):
             raise ValueError(f"{path} cannot be written: --out is a file and --charts a folder, in one that exists")
     if options.preset in TABLES and (options.out or options.charts):
-        raise ValueError(f"--out and --charts hold decode steps, which --preset {options.preset} does not time")
+        raise ValueError(f"--out and --charts are not for --preset {options.preset}")
     if options.charts and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
     options.device = choose_device(options.device)
@@ -508,11 +548,19 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
     return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
 
 
-def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]:
+def append(path: Path | None, cell: Cell | Point) -> None:
+    """One JSON object a line."""
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(cell)) + "\n")
+
+
+def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell | Point]:
     """Measures, and prints each shape's table as soon as it is there; an interruption prints what it has."""
-    rates = machine_rates(options.device, options.dtype)
+    # Loading multiplies nothing, and a product of bfloat16 takes seconds where the CPU has no instructions for it.
+    rates = machine_rates(options.device, torch.float32 if options.preset == "load" else options.dtype)
     print(header(options, rates), flush=True)
-    cells: list[Cell] = []
+    cells: list[Cell | Point] = []
     total = len(shapes) * len(options.context) * len(options.num_samples) * len(options.columns)
     begin = time.perf_counter()
     for shape, args in shapes.items():
@@ -521,15 +569,20 @@ def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell]
             for line in TABLES[options.preset](options, args, rates):
                 print(line, flush=True)
             continue
+        if options.preset == "attention":
+            print("| what | N | T | this engine | SDPA |\n|---|---|---|---|---|")
+            for point in attention_points(options, shape, args):
+                cells.append(point)
+                print(point, flush=True)
+                append(options.out, point)
+            continue
         own: list[Cell] = []
         try:
             for cell in measure(options, shape, args, rates):
                 own.append(cell)
                 left = (time.perf_counter() - begin) * (total / (len(cells) + len(own)) - 1)
                 log(f"{shape}, {cell.column}, N {cell.num_samples}, T {cell.context}: {cell}; about {left:.0f} s left")
-                if options.out:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(cell)) + "\n")
+                append(options.out, cell)
         finally:
             cells += own
             print(table(own, options.columns), flush=True)

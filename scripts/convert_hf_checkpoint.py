@@ -13,9 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checkpoint import check_weights, hugging_face_files, read_checkpoint, read_weights, save_model
-from download import COMPANIONS
+from hub import COMPANIONS
 from model import empty_model
-from options import OneLineParser
+from report import OneLineParser
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
 

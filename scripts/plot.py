@@ -1,4 +1,5 @@
-"""Draws what scripts/benchmark.py measured: latency against N and against the context, with the limit beside it.
+"""Draws what scripts/benchmark.py measured: a step against N and against the context, with the limit beside it, and one
+layer's attention by length and by batch.
 
 python scripts/plot.py --cells cells.jsonl --out charts
 """
@@ -15,15 +16,21 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+LABELS = {"num_samples": "N", "context": "context"}
 AXES = {"num_samples": ("context", "N, samples"), "context": ("num_samples", "context, tokens")}
 
 
 def draw(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """One PNG per shape and axis, a panel for each value of the other one. Returns the files."""
+    """Of decode steps one PNG per shape and axis, a panel for each value of the other one; of attention alone one per
+    shape. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for shape in dict.fromkeys(cell["shape"] for cell in cells):
-        own = [cell for cell in cells if cell["shape"] == shape]
+        points = [cell for cell in cells if cell["shape"] == shape and "kind" in cell]
+        if len(points) > 1:
+            files.append(out / f"{shape}-attention.png")
+            attention_panels(points, files[-1])
+        own = [cell for cell in cells if cell["shape"] == shape and "kind" not in cell]
         for axis, (fixed, label) in AXES.items():
             if len({cell[axis] for cell in own}) > 1:
                 files.append(out / f"{shape}-{axis}.png")
@@ -49,6 +56,29 @@ def panels(cells: Sequence[dict[str, Any]], axis: str, fixed: str, label: str, f
     grid[0][0].set_ylabel("milliseconds per step")
     grid[0][0].legend(fontsize="small")
     figure.suptitle(cells[0]["shape"])
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def attention_panels(points: Sequence[dict[str, Any]], file: Path) -> None:
+    """Milliseconds of one layer: prefill, decoding and both at once, by length above and by batch below."""
+    kinds = list(dict.fromkeys(point["kind"] for point in points))
+    figure, grid = pyplot.subplots(2, len(kinds), figsize=(4.5 * len(kinds), 7), squeeze=False)
+    for line, (by, axis) in zip(grid, (("length", "context"), ("batch", "num_samples")), strict=True):
+        for panel, kind in zip(line, kinds, strict=True):
+            shown = sorted((p for p in points if (p["kind"], p["by"]) == (kind, by)), key=lambda point: point[axis])
+            sizes = [point[axis] for point in shown]
+            for name, label in (("ours_ms", "this engine"), ("sdpa_ms", "SDPA, a copy for each sample")):
+                panel.plot(sizes, [point[name] for point in shown], marker="o", label=label)
+            fixed = "context" if axis == "num_samples" else "num_samples"
+            others = ", ".join(str(other) for other in dict.fromkeys(point[fixed] for point in shown))
+            panel.set(xscale="log", yscale="log", xlabel=AXES[axis][1], title=f"{kind}, {LABELS[fixed]} {others}")
+            panel.set_xticks(sizes, labels=sizes)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel("milliseconds of one layer")
+    grid[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

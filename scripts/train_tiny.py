@@ -22,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache import NoCache
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
-from generate import Request, Sampling, generate
-from model import NoCache, Transformer
+from engine import Engine, Request
+from model import Transformer
+from packed import multiplies_bfloat16
 from plan import keep_freed_memory
+from sampling import Sampling
 from tokenizer import load_tokenizer
 
 SEPARATOR = "<|endoftext|>"
@@ -55,7 +58,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
     """Appends whole stories, drawn from the bare BOS token, to `out`; unfinished ones are dropped."""
     checkpoint = read_checkpoint(checkpoint_path)
     tokenizer = load_tokenizer(checkpoint.folder)
-    model = load_model(checkpoint, "cpu", torch.bfloat16)
+    engine = Engine(load_model(checkpoint, torch.device("cpu"), torch.bfloat16), tokenizer)
     assert tokenizer.bos_id is not None, "stories are sampled from BOS"
     kept = 0
     with out.open("a", encoding="utf-8") as file:
@@ -68,9 +71,9 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
                 # A model trained on stories that BOS alone separates ends one by BOS.
                 eos_ids=checkpoint.eos_ids | {tokenizer.bos_id},
             )
-            for each in generate(model, [tokenizer.bos_id], request, tokenizer):
+            for each in engine.generate([tokenizer.bos_id], request):
                 if each.finish_reason == "eos":
-                    file.write(f"{each.text.strip()}\n{SEPARATOR}\n")
+                    file.write(f"{(each.text or '').strip()}\n{SEPARATOR}\n")
                     kept += 1
             file.flush()
             log(f"{(seed + 1) * rows} sampled, {kept} whole, {file.tell() / 1e6:.1f} MB")
@@ -106,10 +109,11 @@ def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> I
 
 
 def loss_of(model: Transformer, batch: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token; the products in bfloat16. batch [N,S+1]."""
+    """Mean cross-entropy, nats per token; the products in bfloat16 where the CPU has instructions for it. batch
+    [N,S+1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     input_pos = torch.arange(inputs.shape[1], device=batch.device).expand_as(inputs)
-    with torch.autocast(batch.device.type, torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=multiplies_bfloat16()):
         logits = model(inputs, input_pos, NoCache())  # [N,S,V]
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -207,8 +211,10 @@ def main() -> None:
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    command = {"sample": sample_corpus, "train": train}[options.pop("command")]
-    command(**options)
+    if options.pop("command") == "sample":
+        sample_corpus(**options)
+    else:
+        train(**options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What several test files need: small random models, and where the shared data lies if it does."""
+"""What several test files need: small random models, a tokenizer of letters, one full pass as an oracle, and where the
+shared data lies if it does."""
 
 import os
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache import KVCache, NoCache, Prefill
+from engine import Request, Sample
 from model import ModelArgs, Transformer
+from sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -29,6 +33,9 @@ MHA = ModelArgs(
     dim=28, n_layer=2, n_head=3, n_kv_head=3, head_dim=14, hidden_dim=44, vocab_size=61, context_limit=99,
     tied_output=True,
 )  # fmt: skip
+
+# One key/value head, for all six heads of queries.
+MQA = replace(GQA, n_kv_head=1)
 
 # Distance matters: a sliding window in two layers of three; biases by distance, with soft caps and norms of Gemma 2.
 WINDOW = replace(GQA, windows=(5, None, 3), qkv_bias=True, qk_norm=True)
@@ -52,3 +59,43 @@ def random_model(args: ModelArgs, dtype: torch.dtype = torch.float64, seed: int 
 
 def random_tokens(args: ModelArgs, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(args.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(begin: int, rows: int, length: int) -> torch.Tensor:
+    return (begin + torch.arange(length)).expand(rows, length)
+
+
+def full(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """tokens [N,S] -> logits [N,S,V], each row alone, without a cache."""
+    return torch.cat([model(row[None], positions(0, 1, len(row)), NoCache()) for row in tokens])
+
+
+def prefilled(model: Transformer, tokens: torch.Tensor, chunk: int) -> KVCache:
+    cache = KVCache.empty(model.args, 1, tokens.shape[1], model.norm.weight)
+    for begin in range(0, tokens.shape[1], chunk):
+        part = tokens[:, begin : begin + chunk]
+        model.hidden(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1]))
+    return cache
+
+
+class Letters:
+    """A tokenizer of one character per token, for the tests of text."""
+
+    bos_id, eos_ids, vocab_size = None, frozenset(), GQA.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 32 for letter in text]
+
+    def decode(self, ids) -> str:
+        return "".join(chr(id + 32) for id in ids)
+
+
+PROMPT = random_tokens(GQA, 13).tolist()
+
+
+def request(n: int = 3, length: int = 20, sampling: Sampling | None = None, **fields) -> Request:
+    return Request(n, length, sampling or Sampling(0.8, top_k=20), **{"seed": 5} | fields)
+
+
+def draws(samples: list[Sample]) -> list[tuple]:
+    return [(each.tokens, each.finish_reason, each.text) for each in samples]

@@ -1,5 +1,8 @@
-"""The command line, run as a user runs it, in a subprocess. Oracle: exit status, stdout, one line on stderr, files."""
+"""The command line. Oracle: exit status, stdout, one line on stderr, files. What asks for a terminal, a pipe, a signal
+or a fresh process is run as a user runs it; the rest by `main`, with its own stdin, stdout and stderr."""
 
+import contextlib
+import io
 import json
 import os
 import pty
@@ -9,23 +12,49 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
+import generate
 from chat import Dialogue, choose_chat
 from checkpoint import load_model, read_checkpoint
-from generate import Request, Sampling, generate
+from engine import Engine, Request
+from generate import STORY, build_parser
+from sampling import Sampling
 from tokenizer import load_tokenizer
 
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*arguments, input: str = "", cwd=ROOT, kind=io.TextIOWrapper, **environment) -> subprocess.CompletedProcess:
+    """generate.main in this process, as if started with these arguments and this stdin, which is no terminal."""
+    out, err, stdin = io.StringIO(), io.StringIO(), kind(io.BytesIO(input.encode()), encoding="utf-8")
+    with (
+        mock.patch.object(sys, "stdin", stdin), mock.patch.dict(os.environ, environment), contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(),
+    ):  # fmt: skip
+        try:
+            status = generate.main([os.fsdecode(each) if isinstance(each, bytes) else str(each) for each in arguments])
+        except SystemExit as end:  # argparse
+            status = end.code
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def start(*arguments, **options) -> subprocess.CompletedProcess:
+    """The same as a process of its own."""
     command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+    options = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL} | options
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
 
 
 def lines_of(result: subprocess.CompletedProcess) -> list[dict]:
@@ -48,17 +77,17 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
         }  # fmt: skip
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
     report = json.loads(report_path.read_text())
-    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "contiguous"
+    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
     assert report["kv_unshared_bytes"] > report["kv_context_bytes"] + report["kv_decoded_bytes"]
     assert report["compile_s"] is None and report["compiled"] is False
     assert report["selfcheck_max_difference"] < 1e-4
     for name in (
-        "attention_reason", "device", "dtype", "torch", "context_tokens", "prefill_s", "prefill_tokens_per_s",
+        "attention_path", "device", "dtype", "torch", "context_tokens", "prefill_s", "prefill_tokens_per_s",
         "first_token_s", "decode_ms_per_step", "tokens_per_s_per_sample", "tokens_per_s", "bytes_per_step",
         "bandwidth_gb_s", "peak_memory_bytes",
     ):  # fmt: skip
         assert report[name], name
-    assert "decode_ms_per_step" in result.stderr
+    assert result.stderr.count("\n") == 3 and "seed 1" in result.stderr
 
 
 def test_stdout_is_the_sample_and_nothing_else():
@@ -76,8 +105,8 @@ def test_a_report_of_one_token_has_no_decode_numbers(tmp_path):
 def test_waves_and_layouts_draw_the_same_samples():
     base = [*PROMPT, "-n", 5, "--max_new_tokens", 15, "--format", "jsonl", "--dtype", "float32"]
     expected = [row["tokens"] for row in lines_of(run(*base))]
-    waves = run(*base, "--max_memory", "8.1MB")
-    assert re.search(r"waves +[2-5]\n", waves.stderr), waves.stderr
+    waves = run(*base, "--max_memory", "8.1MB", "--no-compile")
+    assert re.search(r"running in [2-5] waves", waves.stderr), waves.stderr
     for result in (waves, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
         assert [row["tokens"] for row in lines_of(result)] == expected
 
@@ -92,7 +121,7 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path):
 
 
 def test_a_plan_runs_nothing():
-    result = run("--plan", "-n", 2048, "--prompt", 200000, "--max_memory", "100GB")
+    result = run("--plan", "-n", 2048, "--synthetic_prompt", 200000, "--max_memory", "100GB")
     assert result.returncode == 0
     assert re.search(r"waves +[1-9]", result.stdout) and "an unshared K/V cache" in result.stdout
 
@@ -142,17 +171,90 @@ def test_a_stop_string_is_not_printed():
     assert run(*PROMPT, "--max_new_tokens", 60, "--quiet", "--stop", stop).stdout == whole[: whole.index(stop)] + "\n"
 
 
-def test_digits_in_a_file_are_text(tmp_path):
-    (tmp_path / "prompt.txt").write_text("7\n")
-    result = run("--prompt_file", tmp_path / "prompt.txt", "--max_new_tokens", 3, "--report", tmp_path / "r.json")
-    assert result.returncode == 0
+def test_digits_are_text(tmp_path):
+    """As a file and as --prompt, which draw the same; a prompt of so many tokens is another flag."""
+    (tmp_path / "prompt.txt").write_text("42\n")
+    base, context = ["--max_new_tokens", 3, "--seed", 1, "--report", tmp_path / "r.json"], []
+    results = [run(*flags, *base) for flags in (["--prompt_file", tmp_path / "prompt.txt"], ["--prompt", "42"])]
+    assert results[0].stdout == results[1].stdout and results[0].returncode == 0
     assert json.loads((tmp_path / "r.json").read_text())["context_tokens"] < 6
+    for seed in (1, 1, 2):
+        flags = ["--synthetic_prompt", 42, *base[:2], "--format", "jsonl", "--seed", seed, "--report", tmp_path / "r"]
+        context += [lines_of(run(*flags))[0]["tokens"]]
+        assert json.loads((tmp_path / "r").read_text())["context_tokens"] == 42
+    assert context[0] == context[1] != context[2]
+
+
+def test_nothing_at_all_tells_a_story():
+    """Empty stdin, or a terminal, which is not waited for. Oracle: the prompt that it then has."""
+    base = ["--seed", 3, "--max_new_tokens", 9]
+    expected = run(*base, "--prompt", STORY)
+    assert expected.returncode == 0 and expected.stdout
+    for typed in ("", "\n"):
+        assert run(*base, input=typed).stdout == expected.stdout
+    assert run(*base, input="never read", kind=Terminal).stdout == expected.stdout
+    assert start(*base).stdout == expected.stdout
+
+
+def test_piped_text_is_the_prompt():
+    base = ["--seed", 3, "--max_new_tokens", 9, "--quiet"]
+    expected = run(*base, "--prompt", "The dog 日本").stdout
+    assert run(*base, input="The dog 日本\n").stdout == run(*base, input="The dog 日本").stdout == expected
+    assert run(*base, *PROMPT[:2], input="unread").stdout == run(*base, *PROMPT[:2]).stdout != expected
+    assert_refused(run(*base, "--prompt_file", "-"), "the prompt is empty")
+
+
+def test_echo_prints_the_prompt_before_each_sample():
+    for flags in ([], ["-n", 3]):
+        base = [*PROMPT, *flags, "--max_new_tokens", 15, "--quiet"]
+        plain, echoed = (run(*base, *more).stdout for more in ([], ["--echo"]))
+        told = re.sub(r"(?m)^(?!\[|$)", "Once upon a time", plain) if flags else "Once upon a time" + plain
+        assert echoed == told and echoed.count("Once upon a time") == max(1, echoed.count("mean log-probability"))
+
+
+def test_three_lines_say_what_ran_and_verbose_says_all(tmp_path):
+    """Without --seed the lines name one that draws the same again."""
+    first = run("--prompt", "Once", "-n", 3, "--max_new_tokens", 9)
+    assert first.stderr.count("\n") == 3
+    (seed,) = re.findall(r"seed (\d+)", first.stderr)
+    what, fast, held = first.stderr.splitlines()
+    assert "bifurcated attention" in what and "tokens/s" in fast and "peak" in held
+    verbose = run("--prompt", "Once", "-n", 3, "--max_new_tokens", 9, "--seed", seed, "--verbose", "--report",
+        tmp_path / "r.json")  # fmt: skip
+    assert verbose.stdout == first.stdout
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert set(re.findall(r"^ *(\w+)  ", verbose.stderr, re.MULTILINE)) == report.keys()
+    assert run("--prompt", "Once", "-n", 3, "--max_new_tokens", 9).stdout != first.stdout, "a new seed"
+
+
+def test_no_librarys_warning_reaches_the_user(tmp_path):
+    """Where NumPy is not installed PyTorch warns of it. One row, several, a chat; also torch.compile's own import."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('not here', name='numpy')")
+    without = {"env": ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}}
+    result = start(*PROMPT, "-n", 3, "--max_new_tokens", 5, **without)
+    assert result.returncode == 0 and result.stderr.count("\n") == 3, result.stderr
+    quiet = start("--interactive", "--max_new_tokens", 5, "--quiet", input="hi\nyou\n", stdin=None, **without)
+    assert quiet.returncode == 0 and quiet.stderr.replace("> ", "") == "", quiet.stderr
+
+
+def test_escapes_of_stop_strings():
+    for given, meant in (
+        (r"\n", "\n"),
+        (r"a\tb\r", "a\tb\r"),
+        (r"\\n", r"\n"),
+        (r"\q", r"\q"),
+        ("\n", "\n"),
+        ("é", "é"),
+    ):
+        assert build_parser().parse_args(["--stop", given]).stop == [meant]
+    base = ["--seed", 1, "--max_new_tokens", 200, "--quiet"]
+    whole = run(*base).stdout
+    assert whole.index("\n") < len(whole) - 1
+    assert run(*base, "--stop", r"\n").stdout == whole[: whole.index("\n") + 1]
 
 
 def test_without_a_compiler_compile_runs_eagerly_and_says_so():
-    environment = ENVIRONMENT | {"CXX": "no-such-compiler"}
-    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "--max_new_tokens", "3", "--compile"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    result = run(*PROMPT, "--max_new_tokens", "3", "--compile", "--verbose", CXX="no-such-compiler")
     assert result.returncode == 0 and "no C++ compiler" in result.stderr and result.stdout
 
 
@@ -248,23 +350,33 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
     "arguments,message",
     [
         (["--prompt", ""], "the prompt is empty"),
-        ([], "no prompt: give --prompt TEXT"),
-        (["--prompt", "a", "--prompt_file", "b"], "are both given"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
+        (["--prompt", "a", "--synthetic_prompt", "9"], "--prompt and --synthetic_prompt are both given"),
+        (["--prompt_file", "-", "--synthetic_prompt", "9"], "--prompt_file and --synthetic_prompt are both given"),
         (
             ["--prompt_file", "no/such/file"],
             "--prompt_file no/such/file cannot be read (No such file or directory): give",
         ),
         (
-            ["--prompt", "300"],
+            ["--synthetic_prompt", "300"],
             "prompt of 300 tokens + max_new_tokens 200 = 500 is over the model's context limit of 320",
         ),
-        (["--prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
+        (["--synthetic_prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
         ([*PROMPT, "--pick"], "add --interactive"),
-        (["--interactive", "--kv_dtype", "int8"], "without --interactive: leave one out"),
-        ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "goes with --attention bifurcated"),
+        (["--interactive", "--kv_dtype", "int8"], "--kv_dtype int8 is for one prompt: leave it out of --interactive"),
+        ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "give auto, or int8 with bifurcated"),
+        ([*PROMPT, "--echo", "--format", "jsonl"], "--echo is for texts of one prompt"),
+        (["--interactive", "--echo"], "--echo is for texts of one prompt"),
+        (["--synthetic_prompt", "9", "--echo"], "--echo is for texts of one prompt"),
+        (["--synthetic_prompt", "9", "--chat"], "--synthetic_prompt is no message"),
+        (["--synthetic_prompt", "9", "--interactive"], "--synthetic_prompt is no message"),
+        (["--synthetic_prompt", "0"], "synthetic_prompt 0 must be at least 1"),
+        (["--synthetic_prompt", "x"], "invalid int value: 'x'"),
+        ([*PROMPT, "--attention", "auto"], "invalid choice: 'auto'"),
+        ([*PROMPT, "--prefill_chunk", "0"], "prefill_chunk 0 must be at least 1"),
         ([*PROMPT, "--max_memory", "0"], "'0' must be above 0"),
         ([*PROMPT, "--temperature", "1e-39"], "temperature 1e-39 must be 0"),
-        (["--prompt", "30000"], "prompt of 30000 tokens"),
+        (["--synthetic_prompt", "30000"], "prompt of 30000 tokens"),
         ([*PROMPT, "-n", "0"], "num_samples 0 must be at least 1"),
         ([*PROMPT, "-n", "three"], "invalid int value: 'three'"),
         ([*PROMPT, "--top", "0"], "top 0 must be at least 1"),
@@ -350,11 +462,11 @@ def test_a_chat_of_three_turns_keeps_what_was_said(talker):
         Dialogue(tokenizer, model.args.vocab_size, choose_chat(talker, tokenizer, True, False), None),
         [],
     )
-    replies = lines_of(talk)
+    replies, engine = lines_of(talk), Engine(model, tokenizer)
     assert len(replies) == 3
     for text, reply in zip(said, replies, strict=True):
-        context += dialogue.say(text)
-        (sample,) = generate(model, context, Request(1, 6, Sampling(0), 0, eos_ids=dialogue.eos_ids), tokenizer)
+        context += dialogue.encode_turn(text)
+        (sample,) = engine.generate(context, Request(1, 6, Sampling(0), eos_ids=dialogue.eos_ids))
         assert sample.tokens == reply["tokens"]
         context += [token for token in sample.tokens if token not in dialogue.eos_ids]
         dialogue.keep(text, reply["text"])
@@ -392,8 +504,7 @@ def test_a_chat_that_cannot_be_is_one_line(talker, tmp_path, flags, match):
     ids=str,
 )
 def test_more_bad_input_is_one_line(flags, match):
-    command = [sys.executable, str(ROOT / "generate.py"), *flags]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    result = run(*flags)
     assert result.returncode == 2 and result.stdout == ""
     assert re.match(f"error: {match}", result.stderr) and result.stderr.count("\n") == 1, result.stderr
 
@@ -432,4 +543,4 @@ def test_a_newline_at_the_end_of_a_file_is_not_a_part_of_the_prompt():
 
 
 def test_the_plan_names_the_context_limit():
-    assert re.search(r"context limit +320  tokens", run("--plan", "--prompt", 5000).stdout)
+    assert re.search(r"context limit +320  tokens", run("--plan", "--synthetic_prompt", 5000).stdout)

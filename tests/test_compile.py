@@ -1,34 +1,142 @@
-"""The compiled step. Oracles: torch.compile's own refusal to compile again; the eager step's tokens in fp32."""
+"""The compiled step. Oracles: torch.compile's own refusal to compile again; the eager step's numbers in fp32."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, random_model, random_tokens
+from conftest import ALIBI, GQA, MQA, random_model, random_tokens, request
+from torch import Tensor
 
-from generate import Request, Sampling, generate, make_steps
-from report import Monitor
+import engine as road
+from cache import Int8Context, KVCache
+from engine import Engine
+from graphs import StepInput, compiled
+from model import ModelArgs, Transformer
+from report import Stopwatch
+from sampling import Sampling, uniform
+
+PLAIN = replace(GQA, n_layer=1)
+DISTANT = replace(ALIBI, n_layer=1, windows=(5,))
 
 
-@pytest.mark.parametrize(
-    "args", [replace(GQA, n_layer=1), replace(ALIBI, n_layer=1, windows=(5,))], ids=["plain", "ALiBi, window"]
-)
-def test_one_compiled_step_serves_every_n_context_and_capacity(monkeypatch, args):
-    """Also through compaction, which changes N on the way, and growth, which changes the slots."""
-    monkeypatch.setattr("generate.DECODE_SLOTS", 8)
+@pytest.fixture(autouse=True)
+def afresh():
     torch.compiler.reset()
-    model = random_model(args, torch.float32)
-    steps, eos = make_steps(model, compile_decode=True), frozenset(range(3, 97, 9))
 
-    def draw(n: int, context: int, length: int, compiled: bool) -> tuple[list, Monitor]:
-        prompt, monitor = random_tokens(GQA, context, seed=context).tolist(), Monitor()
-        request = Request(n, length, Sampling(0.9, top_k=30), seed=n, eos_ids=eos)
-        samples = generate(model, prompt, request, steps=steps if compiled else None, monitor=monitor)
-        return [each.tokens for each in samples], monitor
+
+@pytest.mark.parametrize("args", [PLAIN, DISTANT], ids=["plain", "ALiBi, window"])
+def test_one_compiled_step_serves_every_n_context_and_capacity(args):
+    """Also through compaction, which changes N on the way, and growth, which changes the slots in view."""
+    model, eos = random_model(args, torch.float32), frozenset(range(3, 97, 30))
+    by_mode = {mode: Engine(model, compile=mode) for mode in (True, False)}
+
+    def draw(n: int, context: int, length: int, mode: bool) -> tuple[list, Stopwatch]:
+        prompt, watch = random_tokens(GQA, context, seed=context).tolist(), Stopwatch()
+        asked = request(n, length, Sampling(0.9, top_k=30), seed=n, eos_ids=eos)
+        return [each.tokens for each in by_mode[mode].generate(prompt, asked, watch)], watch
 
     draw(5, 13, 6, True)
     with torch.compiler.set_stance("fail_on_recompile"):
-        for n, context, length in ((2, 2, 5), (3, 200, 30), (17, 33, 40), (64, 129, 12)):
-            tokens, monitor = draw(n, context, length, True)
+        for n, context, length in ((2, 2, 5), (3, 200, 80), (17, 33, 140), (64, 129, 12)):
+            tokens, watch = draw(n, context, length, True)
             assert tokens == draw(n, context, length, False)[0]
-            assert len(monitor.step_s) > 1
+            assert len(watch.step_s) > 1
+
+
+def filled(cache: KVCache, seed: int) -> KVCache:
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in cache.tensors:
+        tensor.normal_(generator=generator)
+    return cache
+
+
+def root_of(args: ModelArgs, length: int) -> KVCache:
+    return filled(KVCache.empty(args, 1, length, torch.empty(0)), length)
+
+
+def no_numbers(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """In place of `uniform`, which takes most of the time to compile and has a test of its own."""
+    return sample * position + seed
+
+
+class Both:
+    """The compiled step and the eager one."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.eager = partial(road.decode, model, no_numbers)
+        self.compiled = compiled(self.eager)
+
+    def difference(self, cache: KVCache, position: int | None = None) -> float:
+        """Of the logits of a step at the position, or at each row's own start."""
+        n = cache.rows
+        where = cache.start[:, None].clone() if position is None else torch.full((n, 1), position)
+        inputs = StepInput(random_tokens(GQA, n, 1), where, torch.arange(n), torch.tensor(3))
+        (logits, numbers), (expected, drawn) = self.compiled(inputs, cache), self.eager(inputs, cache)
+        assert torch.equal(numbers, drawn)
+        return (logits - expected).abs().max().item()
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Traced and guarded as ever, without the C++ compiler: what is asked is whether it compiles again."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+def test_a_step_of_one_key_head_does_not_compile_again(quickly):
+    """MQA, whose dimension of one is no N: a chain of one row at N = 1, a fork at N >= 2, each in one form."""
+    args = replace(MQA, n_layer=1)
+    both = Both(random_model(args, torch.float32))
+
+    def check(length: int, slots: int, n: int) -> None:
+        context = root_of(args, length)
+        if n == 1:
+            context.resize(length + slots)
+        cache = context if n == 1 else KVCache.fork(context, n, slots)
+        assert both.difference(cache, length) < 1e-4
+
+    check(13, 64, 1)
+    check(13, 64, 5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length, slots, n in ((2, 64, 1), (200, 128, 1), (31, 7, 1), (2, 2, 2), (200, 64, 3), (29, 128, 17)):
+            check(length, slots, n)
+
+
+@pytest.mark.parametrize("args,form", [(DISTANT, "equal shares"), (PLAIN, "unequal shares")], ids=["equal", "unequal"])
+def test_one_compiled_step_serves_trees_of_any_size(quickly, args, form):
+    """Three caches: R questions of their own lengths behind one context, whose children are shared out equally or not;
+    R, the lengths, the children and all slots vary. Oracle: the eager step."""
+    both = Both(random_model(args, torch.float32))
+
+    def tree(context: int, lengths: list[int], share: int, slots: int) -> KVCache:
+        root, R = root_of(args, context), len(lengths)
+        middle = filled(KVCache.fork(root, R, 9), R)
+        rows = [row for row in range(R) for _ in range(share)]
+        rows = rows if form == "equal shares" else [*rows[::-1], 0, 0]
+        return KVCache.branch(middle, rows, slots, length=torch.tensor(lengths))
+
+    assert both.difference(tree(13, [4, 2, 5], 2, 64)) < 1e-4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for R, share, context, slots in ((2, 3, 29, 64), (5, 2, 200, 5), (7, 4, 2, 128), (17, 2, 33, 64)):
+            assert both.difference(tree(context, [1 + row % 9 for row in range(R)], share, slots)) < 1e-4
+
+
+def test_one_compiled_step_reads_a_context_in_int8():
+    both = Both(random_model(PLAIN, torch.float32))
+
+    def difference(n: int, length: int) -> float:
+        return both.difference(KVCache.fork(Int8Context(root_of(PLAIN, length)), n, 4))
+
+    assert difference(5, 29) < 1e-4
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert difference(3, 77) < 1e-4 and difference(17, 200) < 1e-4
+
+
+def test_compiled_numbers_beyond_32_bits_are_the_eager_ones():
+    """Every bit: compiled code may not take a product for one that does not overflow."""
+    graph = torch.compile(uniform, fullgraph=True)
+    words = torch.tensor([0, 1, 0xFFFF, 0xFFFFFFFF, 2**32, 2**32 + 5, 0x4F1BBCDCBFA53E0A, 2**63 - 1])
+    for seed in words:
+        found, expected = (each(seed, words[:, None], words) for each in (graph, uniform))
+        assert torch.equal(found, expected)
+    assert isinstance(found, Tensor) and found.unique().numel() == 64

@@ -1,25 +1,26 @@
 """The path of a CUDA device. Where there is none, its code runs on the meta device, with the CUDA operator's own shapes
 and dtypes and no numbers, and with numbers through PyTorch's fused CPU kernel, whose interface is the same.
 
-Oracles: an fp64 softmax and, for the recorded step, the plain one. The last tests need a GPU and are skipped without.
+Oracles: an fp64 softmax; for a recorded step, the plain one. The last tests need a GPU and are skipped without.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from conftest import GQA, random_model, random_tokens
+from conftest import draws, random_model, random_tokens
 from test_bifurcated_attention import SHAPES, assert_error_at_most_twice, draw, oracle, side_by_side
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bifurcated_attention as ours
-import model as network
-from cuda_graph import RecordedStep, Recording
-from generate import Request, Sampling, generate, make_steps
-from int8_context import Int8Context
-from model import LAYOUTS, KVCache, ModelArgs, Prefill, SDPACache, Transformer, empty_model
+import cache as caches
+from cache import LAYOUTS, Int8Context, KVCache, Prefill
+from engine import Engine, Request, decode
+from graphs import RecordedStep, StepInput, compiled
+from model import ModelArgs, Transformer, empty_model
+from sampling import Sampling, uniform
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPE = ModelArgs(
@@ -30,23 +31,26 @@ SHAPE = ModelArgs(
 @pytest.fixture
 def fused(monkeypatch):
     """The fused kernel on every device, and on the meta device CUDA's."""
-    for module in (ours, network):
-        monkeypatch.setattr(module, "has_flash", lambda device, dtype, head_dim: dtype != torch.float64)
-    monkeypatch.setitem(ours.FLASH, "meta", ours.FLASH["cuda"])
+    for module in (ours, caches):
+        monkeypatch.setattr(module, "has_fused", lambda device, dtype, head_dim: dtype != torch.float64)
+    for kernels in (ours.FLASH, ours.MASKED):
+        monkeypatch.setitem(kernels, "meta", kernels["cuda"])
 
 
 class Recorder(TorchDispatchMode):
-    """Every operator that runs, with the shapes of the tensors that it makes."""
+    """Every operator that runs, with the shapes and the dtypes of the tensors that it makes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, list[tuple[int, ...]]]] = []
+        self.made: list[tuple[tuple[int, ...], torch.dtype]] = []
         self.devices: set[str] = set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         made = result if isinstance(result, tuple | list) else [result]
         self.devices |= {each.device.type for each in made if isinstance(each, Tensor)}
+        self.made += [(tuple(each.shape), each.dtype) for each in made if isinstance(each, Tensor)]
         self.seen.append((function.name(), [tuple(each.shape) for each in made if isinstance(each, Tensor)]))
         return result
 
@@ -62,7 +66,7 @@ def test_the_merge_contract_of_the_fused_kernel(fused, shape, dtype, scale):
     k, v = side_by_side(k_context, k_decoded), side_by_side(v_context, v_decoded)
     expected, _ = oracle(q, k, v)
     plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    mask = torch.ones(1, 1, 1, k_decoded.shape[2], dtype=torch.bool)  # as a cache has: the fused kernel takes none
+    mask = torch.ones(1, 1, 1, k_decoded.shape[2], dtype=torch.bool)  # as a cache has
     found = ours.bifurcated_attention(q, k_context, v_context, k_decoded, v_decoded, mask)
     assert_error_at_most_twice(found, plain, expected)
 
@@ -74,6 +78,63 @@ def test_the_fused_kernel_gives_the_log_sum_exp(fused):
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=1e-6)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-6)
     assert ours.partial_attention(q, k[:, :, :0], v[:, :, :0])[1].max() == -float("inf")
+
+
+def as_on_cuda(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The CPU's kernel with what CUDA's does besides: nan where a query sees nothing, and a log-sum-exp with room to
+    spare behind it."""
+    out, lse = ours.FLASH["cpu"](q, k, v, attn_mask=bias)[:2]
+    blind = bias.isinf().all(-1)
+    lse = torch.nn.functional.pad(lse.masked_fill(blind, float("nan")), (0, 29), value=7.0)
+    return out.masked_fill(blind[..., None], float("nan")), lse
+
+
+@pytest.mark.parametrize("kernel", [ours.MASKED["cpu"], as_on_cuda], ids=["CPU", "as on CUDA"])
+@pytest.mark.parametrize("masked", [(5, 1, 1), (1, 1, 3), (5, 4, 3), (1, 4, 1)], ids=str)
+@pytest.mark.parametrize("L", [1, 7, 129])
+def test_the_fused_kernel_takes_a_mask(monkeypatch, masked, L, kernel):
+    """Of rows, heads, queries or all alike, at lengths that no kernel likes; where a query sees nothing, 0 and -inf.
+    Oracle: fp64."""
+    monkeypatch.setitem(ours.MASKED, "cpu", kernel)
+    generator = torch.Generator().manual_seed(L)
+    q, k, v = (torch.randn(5, 4, size, 24, generator=generator) for size in (3, L, L))
+    mask = torch.rand(*masked, L, generator=generator) < 0.5
+    mask.view(-1, L)[0] = False
+    out, lse = ours.fused_partial(q, k, v, mask)
+    expected_out, expected_lse = oracle(q, k, v, mask)
+    blind = ~mask.any(-1, keepdim=True).expand(5, 4, 3, 1)
+    assert blind.any() and out.dtype == lse.dtype == torch.float32
+    assert (lse[blind] == -float("inf")).all() and (out.masked_select(blind) == 0).all()
+    torch.testing.assert_close(out.double(), expected_out.masked_fill(blind, 0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["rows that share keys", "rows at their own positions"])
+def test_masked_keys_go_through_the_fused_kernel(fused, form):
+    """shared_attention as a cache calls it: of an ancestor's rows of several lengths, and of own keys. Oracle: fp64."""
+    generator, R = torch.Generator().manual_seed(0), 2 if form == "rows that share keys" else 6
+    q, k, v = (torch.randn(*shape, 24, generator=generator) for shape in ((6, 4, 1), (R, 2, 9), (R, 2, 9)))
+    mask = torch.arange(9) < torch.arange(1, R + 1)[:, None, None, None] * 9 // R  # [R,1,1,9]
+    with Recorder() as recorder:
+        out, lse = ours.shared_attention(q, k, v, mask)
+    assert recorder.count("flash_attention_for_cpu") == 1
+    expected = oracle(q, *(each.repeat_interleave(6 // R, 0) for each in (k, v, mask)))
+    for found, wanted in zip((out, lse), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, (17, 1, 1, 33), (1, 1, 4, 33)], ids=str)
+def test_the_kernels_of_cuda_give_these_shapes(causal, mask, fused):
+    """On the meta device, so of PyTorch's own word for them: out [B,H,Q,D] and lse [B,H,Q,1], fp32."""
+    if causal and mask:
+        pytest.skip("a mask says itself what is causal")
+    q, k = (torch.empty(17, 6, size, 16, device="meta", dtype=torch.bfloat16) for size in (4, 33))
+    visible = mask and torch.ones(mask, device="meta", dtype=torch.bool)
+    with Recorder() as recorder:
+        out, lse = ours.fused_partial(q, k, k, visible, causal)
+    assert (out.shape, lse.shape) == ((17, 6, 4, 16), (17, 6, 4, 1)) and out.dtype == lse.dtype == torch.float32
+    assert recorder.count("efficient_attention" if mask else "flash_attention") == 1 and recorder.devices == {"meta"}
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -106,7 +167,8 @@ def meta_model(dtype: torch.dtype) -> Transformer:
 
 @pytest.mark.parametrize("n,size", [(1, 1), (3, 1), (17, 2)])
 def test_no_scores_over_the_context_are_held(fused, n, size):
-    """A decode step over a context of 777: one fused kernel a layer, and nothing made that has a dimension of 777."""
+    """A decode step over a context of 777: a fused kernel a layer for it, and nothing made that has a dimension of 777;
+    another for the rows' own keys, of which no copy is made, in fp32 or otherwise."""
     model = meta_model(torch.bfloat16)
     cache = KVCache.fork(KVCache.empty(SHAPE, 1, 777, model.norm.weight), n, 33)
     tokens = torch.zeros(n, size, dtype=torch.long, device="meta")
@@ -114,7 +176,11 @@ def test_no_scores_over_the_context_are_held(fused, n, size):
         logits = model(tokens, tokens + 777, cache)
     assert logits.shape == (n, size, 97) and logits.dtype == torch.bfloat16
     assert recorder.count("_scaled_dot_product_flash_attention") == SHAPE.n_layer
+    assert recorder.count("_scaled_dot_product_efficient_attention") == SHAPE.n_layer  # the rows' own keys
     assert not [seen for seen in recorder.seen if any(777 in shape for shape in seen[1])]
+    copies = ("aten::_to_copy", "aten::clone", "aten::cat", "aten::copy_", "aten::bmm", "aten::mul.Tensor")
+    assert not [seen for seen in recorder.seen if seen[0] in copies and any(33 in shape for shape in seen[1])]
+    assert not [shape for shape, dtype in recorder.made if dtype == torch.float32 and 33 in shape]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,70 +192,15 @@ def test_every_layout_traces_on_one_device(fused, layout, dtype):
     for first, size in ((0, 13), (13, 7)):
         tokens = torch.zeros(1, size, dtype=torch.long, device="meta")
         model.hidden(tokens, first + torch.arange(size, device="meta")[None], Prefill(context, first, size))
-    tokens, kept = torch.zeros(5, 1, dtype=torch.long, device="meta"), torch.tensor([0, 2, 4], device="meta")
+    tokens, kept = torch.zeros(5, 1, dtype=torch.long, device="meta"), [0, 2, 4]
     with Recorder() as recorder:
-        cache = LAYOUTS[layout](context, 5, 4)
+        cache = LAYOUTS[layout](context, 5, 4, 0)
         for step in range(2):
             assert model(tokens, tokens + 20 + step, cache).shape == (5, 1, 97)
         cache.keep(kept)
-        cache.reserve(cache.slots + 4)
+        cache.resize(cache.slots + 4)
         assert model(tokens[:3], tokens[:3] + 22, cache).dtype == dtype
     assert recorder.devices == {"meta"}
-
-
-def test_a_recorded_step_is_recorded_when_the_cache_changes(monkeypatch):
-    """The same tokens as the plain step's, through compaction and growth, from a recording that is made only then."""
-    monkeypatch.setattr("generate.DECODE_SLOTS", 8)
-    model, prompt = random_model(GQA, torch.float32), random_tokens(GQA, 13).tolist()
-    plain, recordings = make_steps(model), []
-
-    def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
-        output = step()
-        recordings.append(output.shape)
-
-        def replay() -> None:
-            output.copy_(step())
-
-        return replay, output
-
-    request = Request(17, 40, Sampling(0.9, top_k=30), seed=1, eos_ids=frozenset(range(3, 97, 9)))
-    steps = replace(plain, decode=RecordedStep(plain.decode, record))
-    drawn = [each.tokens for each in generate(model, prompt, request, steps=steps)]
-    assert drawn == [each.tokens for each in generate(model, prompt, request)]
-    counted = len(recordings)
-    assert 4 <= counted <= 12 < max(map(len, drawn))  # five growths, and at most five compactions
-    generate(model, prompt, request, steps=steps)
-    assert len(recordings) > counted  # another cache
-
-
-def test_memory_that_is_handed_out_again_is_recorded_anew():
-    """Caches of other lengths, and of another kind, in the same memory: each call gives the plain step's logits."""
-    model = random_model(GQA, torch.float32)
-    plain = make_steps(model).decode
-    memory = torch.randn(4 * GQA.n_layer, 10000, generator=torch.Generator().manual_seed(0))
-    starts = torch.zeros(1, dtype=torch.long), torch.zeros(3, dtype=torch.long)
-
-    def record(step: Callable[[], Tensor], device: torch.device) -> Recording:
-        """Keeps to the shapes that it has seen, as a graph does, and not to the objects."""
-        kind, length, output = current[0], current[1], step()
-
-        def replay() -> None:
-            output.copy_(plain(recorded.tokens, recorded.input_pos, cache_of(kind, length)))
-
-        return replay, output
-
-    def cache_of(kind: type[KVCache], length: int) -> KVCache:
-        parts = [part[: rows * 2 * slots * 10].view(rows, 2, slots, 10) for part, (rows, slots) in zip(memory, (
-            [(1, length)] * 2 * GQA.n_layer + [(3, 4)] * 2 * GQA.n_layer), strict=True)]  # fmt: skip
-        layers = [parts[first : first + GQA.n_layer] for first in range(0, len(parts), GQA.n_layer)]
-        starts[1].fill_(length)
-        return kind(layers[2], layers[3], starts[1], KVCache(layers[0], layers[1], starts[0]))
-
-    recorded, tokens = RecordedStep(plain, record), random_tokens(GQA, 3, 1)
-    for current in ((KVCache, 13), (KVCache, 14), (SDPACache, 14), (SDPACache, 14)):
-        input_pos = torch.full((3, 1), current[1])
-        found = recorded(tokens, input_pos, cache_of(*current)).clone()
-        assert torch.equal(found, plain(tokens, input_pos, cache_of(*current))), current
 
 
 @needs_gpu
@@ -205,32 +216,63 @@ def test_the_merge_contract_on_a_gpu(shape, dtype):
 
 
 @needs_gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_layouts_agree_on_a_gpu(compiled):
-    """fp32, N = 1, 3, 17: the same tokens from every layout as on the CPU, recorded and compiled."""
-    on_cpu = random_model(SHAPE, torch.float32)
-    on_gpu = random_model(SHAPE, torch.float32).cuda()
-    prompt, steps = random_tokens(SHAPE, 40).tolist(), make_steps(on_gpu, compile_decode=compiled)
-    for n in (1, 3, 17):
-        request = Request(n, 30, Sampling(0.9, top_k=30), seed=n, eos_ids=frozenset(range(3, 97, 9)), prefill_chunk=13)
-        expected = [each.tokens for each in generate(on_cpu, prompt, request)]
-        for layout in LAYOUTS:
-            drawn = generate(on_gpu, prompt, replace(request, attention=layout), steps=steps)
-            assert [each.tokens for each in drawn] == expected, (n, layout)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("L", [1, 7, 129])
+def test_the_fused_kernel_takes_a_mask_on_a_gpu(dtype, L):
+    """With queries that see nothing. Oracle: fp64; the bound is twice the error of the CPU's kernel."""
+    generator = torch.Generator().manual_seed(L)
+    q, k, v = (torch.randn(5, 4, size, 24, generator=generator).to(dtype) for size in (3, L, L))
+    mask = torch.rand(5, 1, 3, L, generator=generator) < 0.5
+    mask[0] = False
+    blind = ~mask.any(-1, keepdim=True)
+    expected, expected_lse = oracle(q, k, v, mask)
+    plain, _ = ours.fused_partial(q, k, v, mask)
+    out, lse = (each.cpu() for each in ours.fused_partial(*(each.cuda() for each in (q, k, v, mask))))
+    assert_error_at_most_twice(out, plain, expected.masked_fill(blind, 0))
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=2e-2)
 
 
 @needs_gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_recorded_steps_are_the_plain_steps_on_a_gpu(compiled):
-    """bfloat16 through the fused kernel, prompts of several lengths with one recorded step, and the context in int8."""
+@pytest.mark.parametrize("compile", [False, True])
+def test_layouts_agree_on_a_gpu(compile):
+    """fp32, N = 1, 3, 17: the same tokens from every layout as on the CPU, recorded and compiled."""
+    on_cpu = Engine(random_model(SHAPE, torch.float32), compile=False)
+    on_gpu = Engine(random_model(SHAPE, torch.float32).cuda(), compile=compile)
+    prompt, eos = random_tokens(SHAPE, 40).tolist(), frozenset(range(3, 97, 30))
+    for n in (1, 3, 17):
+        request = Request(n, 90, Sampling(0.9, top_k=30), seed=n, eos_ids=eos, prefill_chunk=13)
+        expected = draws(on_cpu.generate(prompt, request))
+        for layout in LAYOUTS:
+            drawn = on_gpu.generate(prompt, replace(request, attention=layout))
+            assert draws(drawn) == expected, (n, layout)
+
+
+@needs_gpu
+def test_numbers_are_those_of_the_cpu():
+    words = torch.tensor([0, 1, 0xFFFF, 0xFFFFFFFF, 2**32 + 5, 2**63 - 1])
+    for seed in words:
+        assert torch.equal(uniform(*(each.cuda() for each in (seed, words[:, None], words))).cpu(),
+            uniform(seed, words[:, None], words))  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_recorded_steps_are_the_plain_steps_on_a_gpu(compile):
+    """bfloat16 through the fused kernels, prompts of several lengths with one recorded step, the context in int8, and
+    steps of three positions between those of one."""
     model = random_model(SHAPE, torch.float32).to(device="cuda", dtype=torch.bfloat16)
-    recorded, plain = make_steps(model, compile_decode=compiled).decode, make_steps(model).decode.step
+    plain = partial(decode, model, uniform)
+    recorded = RecordedStep(compiled(plain) if compile else plain)
     for length in (40, 41, 300, 40):
         for kind in (lambda cache: cache, Int8Context):
             context = KVCache.empty(SHAPE, 1, length, model.norm.weight)
             for tensor in context.tensors:
                 tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))
             context = kind(context)
-            tokens, input_pos = random_tokens(SHAPE, 17, 1).cuda(), torch.full((17, 1), length, device="cuda")
-            found, expected = (step(tokens, input_pos, KVCache.fork(context, 17, 8)) for step in (recorded, plain))
-            assert ((found - expected).float().norm() / expected.float().norm()).item() < 0.02
+            for size in (1, 1) if compile else (1, 3, 1):
+                where = (length + torch.arange(size, device="cuda")).expand(17, size)
+                tokens, samples = random_tokens(SHAPE, 17, size).cuda(), torch.arange(17, device="cuda")
+                inputs = StepInput(tokens, where.clone(), samples, torch.tensor(7, device="cuda"))
+                found, expected = (step(inputs, KVCache.fork(context, 17, 8)) for step in (recorded, plain))
+                assert ((found[0] - expected[0]).float().norm() / expected[0].float().norm()).item() < 0.02
+                assert torch.equal(found[1], expected[1])

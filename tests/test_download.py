@@ -1,4 +1,4 @@
-"""scripts/download.py and prepare.sh. Oracle: a small hub on this machine, which counts what is asked of it.
+"""hub.py, scripts/download.py and prepare.sh. Oracle: a small hub on this machine, which counts what is asked of it.
 
 The hub speaks the few calls that huggingface_hub makes, so that its errors are those of the library, not of a stub.
 """
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
@@ -20,6 +21,7 @@ import pytest
 from conftest import ROOT
 
 import download
+from hub import UNFINISHED, choose, fetch, is_whole, locate
 
 COMPANIONS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
@@ -70,7 +72,7 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "config.json", "t
     ids=["llama", "mistral", "bin", "both", "file and shards", "one bin", "own name", "file", "files", "file of both"],
 )  # fmt: skip
 def test_one_set_of_weights_is_chosen(names, files, expected):
-    assert sorted(download.choose(names, files)) == sorted(expected)
+    assert sorted(choose(names, files)) == sorted(expected)
     assert len(set(expected)) == len(expected)
 
 
@@ -89,7 +91,7 @@ def test_one_set_of_weights_is_chosen(names, files, expected):
 )
 def test_a_repository_without_weights_for_the_engine_is_refused(names, files, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        download.choose(names, files)
+        choose(names, files)
 
 
 class Hub(ThreadingHTTPServer):
@@ -104,10 +106,14 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.listed: dict[str, int | None] = {}
         self.fetched: list[str] = []
-        self.paused = threading.Event()  # while set, weights stop halfway
+        self.paused = threading.Event()  # while set, files of this ending stop halfway
+        self.paused_at = ".safetensors"
 
     def run(self, *arguments, **environment) -> subprocess.CompletedProcess:
-        return run(*arguments, **self.environment, **environment)
+        return run(command_of(*arguments), **self.environment, **environment)
+
+    def locate(self, name: str, store: Path, **environment) -> subprocess.CompletedProcess:
+        return run(locate_of(name, store), **(self.environment | environment))
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -160,7 +166,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         half = len(body) // 2
         self.wfile.write(body[:half])
-        while self.server.paused.is_set() and self.path.endswith(".safetensors"):
+        while self.server.paused.is_set() and self.path.endswith(self.server.paused_at):
             time.sleep(0.05)
         self.wfile.write(body[half:])
 
@@ -189,9 +195,42 @@ def command_of(*arguments) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "download.py"), *map(str, arguments)]
 
 
-def run(*arguments, **environment) -> subprocess.CompletedProcess:
+LOCATE = """
+import sys
+from pathlib import Path
+from hub import locate
+try:
+    print(locate(sys.argv[1], Path(sys.argv[2])))
+except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def locate_of(name: str, store: Path) -> list[str]:
+    return [sys.executable, "-c", LOCATE, name, str(store)]
+
+
+def run(command: list[str], **environment) -> subprocess.CompletedProcess:
     environment = os.environ | environment
-    return subprocess.run(command_of(*arguments), capture_output=True, text=True, timeout=30, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, cwd=ROOT)
+
+
+def interrupt(hub: Hub, command: list[str], name: str) -> subprocess.CompletedProcess:
+    """Ctrl-C while the file `name` stands halfway; the program must end although it still does."""
+    hub.paused.set()
+    pipe, environment = subprocess.PIPE, os.environ | hub.environment
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT) as process:
+        limit = time.monotonic() + 20
+        while name not in hub.fetched:
+            time.sleep(0.02)
+            assert time.monotonic() < limit
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=5)
+    hub.paused.clear()
+    hub.fetched.clear()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
@@ -216,7 +255,7 @@ def test_what_is_needed_is_fetched_once(hub, tmp_path):
 def test_the_default_folder_is_below_the_repository(monkeypatch, capsys):
     """The folder is asked of the command line, in this process; nothing is fetched."""
     monkeypatch.setattr(sys, "argv", ["download.py", "own/model"])
-    monkeypatch.setattr(download, "download", lambda repo, revision, out, files: out)
+    monkeypatch.setattr("hub.download", lambda repo, revision, out, files: out)
     assert download.main() == 0
     assert capsys.readouterr().out == f"{ROOT / 'checkpoints' / 'own' / 'model'}\n"
 
@@ -268,7 +307,7 @@ def test_a_token_is_taken_from_the_environment(hub, tmp_path):
 )
 def test_without_a_network_it_ends_at_once(tmp_path, environment, message):
     begin = time.monotonic()
-    assert_refused(run("own/model", "--out", tmp_path, **environment), message)
+    assert_refused(run(command_of("own/model", "--out", tmp_path), **environment), message)
     assert time.monotonic() - begin < 10
 
 
@@ -286,18 +325,17 @@ def test_what_is_already_there_needs_no_room(monkeypatch, tmp_path, free, fits):
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
     info = SimpleNamespace(sha=Hub.sha, siblings=siblings)
-    monkeypatch.setattr(download, "HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: SimpleNamespace(model_info=lambda *_, **__: info))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
     monkeypatch.setattr(
-        download,
-        "hf_hub_download",
+        "huggingface_hub.hf_hub_download",
         lambda repo, name, *, revision, local_dir: (local_dir / name).write_bytes(bytes(sizes[name])),
     )
     if fits:
-        assert download.download("own/model", None, tmp_path, []) == tmp_path
+        assert fetch("own/model", None, tmp_path) == tmp_path
     else:
         with pytest.raises(ValueError, match="0.0 MB are to be fetched and the disk of"):
-            download.download("own/model", None, tmp_path, [])
+            fetch("own/model", None, tmp_path)
 
 
 def test_a_file_of_another_size_than_listed_is_named(hub, tmp_path):
@@ -327,31 +365,99 @@ def test_a_disk_that_fills_up_is_named(monkeypatch, capsys, error):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["download.py", "own/model", "--out", "somewhere"])
-    monkeypatch.setattr(download, "download", full)
+    monkeypatch.setattr("hub.download", full)
     assert download.main() == 2
     assert capsys.readouterr().err.startswith("error: the disk of somewhere is full: ")
 
 
 def test_an_interrupt_keeps_whole_files(hub, tmp_path):
-    """The weights stop halfway; after Ctrl-C the program ends although they still do, and goes on the next time."""
-    hub.paused.set()
-    command, environment = command_of("own/model", "--out", tmp_path), os.environ | hub.environment
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
-        limit = time.monotonic() + 20
-        while "model.safetensors" not in hub.fetched:
-            time.sleep(0.02)
-            assert time.monotonic() < limit
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=5)
-    assert process.returncode == 130 and stdout == "" and "Traceback" not in stderr
-    assert stderr.splitlines()[-1].startswith("interrupted: whole files are kept")
+    result = interrupt(hub, command_of("own/model", "--out", tmp_path), "model.safetensors")
+    assert result.returncode == 130 and result.stdout == "" and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("interrupted: whole files are kept")
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "config.json").exists()
-    hub.paused.clear()
-    hub.fetched.clear()
     assert hub.run("own/model", "--out", tmp_path).returncode == 0
     assert hub.fetched == ["model.safetensors"]
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """Whoever asks the hub gets an ImportError. Relative paths are below `tmp_path`."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_name_is_fetched_once_and_then_used_offline(hub, tmp_path, no_hub):
+    result, folder = hub.locate("own/model", tmp_path / "store"), tmp_path / "store" / "own" / "model"
+    assert result.returncode == 0 and result.stdout == f"{folder}\n", result.stderr
+    assert "fetching 3 files of own/model, 0.0 MB\n" in result.stderr and sorted(hub.fetched) == CHOSEN
+    assert locate("own/model", tmp_path / "store") == locate(Path("own/model"), tmp_path / "store") == folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ImportError):
+        locate("own/model", tmp_path / "store")
+
+
+def test_a_name_goes_on_where_its_download_was_interrupted(hub, tmp_path):
+    """No index says here that the first shard is not all."""
+    names = shards("model", 2, ".safetensors")
+    hub.repos["own/model"] = {name: name.encode() for name in ["config.json", *names]}
+    hub.paused_at, folder = names[1], tmp_path / "own" / "model"
+    assert interrupt(hub, locate_of("own/model", tmp_path), names[1]).stdout == ""
+    assert (folder / names[0]).exists() and not (folder / names[1]).exists()
+    result = hub.locate("own/model", tmp_path)
+    assert result.returncode == 0 and hub.fetched == names[1:], result.stderr
+    assert is_whole(folder) and sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+        "config.json", *names
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [None, "config.json", INDEX, "model-00002-of-00003.safetensors"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_folder_is_whole_with_all_that_it_names(tmp_path, missing, stopped):
+    """Without its index a folder holds the shards that are there, as read_checkpoint has it."""
+    names = ["config.json", *shards("model", 3, ".safetensors")]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip("abc", names[1:], strict=True))}))
+    if stopped:
+        (tmp_path / UNFINISHED).touch()
+    if missing:
+        (tmp_path / missing).unlink()
+    assert is_whole(tmp_path) == (missing in (None, INDEX) and not stopped)
+
+
+def test_a_path_that_is_there_is_not_looked_up(tmp_path, no_hub):
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "model.pth").touch()
+    for path in ("own/model", tmp_path / "own" / "model", "model.pth"):
+        assert locate(path, tmp_path / "store") == Path(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "a/b/c", "../model", "./own/model", "/own", "own/", "own/a model", "öwn/model", "own/model.pth"]
+)
+def test_what_is_neither_path_nor_name_is_refused(tmp_path, no_hub, name):
+    (tmp_path / "store" / "model").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=rf"^no checkpoint at {re.escape(name)}: .* or OWNER/NAME of the hub$"):
+        locate(name, tmp_path / "store" / "hub")
+
+
+@pytest.mark.parametrize(
+    "name,environment,message",
+    [
+        ("own/modle", {}, "own/modle is no folder here, and http://127.0.0.1"),
+        ("own/a..b", {}, "own/a..b is no folder here, and 'own/a..b' is not the name of a repository"),
+        ("own/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "/own/model cannot be fetched ([Errno 111] Connection"),
+    ],
+    ids=["unknown", "bad", "refused"],
+)
+def test_a_name_that_cannot_be_fetched_gets_one_line(hub, tmp_path, name, environment, message):
+    assert_refused(hub.locate(name, tmp_path, **environment), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_room_loads_no_library():
+    code = "import sys, hub; print([name for name in ('huggingface_hub', 'torch') if name in sys.modules])"
+    assert run([sys.executable, "-c", code]).stdout == "[]\n"
 
 
 STUB = """#!/usr/bin/env bash

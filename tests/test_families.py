@@ -10,13 +10,14 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import random_tokens
+from conftest import full, positions, prefilled, random_tokens
 from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
-from test_model import LAYOUTS, full, positions, prefilled
+from test_cache import LAYOUTS
 
+from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights
-from model import NoCache, Transformer
+from model import Transformer
 
 # Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.
 SHAPE = {

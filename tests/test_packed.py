@@ -4,14 +4,16 @@ compiled; fp64 products with dequantised weights; plain loops."""
 import weakref
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import GQA, random_model, random_tokens
 
 import packed
-from generate import make_steps
-from model import KVCache, NoCache
+from cache import KVCache, NoCache
+from engine import decode
+from graphs import StepInput, compiled
 from packed import (
     DequantisedLinear,
     Int4PackLinear,
@@ -29,6 +31,7 @@ from packed import (
     pack_linears,
     swap_linears,
 )
+from sampling import uniform
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="needs an x86 CPU")
@@ -93,13 +96,13 @@ def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
     args = replace(GQA, n_layer=1)
     plain, model = (random_model(args, dtype) for _ in range(2))
     pack_linears(model)
-    compiled, eager = make_steps(model, compile_decode=True).decode, make_steps(plain).decode
+    steps = compiled(partial(decode, model, uniform)), partial(decode, plain, uniform)
     root = KVCache.empty(args, 1, 29, model.norm.weight)
     root.k[0].normal_(), root.v[0].normal_()
 
     def difference(n: int) -> float:
-        token, input_pos = random_tokens(args, n, 1), torch.full((n, 1), 29)
-        logits, expected = (step(token, input_pos, KVCache.fork(root, n, 4)) for step in (compiled, eager))
+        rows = StepInput(random_tokens(args, n, 1), torch.full((n, 1), 29), torch.arange(n), torch.tensor(0))
+        logits, expected = (step(rows, KVCache.fork(root, n, 4))[0] for step in steps)
         return ((logits - expected).float().norm() / expected.float().norm()).item()
 
     assert difference(5) < NEAR[dtype]
@@ -242,13 +245,13 @@ def test_a_compiled_step_takes_quantised_weights(monkeypatch):
     for model in models:
         swap_linears(model, make)
     assert kernels(models[0]) == {"int8pack": 2, "int4pack": 2, "dequantised": 3, "plain": 1}
-    compiled, eager = make_steps(models[0], compile_decode=True).decode, make_steps(models[1]).decode
+    steps = compiled(partial(decode, models[0], uniform)), partial(decode, models[1], uniform)
     root = KVCache.empty(args, 1, 29, models[0].norm.weight)
     root.k[0].normal_(), root.v[0].normal_()
 
     def difference(n: int) -> float:
-        token, input_pos = random_tokens(args, n, 1), torch.full((n, 1), 29)
-        logits, expected = (step(token, input_pos, KVCache.fork(root, n, 4)) for step in (compiled, eager))
+        rows = StepInput(random_tokens(args, n, 1), torch.full((n, 1), 29), torch.arange(n), torch.tensor(0))
+        logits, expected = (step(rows, KVCache.fork(root, n, 4))[0] for step in steps)
         return ((logits - expected).float().norm() / expected.float().norm()).item()
 
     assert difference(5) < 0.03

@@ -1,63 +1,98 @@
 """What is decided from shapes alone. Oracles: bytes of tensors that are really allocated; arithmetic done by hand."""
 
-import argparse
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import GQA, MHA, random_model
 
-from model import KVCache, ModelArgs
-from options import build_parser
+from cache import KVCache
+from model import ModelArgs, empty_model
 from packed import IS_X86, can_pack
 from plan import (
-    Execution,
-    choose_attention,
+    Plan,
+    Workload,
     choose_compile,
     choose_device,
     choose_dtype,
-    choose_execution,
     choose_packing,
-    copy_up_to,
     human,
     parse_size,
-    plan_memory,
+    plan_run,
+    weigh,
 )
-from report import Monitor, measure
+from report import Stopwatch, measure
 
 CPU = torch.device("cpu")
+
+
+def plan(
+    args: ModelArgs, work: Workload, available: int = 10**9, dtype: torch.dtype = torch.float32, device=CPU, **flags
+) -> Plan:
+    return plan_run(args, weigh(empty_model(args).to(dtype)), work, device, dtype, available, **flags)
+
+
+def nbytes(cache: KVCache) -> int:
+    return sum(tensor.nbytes for tensor in cache.tensors)
 
 
 @pytest.mark.parametrize("args", [GQA, MHA], ids=["GQA", "MHA, tied"])
 def test_planned_bytes_are_those_of_the_tensors(args):
     model = random_model(args, torch.bfloat16)
-    memory = plan_memory(args, torch.bfloat16, 50, 6, 16, "bifurcated", 10**9)
+    planned = plan(args, Workload(50, 6, 16), dtype=torch.bfloat16)
     root = KVCache.empty(args, 1, 50, model.norm.weight)
-    assert memory.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert memory.context == root.nbytes
-    assert memory.decoded == KVCache.fork(root, 6, 16).nbytes
-    assert memory.unshared == KVCache.copy(root, 6, 16).nbytes
-    assert memory.per_step == memory.weights + memory.context + memory.decoded
-    assert memory.waves == 1
+    assert planned.weights == weigh(model)
+    assert planned.weights.total == sum(parameter.nbytes for parameter in model.parameters())
+    assert planned.context == nbytes(root)
+    assert planned.decoded == nbytes(KVCache.fork(root, 6, 16))
+    assert planned.unshared == nbytes(KVCache.copy(root, 6, 16))
+    assert planned.per_step == planned.weights.per_step + planned.context + planned.decoded // 2
+    assert planned.waves == 1
+
+
+def test_a_step_reads_no_embedding_table_that_is_not_the_output_too():
+    """Oracle: the parameters, one by one."""
+    for args in (GQA, MHA):
+        model = random_model(args)
+        read = {id(each): each.nbytes for name, each in model.named_parameters() if name != "tok_embeddings.weight"}
+        read |= {id(model.output.weight): model.output.weight.nbytes}
+        assert weigh(model).per_step == sum(read.values())
+    assert weigh(random_model(GQA)).total - weigh(random_model(GQA)).per_step == 97 * 30 * 8
 
 
 def test_waves_fit_what_is_available():
-    one = plan_memory(GQA, torch.float32, 50, 1, 16, "bifurcated", 10**9)
-    fixed, each = one.weights + one.context, one.decoded_per_sample + one.workspace_per_sample
+    one = plan(GQA, Workload(50, 1, 16))
+    fixed, each = one.weights.total + one.context, one.decoded_per_sample + one.workspace_per_sample
     for fit, rows, waves in ((1, 1, 100), (3, 3, 34), (64, 50, 2), (100, 100, 1)):
-        memory = plan_memory(GQA, torch.float32, 50, 100, 16, "bifurcated", fixed + fit * each + each // 2)
-        assert (memory.rows_at_once, memory.waves) == (rows, waves)
+        planned = plan(GQA, Workload(50, 100, 16), fixed + fit * each + each // 2)
+        assert (planned.rows_at_once, planned.waves) == (rows, waves)
 
 
 def test_an_unshared_layout_plans_its_copies():
-    shared = plan_memory(GQA, torch.float32, 50, 4, 16, "bifurcated", 10**9)
-    copied = plan_memory(GQA, torch.float32, 50, 4, 16, "contiguous", 10**9)
+    shared, copied, expanded = (
+        plan(GQA, Workload(50, 4, 16, layout)) for layout in ("bifurcated", "contiguous", "expanded")
+    )
     assert copied.decoded == shared.decoded and copied.workspace == shared.workspace + 4 * shared.context
+    assert copied.copied_per_sample == shared.context and shared.copied_per_sample == 0
+    assert expanded.workspace == shared.workspace + 4 * 66 * 4 * GQA.kv_values_per_token // GQA.n_layer
 
 
 def test_a_plan_that_cannot_hold_one_sample_says_what_it_needs():
     with pytest.raises(ValueError, match="one sample needs .* is available: shorten the prompt, or raise --max_memory"):
-        plan_memory(GQA, torch.float32, 10**6, 4, 16, "bifurcated", 10**8)
+        plan(GQA, Workload(10**6, 4, 16), 10**8)
+
+
+def test_what_is_needed_is_enough_to_the_byte():
+    for layout in ("bifurcated", "contiguous", "expanded"):
+        needed = plan(GQA, Workload(50, 4, 16, layout)).needed
+        assert plan(GQA, Workload(50, 4, 16, layout), needed).waves == 1
+        assert plan(GQA, Workload(50, 4, 16, layout), needed - 1).waves == 2
+
+
+def test_on_a_gpu_the_pool_of_a_recorded_step_counts():
+    """It holds a workspace of its own beside that of the steps that are not recorded."""
+    cpu, cuda = (plan(GQA, Workload(50, 4, 16), device=torch.device(name), compile=False) for name in ("cpu", "cuda"))
+    assert cuda.workspace == 2 * cpu.workspace
 
 
 @pytest.mark.parametrize(
@@ -69,13 +104,13 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["-1MB", "0", "0.2"])
 def test_sizes_must_be_above_0(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0"):
+    with pytest.raises(ValueError, match="must be above 0"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "4 GBB", "four", "4XB", "infGB"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+    with pytest.raises(ValueError, match="is not a size"):
         parse_size(text)
 
 
@@ -137,77 +172,34 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     assert compiled is False and "no C++ compiler" in why
 
 
-def execution(flags: str, args: ModelArgs, context: int, dtype: torch.dtype = torch.float32) -> Execution:
-    options = build_parser().parse_args(["--prompt", "a", *flags.split()])
-    return choose_execution(options, args, CPU, dtype, context)
-
-
-def test_attention_follows_what_would_be_copied():
-    """GQA has 6 heads of 10: 60 numbers a token."""
-    limit = 60 * 400
-    layout, why = choose_attention(limit, GQA, 92, 4, 16)
-    assert layout == "contiguous" and "4 x 100 tokens x 60" in why
-    assert choose_attention(limit, GQA, 93, 4, 16)[0] == "bifurcated"
-    chosen = execution("--attention expanded", GQA, 9)
-    assert (chosen.attention, chosen.attention_reason) == ("expanded", "--attention expanded")
-    chosen = execution("--interactive", GQA, 9)
-    assert (chosen.attention, chosen.attention_reason) == ("bifurcated", "auto: it may grow")
-
-
-def test_sharing_pays_earlier_where_the_step_is_compiled():
-    """On a CPU; on a GPU it always pays."""
-    eager, half, compiled = (
-        copy_up_to(CPU, *each) for each in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True))
-    )
-    assert 100_000 < compiled < half < eager
-    assert copy_up_to(torch.device("cuda"), torch.bfloat16, False) == 0
-    for flag, layout in (("--no-compile", "contiguous"), ("--compile", "bifurcated")):
-        chosen = execution(f"-n 1 --max_new_tokens 2 {flag}", GQA, (eager + compiled) // 2 // 60)
-        assert (chosen.attention, chosen.compiled) == (layout, flag == "--compile")
-        context = chosen.memory.context // (4 * GQA.kv_values_per_token)
-        sizes = (GQA, torch.float32, context, 1, 2, layout, chosen.memory.available)
-        assert chosen.memory == plan_memory(*sizes)
-        assert chosen.memory.copied_per_sample == (chosen.memory.context if layout == "contiguous" else 0)
-
-
-def test_a_context_is_shared_where_memory_does_not_hold_the_copies():
-    """To the byte: what the copies need is planned as such."""
-    flags = "-n 4 --max_new_tokens 9 --no-compile"
-    copies = plan_memory(GQA, torch.float32, 50, 4, 9, "contiguous", 10**9).needed
-    assert execution(f"{flags} --max_memory {copies}", GQA, 50).attention == "contiguous"
-    shared = plan_memory(GQA, torch.float32, 50, 4, 9, "bifurcated", 10**9).needed
-    for available in (copies - 1, shared):
-        chosen = execution(f"{flags} --max_memory {available}", GQA, 50)
-        assert (chosen.attention, chosen.memory.waves) == ("bifurcated", 1)
-        assert chosen.attention_reason == "auto: memory does not hold a copy for each sample"
-
-
-def test_a_context_in_int8_is_shared():
-    chosen = execution("--kv_dtype int8 --no-compile", GQA, 50)
-    assert (chosen.attention, chosen.attention_reason) == ("bifurcated", "--kv_dtype int8")
-    assert chosen.memory.context < plan_memory(GQA, torch.float32, 50, 1, 200, "bifurcated", 10**9).context
+def test_a_context_in_int8_is_planned_as_such():
+    """Half and a scale, and two copies of one layer while it is widened."""
+    plain, halved = plan(GQA, Workload(50, 1, 200)), plan(GQA, Workload(50, 1, 200, kv_dtype="int8"))
+    assert halved.context == 50 * GQA.kv_values_per_token * 14 // 10 < plain.context == halved.context_while_read
+    with pytest.raises(ValueError, match="one sample needs"):
+        plan(GQA, Workload(50, 1, 200, kv_dtype="int8"), halved.needed)
+    plan(GQA, Workload(50, 1, 200, kv_dtype="int8"), halved.needed + 2 * plain.context // GQA.n_layer)
 
 
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
 def test_packing_follows_the_rows_and_steps_that_run():
     large = replace(GQA, dim=512, hidden_dim=512)
-    assert not execution("-n 3", large, 50).packed
-    assert execution("-n 4", large, 50).packed
-    three = plan_memory(large, torch.float32, 50, 3, 200, "bifurcated", 10**9).needed
-    waves = execution(f"-n 6 --max_memory {three}", large, 50)
-    assert (waves.memory.rows_at_once, waves.packed) == (3, False)
-    assert not execution("-n 4 --max_new_tokens 1 --num_runs 19", large, 50).packed
-    assert execution("-n 4 --max_new_tokens 1 --num_runs 20", large, 50).packed
+    assert not plan(large, Workload(50, 3, 200)).packed
+    assert plan(large, Workload(50, 4, 200)).packed
+    waves = plan(large, Workload(50, 6, 200), plan(large, Workload(50, 3, 200)).needed)
+    assert (waves.rows_at_once, waves.packed) == (3, False)
+    assert not plan(large, Workload(50, 4, 1, runs=19)).packed
+    assert plan(large, Workload(50, 4, 1, runs=20)).packed
 
 
 def test_a_prompt_whose_reading_was_compiled_has_no_time_of_its_own():
     """The first run's prefill is mostly the compiler's; that of the others is not."""
-    chosen, runs = execution("--no-compile", GQA, 50), [Monitor(), Monitor()]
+    planned, runs = plan(GQA, Workload(50, 1, 200), compile=False), [Stopwatch(), Stopwatch()]
     for run, seconds in zip(runs, (9.0, 2.0), strict=True):
         run.prefill_s, run.first_token_s = seconds, seconds + 1
     names = ("prefill_s", "prefill_tokens_per_s", "first_token_s")
-    for monitors, compiled, expected in (
+    for watches, compiled, expected in (
         (runs[:1], False, (9.0, 50 / 9, 10.0)), (runs[:1], True, (None, None, None)), (runs, True, (2.0, 25.0, 3.0))
     ):  # fmt: skip
-        report = measure(monitors, chosen, 50, CPU, compiled)
+        report = measure(watches, planned, CPU, compiled)
         assert tuple(report[name] for name in names) == expected

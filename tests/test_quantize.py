@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from test_checkpoint import CONFIG
 
 import quantize
+from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, save_model
-from model import NoCache
 from packed import dequantise, kernels
 from quantize import gptq, input_hessian, inverse_factor, main, quantise_int4, quantise_int8
 from tokenizer import load_tokenizer

@@ -38,8 +38,10 @@ def test_benchmark_of_every_eager_column(tmp_path):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """What benchmark.py sets for its process is put back."""
+    """What benchmark.py sets for its process is put back. How fast the machine is, is not measured: where the CPU has
+    no instructions for bfloat16 that alone takes minutes."""
     monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(benchmark, "machine_rates", lambda device, dtype: benchmark.Rates(1e10, 1e12))
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield
 
@@ -61,10 +63,11 @@ def test_attention_alone_is_compared_with_sdpa():
     assert set(kinds) == {"prefill", "decode", "hybrid"}
 
 
-def test_loading_is_compared_with_mapping():
-    result = run("benchmark.py", *SMALL, "--preset", "load")
-    assert result.returncode == 0, result.stderr
-    assert len(re.findall(r"\| [\d.]+ MB \| mapped[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \|", result.stdout)) == 2
+def test_loading_is_compared_with_mapping(in_this_process, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *SMALL, "--preset", "load"])
+    status, printed = benchmark.main(), capsys.readouterr()
+    assert status == 0, printed.err
+    assert len(re.findall(r"\| [\d.]+ MB \| mapped[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed.out)) == 2
 
 
 def test_reading_a_prompt_is_compared_with_a_matrix_product():
@@ -96,7 +99,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
         ["--charts", "README.md"],
         ["--preset", "load", "--dtype", "float32"],
         ["--preset", "nonsense"],
-        ["--preset", "attention", "--out", "cells.jsonl"],
+        ["--preset", "prefill", "--out", "cells.jsonl"],
     ],
 )
 def test_benchmark_refuses_bad_input_in_one_line(arguments, in_this_process, monkeypatch, capsys):
@@ -135,7 +138,7 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path):
     (tmp_path / "stories.txt").write_text(text, "utf-8")
     out = tmp_path / "model"
     result = run(
-        "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 3, "--batch", 2
+        "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 2, "--batch", 1
     )
     assert result.returncode == 0, result.stderr
     generated = subprocess.run(

@@ -1,0 +1,365 @@
+"""Keys and values: the chain of caches that samples decode from, the baselines, prefill, a context in int8.
+
+A cache is forked into others that read it without a copy. A chain of one is plain decoding, of two bifurcated
+attention, of more a prefix tree. The network knows none of this: it calls `attend`.
+
+Shapes: N rows, S positions in this call, H query heads, G key/value heads, T context length, L slots of one cache,
+D head dimension; R rows of an ancestor.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bifurcated_attention import Partial, fused_partial, has_fused, merge_partials, shared_attention
+from model import ModelArgs
+from rotary import ScoreMod
+
+
+def causal(input_pos: Tensor, key_pos: Tensor) -> Tensor:
+    """input_pos [N,S], key_pos [N,L] -> bool [N,1,S,L]: the keys at or before each position."""
+    return (input_pos[:, :, None] >= key_pos[:, None])[:, None]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None = None) -> Tensor:
+    """Attention over all keys of a row, by PyTorch's scaled_dot_product_attention; by partial attention where there are
+    soft caps, which it does not know, or biases, which it would round to q's dtype. mask None: causal, S = L."""
+    if softcap is None and (mask is None or mask.dtype == torch.bool):
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return shared_attention(q, k, v, mask, softcap)[0].to(q.dtype)
+
+
+class NoCache:
+    """Plain causal attention within the call, nothing kept: for training, scoring, and as an oracle."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        if mod is None:
+            return sdpa(q, k, v, None)
+        return sdpa(q, k, v, mod.mask(causal(input_pos, input_pos), input_pos, input_pos), mod.softcap)
+
+
+class KVCache:
+    """Keys and values of some rows, and through `links` those of the caches that they continue.
+
+    k, v: per layer [N,G,L,D], the slots in view of buffers that have room for more. start [N]: the absolute position of
+    each row's first slot. `input_pos` is the only clock: rows may be at different positions, and a position that is
+    written again replaces what was there.
+    """
+
+    def __init__(
+        self, like: Tensor, layers: int, shape: tuple[int, int, int, int], start: Tensor, reserve: int = 0
+    ) -> None:
+        """shape: [N,G,L,D]; reserve: slots to have room for, if more than L. Dtype and device are those of `like`."""
+        rows, heads, slots, head_dim = shape
+        self.start = start
+        self.links: tuple[Link, ...] = ()
+        # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
+        room = (rows, heads, max(slots, reserve) + 1, head_dim)
+        self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
+        self.k, self.v = ([buffer[:, :, :0] for buffer in buffers] for buffers in self.buffers)
+        self.resize(slots)
+
+    @classmethod
+    def empty(cls, args: ModelArgs, rows: int, slots: int, like: Tensor, reserve: int = 0) -> Self:
+        """`slots` positions from 0 on, in the dtype and on the device of the tensor `like`."""
+        start = torch.zeros(rows, dtype=torch.long, device=like.device)
+        return cls(like, args.n_layer, (rows, args.n_kv_head, slots, args.head_dim), start, reserve)
+
+    @classmethod
+    def fork(cls, parent: "KVCache", n: int, slots: int, reserve: int = 0, length: Tensor | None = None) -> Self:
+        """n children per row of `parent`, with `slots` slots of their own, which read the parent without a copy.
+
+        length [parent rows]: how many of the parent's slots are written, where rows differ; None: all.
+        """
+        return cls.branch(parent, [row for row in range(parent.rows) for _ in range(n)], slots, reserve, length)
+
+    @classmethod
+    def branch(
+        cls, parent: "KVCache", rows: Sequence[int], slots: int, reserve: int = 0, length: Tensor | None = None
+    ) -> Self:
+        """A child for each of `rows`, which names the parent's row that it continues; otherwise as `fork`."""
+        index = torch.tensor(rows, device=parent.start.device)
+        start = (parent.start + (parent.slots if length is None else length))[index]
+        k = parent.k[0]
+        like = k.new_empty(0, dtype=parent.dtype)
+        child = cls(like, len(parent.k), (len(rows), k.shape[1], slots, k.shape[3]), start, reserve)
+        child.links = (Link(parent, rows, length), *(link.keep(rows) for link in parent.links))
+        return child
+
+    @classmethod
+    def copy(cls, context: "KVCache", n: int, slots: int, reserve: int = 0, length: Tensor | None = None) -> Self:
+        """The unshared layout: n copies of each row of `context`, with all that it sees, and `slots` further slots."""
+        chain = [*reversed(context.links), Link(context, range(context.rows), length)]
+        lengths = [link.lengths() for link in chain]
+        total = max(map(sum, zip(*lengths, strict=True)))
+        k, start = context.k[0], chain[0].cache.start[chain[0].index].repeat_interleave(n)
+        shape, like = (n * context.rows, k.shape[1], total + slots, k.shape[3]), k.new_empty(0, dtype=context.dtype)
+        made = cls(like, len(context.k), shape, start, total + max(slots, reserve))
+        for layer in range(len(context.k)):
+            sides = zip(made.read(layer), *(link.cache.read(layer) for link in chain), strict=True)  # keys, then values
+            for mine, *theirs in sides:
+                for row in range(context.rows):
+                    parts = zip(theirs, chain, lengths, strict=True)
+                    seen = torch.cat([part[link.rows[row], :, : each[row]] for part, link, each in parts], 1)  # [G,T,D]
+                    mine[row * n : row * n + n, :, : seen.shape[1]] = seen
+        return made
+
+    @property
+    def rows(self) -> int:
+        return self.k[0].shape[0]
+
+    @property
+    def slots(self) -> int:
+        return self.k[0].shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the network."""
+        return self.k[0].dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is in view of keys and values, each [N,G,L,...]."""
+        return self.k + self.v
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [N,G,L,D] each, in the dtype of the network."""
+        return self.k[layer], self.v[layer]
+
+    def resize(self, slots: int, reserve: int = 0) -> None:
+        """Brings the first `slots` slots into view; where there is no room for `reserve`, all are copied into more."""
+        room = max(slots, reserve)
+        for views, buffers in zip((self.k, self.v), self.buffers, strict=True):
+            for layer, (view, buffer) in enumerate(zip(views, buffers, strict=True)):
+                if room >= buffer.shape[2]:
+                    buffer = buffer.new_empty((*buffer.shape[:2], room + 1, buffer.shape[3]))
+                    buffer[:, :, : view.shape[2]] = view
+                # 0, since a masked slot is multiplied by a weight of 0, and 0 * nan is nan; now, since memory that is
+                # reserved and not yet written costs nothing.
+                buffer[:, :, view.shape[2] : slots].zero_()
+                views[layer], buffers[layer] = buffer[:, :, :slots], buffer
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all rows but the given ones, layer by layer, within the same buffers."""
+        index = torch.tensor(rows, device=self.start.device)
+        for views, buffers in zip((self.k, self.v), self.buffers, strict=True):
+            for layer, (view, buffer) in enumerate(zip(views, buffers, strict=True)):
+                buffers[layer] = buffer[: len(rows)]
+                views[layer] = buffers[layer][:, :, : view.shape[2]].copy_(view[index])
+        self.start = self.start[index]
+        self.links = tuple(link.keep(rows) for link in self.links)
+
+    def row(self, row: int, begin: int) -> "KVCache":
+        """A copy of what one row holds from the position `begin` on, without ancestors."""
+        first = begin - int(self.start[row])
+        k = self.k[0]
+        shape = (1, k.shape[1], self.slots - first, k.shape[3])
+        copy = KVCache(k, len(self.k), shape, self.start.new_tensor([begin]))
+        for mine, theirs in zip(copy.tensors, self.tensors, strict=True):
+            mine.copy_(theirs[row : row + 1, :, first:])
+        return copy
+
+    def append(self, other: "KVCache", length: int) -> None:
+        """Takes over the first `length` slots of another cache of one row, which begins where this one ends."""
+        end = self.slots
+        self.resize(end + length)
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine[:, :, end:] = theirs[:, :, :length]
+
+    def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+        """Stores k, v [N,G,S,D] at input_pos [N,S]; returns bool [N,1,S,L]: the own slots that each position sees."""
+        slot = input_pos - self.start[:, None]  # [N,S]
+        rows = torch.arange(self.rows, device=slot.device)[:, None]  # [N,1]
+        self.k[layer][rows, :, slot] = k.transpose(1, 2)
+        self.v[layer][rows, :, slot] = v.transpose(1, 2)
+        return (torch.arange(self.slots, device=slot.device) <= slot[..., None])[:, None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        """Writes k, v, then one partial attention per cache of the chain, merged (Attend.attend for the shapes)."""
+        visible = self.write(layer, k, v, input_pos)
+        partials = [self.partial(layer, q, visible, input_pos, mod)]
+        partials += [link.attend(layer, q, input_pos, mod) for link in self.links]
+        return merge_partials(partials)[0].to(q.dtype)
+
+    def partial(
+        self, layer: int, q: Tensor, visible: Tensor | None, input_pos: Tensor, mod: ScoreMod | None
+    ) -> Partial:
+        """The partial attention to this cache alone, of rows that share its own in equal parts. visible: bool
+        [own rows,1,S or 1,L]; None: all slots."""
+        if mod is None:
+            return shared_attention(q, *self.read(layer), visible)
+        return shared_attention(q, *self.read(layer), mod.mask(visible, input_pos, self.positions()), mod.softcap)
+
+    def positions(self) -> Tensor:
+        """The positions of the own slots, [N,L]."""
+        return self.start[:, None] + torch.arange(self.slots, device=self.start.device)
+
+
+class Link:
+    """An ancestor as the rows of a cache see it.
+
+    rows: for each row, the ancestor's row that it continues. length [R]: how many of the ancestor's slots are written;
+    None: all. Where the ancestor's rows have equal, consecutive shares, as all rows of one ancestor row have, the
+    queries fold into one product as they are; else they are gathered by `group` [R*n], padded to the largest share n,
+    and their results put back by `place` [N].
+    """
+
+    def __init__(self, cache: KVCache, rows: Sequence[int], length: Tensor | None) -> None:
+        self.cache, self.rows, self.length = cache, list(rows), length
+        self.index = torch.tensor(self.rows, device=cache.start.device)  # [N]
+        self.group: Tensor | None = None
+        self.place: Tensor | None = None
+        shares = [[row for row, parent in enumerate(self.rows) if parent == each] for each in range(cache.rows)]
+        n = max(map(len, shares))
+        group = [row for share in shares for row in (share + [0] * n)[:n]]
+        if group != list(range(len(group))):
+            place = [parent * n + shares[parent].index(row) for row, parent in enumerate(self.rows)]
+            self.group, self.place = (torch.tensor(each, device=self.index.device) for each in (group, place))
+
+    def keep(self, rows: Sequence[int]) -> "Link":
+        """The same ancestor as the given rows see it."""
+        return Link(self.cache, [self.rows[row] for row in rows], self.length)
+
+    def lengths(self) -> list[int]:
+        """Slots that each row sees."""
+        written = [self.cache.slots] * self.cache.rows if self.length is None else self.length.tolist()
+        return [written[row] for row in self.rows]
+
+    def visible(self) -> Tensor | None:
+        """bool [R,1,1,L]: the ancestor's written slots; None: all."""
+        if self.length is None:
+            return None
+        slots = torch.arange(self.cache.slots, device=self.length.device)
+        return (slots < self.length[:, None])[:, None, None]
+
+    def expand(self, tensor: Tensor, n: int) -> Tensor:
+        """[R,...] -> [n,...]: for each of all n rows, that of the ancestor's row; by reference where there is one."""
+        return tensor.expand(n, *tensor.shape[1:]) if self.cache.rows == 1 else tensor[self.index]
+
+    def attend(self, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Partial:
+        """The partial attention of all rows to the ancestor's keys, each read once: out [N,H,S,D], lse [N,H,S,1]."""
+        if self.group is None or self.place is None:
+            return self.cache.partial(layer, q, self.visible(), input_pos, mod)
+        q, input_pos = q[self.group], input_pos[self.group]  # [R*n,H,S,D] [R*n,S]
+        out, lse = self.cache.partial(layer, q, self.visible(), input_pos, mod)
+        return out[self.place], lse[self.place]
+
+
+class SDPACache(KVCache):
+    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
+
+    Without ancestors (`SDPACache.copy`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
+    context is held once, but expanded by reference and concatenated with the row's own keys at every step.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        mask = self.write(layer, k, v, input_pos)  # [N,1,S,L]
+        k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
+        for link in self.links:
+            visible = link.visible()
+            visible = mask.new_ones(link.cache.rows, 1, 1, link.cache.slots) if visible is None else visible
+            mask = torch.cat([link.expand(visible, len(q)).expand(-1, -1, mask.shape[2], -1), mask], -1)
+            positions = torch.cat([link.expand(link.cache.positions(), len(q)), positions], 1)
+            parent_k, parent_v = (link.expand(tensor, len(q)) for tensor in link.cache.read(layer))  # [N,G,T,D]
+            k, v = torch.cat([parent_k, k], 2), torch.cat([parent_v, v], 2)
+        return sdpa(q, k, v, mask) if mod is None else sdpa(q, k, v, mod.mask(mask, input_pos, positions), mod.softcap)
+
+
+class Prefill:
+    """A cache of one row while `length` slots from `begin` on are written: causal attention over what is there by then,
+    in the cache and its ancestors.
+
+    The visible keys are known on the host, so that SDPA applies: without a mask for the first chunk, with one for those
+    after it. On CUDA, where SDPA has no fast kernel for a mask, and where there are ancestors, the chunk and what came
+    before it are partial attentions.
+    """
+
+    def __init__(self, cache: KVCache, begin: int, length: int) -> None:
+        assert cache.rows == 1, "prefill is of one row"
+        self.cache, self.begin, self.end = cache, begin, begin + length
+        like = cache.k[0]
+        self.in_parts = bool(cache.links) or (begin > 0 and has_fused(like.device, like.dtype, like.shape[-1]))
+        masked = begin > 0 and not self.in_parts
+        self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        cache = self.cache
+        if cache.links and mod is not None:
+            return cache.attend(layer, q, k, v, input_pos, mod)
+        cache.k[layer][:, :, self.begin : self.end] = k
+        cache.v[layer][:, :, self.begin : self.end] = v
+        if mod is None and self.in_parts:
+            return self.attend_in_parts(layer, q, k, v, input_pos)
+        first = 0 if mod is None or mod.window is None else max(0, self.begin - mod.window + 1)
+        k, v = cache.k[layer][:, :, first : self.end], cache.v[layer][:, :, first : self.end]
+        if mod is None:
+            return sdpa(q, k, v, self.mask)
+        positions = cache.positions()[:, first : self.end]  # [1,L]
+        return sdpa(q, k, v, mod.mask(causal(input_pos, positions), input_pos, positions), mod.softcap)
+
+    def attend_in_parts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
+        """The chunk itself, what came before it in the cache, and each ancestor, merged."""
+        past = self.cache.k[layer][:, :, : self.begin], self.cache.v[layer][:, :, : self.begin]
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # [1,H,S,D]
+        partials = [fused_partial(q, k, v, causal=True)]
+        partials += [shared_attention(q, *past)] if self.begin else []
+        partials += [link.attend(layer, q, input_pos, None) for link in self.cache.links]
+        return merge_partials(partials)[0].to(q.dtype)
+
+
+class Int8Context(KVCache):
+    """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
+
+    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127. In
+    float16, numbers beyond 65,000 would not come back. What the samples decode stays in the dtype of the network.
+    """
+
+    def __init__(self, context: KVCache) -> None:
+        """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
+
+        def taken(views: list[Tensor], buffers: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+            while views:
+                buffers.pop(0)
+                yield quantized(views.pop(0))
+
+        self.start, self.links = context.start, context.links
+        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0]), strict=True))
+        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1]), strict=True))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k_scale[0].dtype
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.k + self.v + self.k_scale + self.v_scale
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        scales = self.k_scale[layer], self.v_scale[layer]  # [N,G,L,1]
+        k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
+        return k, v
+
+    def refuse(self, *_: object) -> NoReturn:
+        raise TypeError("a context in int8 is only read: fork it, and write to the fork")
+
+    resize = keep = append = row = write = refuse  # type: ignore[assignment]
+
+
+def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,G,L,D] -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype; what was all 0 stays so."""
+    scale = tensor.abs().amax(-1, keepdim=True) / 127  # rounded to the dtype, so that rounding is not lost twice
+    divisor = scale.float().masked_fill(scale == 0, 1.0)
+    return (tensor.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale
+
+
+# How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
+# copy for each row, and expanded, which copies at each step, are baselines.
+LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = {
+    "bifurcated": KVCache.fork,
+    "contiguous": SDPACache.copy,
+    "expanded": SDPACache.fork,
+}

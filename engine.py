@@ -1,0 +1,452 @@
+"""The road from a prompt to samples: prefill -> fork -> decode -> retire -> rank.
+
+    engine = Engine.open("checkpoints/tiny")
+    samples = engine.generate(engine.encode("Once upon a time"), Request(num_samples=8))
+
+The prompt is read once, at one row, into a key/value cache; that cache is forked into N rows, which hold only what they
+decode; every decode step reads the prompt's keys and values once for all rows. Nothing is printed here.
+Shapes: N rows, S positions, k tokens that a step may give a row, T context length, L slots, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
+from checkpoint import load_model, read_checkpoint
+from graphs import RecordedStep, Step, StepInput, compiled
+from hub import locate
+from model import ModelArgs, Transformer
+from packed import pack_linears
+from plan import Plan, Workload, available_memory, choose_device, choose_dtype, plan_run, weigh
+from sampling import Sampling, UniformBlocks, draw, uniform
+from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
+
+# Steps from one look at the tokens to the next: the host waits for the device.
+LOOK_EVERY = {"cpu": 1, "cuda": 8}
+
+# What a step gives: tokens [N,k], their log-probabilities [N,k], and how many of them, from the first, count [N].
+Drawn = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. attention: a key of LAYOUTS. eos_ids: None is the engine's own. prefill_chunk: tokens of the prompt
+    read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype: of the
+    context's keys and values while samples decode from it: auto, the network's, or int8."""
+
+    num_samples: int = 1
+    max_new_tokens: int = 200
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    attention: str = "bifurcated"
+    eos_ids: frozenset[int] | None = None
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+    rows_at_once: int | None = None
+    kv_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
+        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: it would end every sample at once")
+
+    def check_length(self, args: ModelArgs, context: int) -> None:
+        """Raises ValueError where `context` tokens and the new ones do not fit the model."""
+        total = context + self.max_new_tokens
+        if context < 1:
+            raise ValueError("the prompt is empty: give at least one token")
+        if total > args.context_limit:
+            raise ValueError(
+                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
+                f"context limit of {args.context_limit}: shorten one of them"
+            )
+
+    def workload(self, context: int, runs: int = 1) -> Workload:
+        sizes = (context, self.num_samples, self.max_new_tokens)
+        return Workload(*sizes, self.attention, self.kv_dtype, runs)
+
+
+@dataclass
+class Sample:
+    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length.
+    text: None where there is no tokenizer."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: str | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+    @property
+    def text_tokens(self) -> list[int]:
+        """The tokens without that which ended them."""
+        return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has come of a sample since its last piece. finish_reason: None while it goes on."""
+
+    sample: int
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
+
+    rank: int
+    count: int
+    sample: Sample
+
+
+def rank(samples: Sequence[Sample]) -> list[Ranked]:
+    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
+    groups: dict[object, list[Sample]] = {}
+    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
+        groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
+    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
+
+
+class Monitor:
+    """Hears of a run's events; override what is to be known."""
+
+    def prefilling(self, tokens: int, total: int) -> None:
+        """So many of the prompt's tokens have been read."""
+
+    def prefilled(self) -> None:
+        """The prompt has been read."""
+
+    def wave(self) -> None:
+        """A wave's cache is ready to decode."""
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        """`steps` more decode steps have run, which drew `tokens` tokens for unfinished samples; steps is 0 for a
+        wave's first tokens, which are drawn from the prompt's logits."""
+
+    def done(self, sample: Sample) -> None:
+        """A sample is finished."""
+
+
+SILENT = Monitor()
+
+
+class Engine:
+    """A model that is ready to draw, with what travels with it: tokenizer, end tokens, memory, compiled steps.
+
+    compile: the decode step; None: where a request's plan expects it to pay. eos_ids: end a sample. available: bytes
+    for everything, weights included. runs: how often a request will come, for what compiling and packing may cost.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool | None = None) -> None:
+        self.model, self.tokenizer, self.compile = model, tokenizer, compile
+        weight = model.norm.weight
+        self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
+        self.eos_ids: frozenset[int] = frozenset() if tokenizer is None else tokenizer.eos_ids
+        self.weights = weigh(model)
+        self.available = available_memory(self.device) + self.weights.total
+        self.runs, self.packed = 1, False
+        self.hidden = model.hidden
+        self.compiled: Step | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, device: str = "auto", dtype: str = "auto", compile: bool | None = None) -> Self:
+        """The model of a checkpoint (a folder, the model.pth in one, or OWNER/NAME of the hub) and its tokenizer, with
+        device and dtype chosen as by the command line's flags.
+
+        Raises FileNotFoundError or ValueError where they cannot be read (checkpoint.py, tokenizer.py).
+        """
+        checkpoint, place = read_checkpoint(locate(path)), choose_device(device)
+        model = load_model(checkpoint, place, choose_dtype(dtype, place))
+        engine = cls(model, load_tokenizer(checkpoint.folder), compile)
+        engine.eos_ids |= checkpoint.eos_ids
+        return engine
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text at the beginning of a context."""
+        assert self.tokenizer is not None, "text needs a tokenizer"
+        bos = self.tokenizer.bos_id
+        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
+
+    def plan(self, context: int, request: Request) -> Plan:
+        """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""
+        work = request.workload(context, self.runs)
+        return plan_run(self.args, self.weights, work, self.device, self.dtype, self.available, self.compile)
+
+    def prepare(self, plan: Plan) -> None:
+        """Packs the weights and compiles the step, where the plan has it so and it has not been done."""
+        if plan.packed and not self.packed:
+            pack_linears(self.model)
+            self.packed = True
+        if plan.compiled and self.compiled is None:
+            self.compiled = compiled(partial(decode, self.model, uniform))
+
+    def step(self, sampling: Sampling) -> Step:
+        """A decode step with its draw: inputs, cache -> tokens [N], log-probabilities [N]."""
+        on_cuda = self.device.type == "cuda"
+        network = self.compiled or partial(decode, self.model, uniform if on_cuda else UniformBlocks())
+
+        def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+            return draw(*network(inputs, cache), sampling)
+
+        return RecordedStep(step) if on_cuda else step
+
+    @torch.no_grad()
+    def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:
+        """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
+        scaling = self.args.rope_scaling
+        if scaling is not None and scaling.kind == "dynamic":
+            chunk = len(tokens)  # it rotates by the length of the whole prompt
+        begin = cache.slots - len(tokens)
+        for first in range(0, len(tokens), chunk):
+            part = torch.tensor([tokens[first : first + chunk]], device=self.device)  # [1,S]
+            slots = begin + first + torch.arange(part.shape[1], device=self.device)
+            hidden = self.hidden(part, cache.start[:, None] + slots, Prefill(cache, begin + first, part.shape[1]))
+            monitor.prefilling(first + part.shape[1], len(tokens))
+        logits = self.model.logits(hidden[:, -1:])[:, -1]
+        monitor.prefilled()
+        return logits
+
+    def generate(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> list[Sample]:
+        """Draws request.num_samples continuations of the prompt's tokens, in order of their index; `rank` puts the best
+        first. Raises ValueError, before any kernel runs, where the request does not fit the model or the memory."""
+        run = Run(self, request, prompt, monitor)
+        deque(run.draw(*run.read()), maxlen=0)
+        return run.samples
+
+    def stream(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> Iterator[Piece]:
+        """`generate`, piece by piece as the text comes. What may turn out to begin a stop string is held back."""
+        run = Run(self, request, prompt, monitor)
+        run.live = True
+        yield from run.draw(*run.read())
+
+    @torch.no_grad()
+    def rescore(self, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Log-probability of each token after `context`, from one forward pass over the whole without any cache."""
+        whole = torch.tensor([[*context, *tokens]], device=self.device)  # [1,S]
+        input_pos = torch.arange(whole.shape[1], device=self.device)[None]
+        hidden = self.model.hidden(whole, input_pos, NoCache())
+        logits = self.model.logits(hidden[:, len(context) - 1 : -1]).float()  # [1,tokens,V]
+        return logits.log_softmax(-1).gather(-1, whole[:, len(context) :, None])[0, :, 0].tolist()
+
+
+def decode(
+    model: Transformer, numbers: Callable[..., Tensor], inputs: StepInput, cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """A decode step up to its logits [N,V], and the random number of each row's draw [N], by `uniform` or its like."""
+    logits = model(inputs.tokens, inputs.input_pos, cache)[:, -1]
+    return logits, numbers(inputs.seed, inputs.samples, inputs.input_pos[:, -1] + 1)
+
+
+def bucket(slots: int) -> int:
+    """The slots that a step reads where `slots` are needed: few lengths, at most a quarter and 63 more than needed."""
+    size = 1 << max(6, (slots - 1).bit_length() - 3)
+    return -(-slots // size) * size
+
+
+class Decoding:
+    """How rows move on: plain decoding, one token for each row and step. `width` is the most that a step gives, k."""
+
+    width = 1
+
+    def __init__(self, engine: Engine, request: Request, cache: KVCache, samples: Tensor) -> None:
+        """samples [N]: the index of each row's sample."""
+        self.cache, self.samples, self.sampling = cache, samples, request.sampling
+        self.seed, self.one = torch.tensor(request.seed, device=samples.device), torch.ones_like(samples)
+        self.step = engine.step(request.sampling)
+
+    def first(self, logits: Tensor, position: int) -> Drawn:
+        """Draws the token at `position` for every row from the logits [1,V] before it."""
+        numbers = uniform(self.seed, self.samples, torch.full_like(self.samples, position))
+        token, logprob = draw(logits.expand(len(self.samples), -1), numbers, self.sampling)
+        return token[:, None], logprob[:, None], self.one
+
+    def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
+        """token [N,1], the last one of each row, not yet run, at input_pos [N,1]."""
+        drawn, logprob = self.step(StepInput(token, input_pos, self.samples, self.seed), self.cache)
+        return drawn[:, None], logprob[:, None], self.one
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops all rows but the given ones."""
+        self.cache.keep(rows)
+        self.samples, self.one = self.samples[rows], self.one[rows]
+
+
+@dataclass
+class Row:
+    """A sample while it is drawn. stream: makes its text, where it is needed as it comes. shown: characters of the text
+    that pieces have given."""
+
+    sample: Sample
+    stream: TextStream | None
+    shown: int = 0
+
+
+class Run:
+    """The samples of one request, which continue one context, in waves of rows that decode together.
+
+    live: pieces of text are made. kept: where it is a dict, the keys and values of each finished sample.
+    """
+
+    def __init__(self, engine: Engine, request: Request, history: Sequence[int], monitor: Monitor = SILENT) -> None:
+        """history: the tokens of the context. Raises ValueError as `generate`."""
+        request.check_length(engine.args, len(history))
+        if request.stop and engine.tokenizer is None:
+            raise ValueError(f"stop strings {request.stop} need a tokenizer")
+        self.engine, self.request, self.history, self.monitor = engine, request, history, monitor
+        plan = engine.plan(len(history), request)
+        engine.prepare(plan)
+        self.eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
+        self.rows_at_once = min(request.num_samples, request.rows_at_once or plan.rows_at_once)
+        # A single row needs no fork: the context's own cache goes on, and a chain of one is decoded.
+        self.extends = (self.rows_at_once, request.attention, request.kv_dtype) == (1, "bifurcated", "auto")
+        self.own_slots = request.max_new_tokens + Decoding.width - 1
+        self.held = max(map(len, request.stop), default=1) - 1  # characters that may turn out to begin a stop string
+        self.begin = len(history)  # the position of the first token drawn
+        self.live = False
+        self.kept: dict[int, KVCache] | None = None
+        self.samples: list[Sample] = []
+
+    def read(self) -> tuple[KVCache, Tensor]:
+        """The prompt's context, and the logits [1,V] after it."""
+        engine, reserve = self.engine, self.begin + self.own_slots if self.extends else 0
+        context = KVCache.empty(engine.args, 1, self.begin, engine.model.norm.weight, reserve)
+        return context, engine.prefill(context, self.history, self.request.prefill_chunk, self.monitor)
+
+    @torch.no_grad()
+    def draw(self, context: KVCache, logits: Tensor) -> Iterator[Piece]:
+        """logits [1,V] at the context's last token. Yields pieces where `live`; the samples are then in `samples`."""
+        context = Int8Context(context) if self.request.kv_dtype == "int8" else context
+        while len(self.samples) < self.request.num_samples:  # each wave when its turn comes: they may be many
+            last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
+            rows = [self.row(index) for index in range(len(self.samples), last)]
+            yield from self.decode(context, logits, rows)
+            self.samples += [row.sample for row in rows]
+
+    def row(self, index: int) -> Row:
+        tokenizer, live = self.engine.tokenizer, self.live or self.request.stop
+        stream = TextStream(tokenizer, self.history) if tokenizer and live else None
+        return Row(Sample(index, text=None if tokenizer is None else ""), stream)
+
+    def decode(self, context: KVCache, logits: Tensor, rows: list[Row]) -> Iterator[Piece]:
+        """Decodes one wave until every row is done. logits [1,V]."""
+        device, limit = logits.device, self.request.max_new_tokens
+        # 1. A cache at its planned length, of which a step reads a bucket.
+        cache = context if self.extends else LAYOUTS[self.request.attention](context, len(rows), 0, self.own_slots)
+        base = self.begin - int(cache.start[0])  # slots before the first that is drawn
+        samples = torch.tensor([row.sample.index for row in rows], device=device)
+        decoding = Decoding(self.engine, self.request, cache, samples)
+        # 2. The first token of every row, from the prompt's logits.
+        self.monitor.wave()
+        pending = [decoding.first(logits, self.begin)]
+        token = pending[0][0]
+        input_pos = torch.full((len(rows), 1), self.begin, device=device)
+        steps, ahead = 0, 1  # `ahead`: the most tokens that a row may have by now
+        while True:
+            # 3. What was drawn reaches the host; rows that are done are retired, and leave when half are. The first
+            # step is looked at alone, since it may compile.
+            if len(pending) == LOOK_EVERY[device.type] or steps < 2 or ahead >= limit:
+                yield from self.collect(rows, pending, cache, steps > 0)
+                pending = []
+                kept = rows_to_keep([row.sample.finish_reason is None for row in rows])
+                if not kept:
+                    break
+                if len(kept) < len(rows):
+                    rows = [rows[row] for row in kept]
+                    decoding.keep(kept)
+                    token, input_pos = token[kept], input_pos[kept]
+                ahead = max(len(row.sample.tokens) for row in rows)
+            # 4. A step over the slots that it may write, and those before them.
+            cache.resize(base + min(self.own_slots, bucket(ahead - 1 + decoding.width)))
+            # A row that is done may be further than those in view.
+            pending.append(decoding.next(token, input_pos.clamp_max(self.begin + ahead - 1)))
+            steps, ahead = steps + 1, ahead + decoding.width
+            # 5. Each row moves by its own count.
+            tokens, _, count = pending[-1]
+            token, input_pos = tokens.gather(1, count[:, None] - 1), input_pos + count[:, None]
+
+    def collect(self, rows: Sequence[Row], pending: Sequence[Drawn], cache: KVCache, stepped: bool) -> Iterator[Piece]:
+        """Brings the tokens of the last steps to the host and ends the rows that are done."""
+        # [N][steps][k] twice, and [N][steps].
+        parts = [torch.stack(part, 1).tolist() for part in zip(*pending, strict=True)]
+        taken = 0
+        for index, (row, *drawn) in enumerate(zip(rows, *parts, strict=True)):
+            before = len(row.sample.tokens)
+            if row.sample.finish_reason is not None:
+                continue
+            for tokens, logprobs, count in zip(*drawn, strict=True):
+                for token, logprob in zip(tokens[:count], logprobs[:count], strict=True):
+                    if row.sample.finish_reason is None:
+                        self.record(row, token, logprob)
+            taken += len(row.sample.tokens) - before
+            if row.sample.finish_reason is not None:
+                if self.kept is not None:
+                    self.kept[row.sample.index] = cache.row(index, self.begin)
+                self.monitor.done(row.sample)
+            if self.live:
+                yield self.piece(row, before)
+        self.monitor.stepped(len(pending) if stepped else 0, taken)
+
+    def record(self, row: Row, token: int, logprob: float) -> None:
+        """Adds a token to an unfinished sample and finishes it where its end is reached."""
+        sample, stream = row.sample, row.stream
+        sample.tokens.append(token)
+        sample.logprobs.append(logprob)
+        if token in self.eos_ids:
+            sample.finish_reason = "eos"
+        elif len(sample.tokens) == self.request.max_new_tokens:
+            sample.finish_reason = "length"
+        if stream is None or sample.text is None:
+            if self.engine.tokenizer and sample.finish_reason is not None:
+                sample.text = continuation_text(self.engine.tokenizer, self.history, sample.text_tokens)
+            return
+        piece = "" if sample.finish_reason == "eos" else stream.push([token])
+        if sample.finish_reason is not None:
+            piece += stream.flush()
+        # A stop string may begin in text that came before this piece.
+        overlap = max(0, len(sample.text) - self.held)
+        sample.text += piece
+        ends = [at for stop in self.request.stop if (at := sample.text.find(stop, overlap)) >= 0]
+        if ends:
+            sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
+
+    def piece(self, row: Row, before: int) -> Piece:
+        """What is new of a row since it had `before` tokens."""
+        sample, text = row.sample, row.sample.text or ""
+        end = len(text) if sample.finish_reason is not None else max(row.shown, len(text) - self.held)
+        shown, row.shown = row.shown, end
+        return Piece(sample.index, text[shown:end], tuple(sample.tokens[before:]), sample.finish_reason)
+
+
+def rows_to_keep(live: Sequence[bool]) -> list[int]:
+    """The rows that go on decoding: all, until half are done; then the live ones, filled up to a power of two.
+
+    Never fewer than two of several, since the compiled step for many rows does not serve one. Empty when none is live.
+    """
+    alive = sum(live)
+    size = max(2, 1 << (alive - 1).bit_length())
+    if alive == 0:
+        return []
+    if 2 * alive > len(live) or size >= len(live):
+        return list(range(len(live)))
+    finished = [row for row, is_live in enumerate(live) if not is_live]
+    return sorted([row for row, is_live in enumerate(live) if is_live] + finished[: size - alive])

@@ -1,0 +1,138 @@
+"""From logits to tokens: filters, the draw, and random numbers that belong to (seed, sample, position).
+
+Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
+LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+# Philox4x32-10's multipliers and key increments (Salmon et al. 2011, table 2), and a word of 32 bits.
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
+    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
+    least min_p times as likely as the most likely)."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1, or on the command line 0, which is off")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
+
+
+def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3).
+
+    even [2,...]: words 0 and 2 of the counter, odd [2,...]: words 1 and 3, key [2,...]; int64 below 2^32, and so are
+    the four words that it returns in the same order. The 64-bit product is made of two of 48 bits, since a compiler may
+    take it that signed integers do not overflow.
+    """
+    second = torch.arange(2, device=even.device).view(2, *[1] * (even.dim() - 1))
+    multiplier, increment = (each[0] + second * (each[1] - each[0]) for each in (MULTIPLIERS, INCREMENTS))
+    high, low = multiplier >> 16, multiplier & 0xFFFF
+    for _ in range(10):
+        bottom = even * low
+        top = even * high + (bottom >> 16)  # the product's bits from 16 on
+        even = (top >> 16).flip(0) ^ odd ^ key
+        odd = ((top & 0xFFFF) << 16 | bottom & 0xFFFF).flip(0)
+        key = (key + increment) & WORD
+    return even, odd
+
+
+def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+    """The random number of each (seed, sample, position): uniform in [0,1), fp64 of 53 bits.
+
+    seed: int64 scalar; sample and position: int64, broadcast against each other. A number depends on nothing else, so a
+    sample is the same for every N, wave, layout and device, and for every length that it is drawn to.
+    """
+    sample, position = torch.broadcast_tensors(sample, position)
+    key = torch.stack([seed & WORD, seed >> 32]).view(2, *[1] * sample.dim())
+    even, odd = philox(torch.stack([sample & WORD, position & WORD]), torch.stack([sample >> 32, position >> 32]), key)
+    return ((even[0] << 21) | (odd[0] >> 11)).double() * 2.0**-53
+
+
+class UniformBlocks:
+    """`uniform` at one position after another, made for a block of positions at a time: uncompiled, Philox is some 150
+    small operations, for one number as for a thousand."""
+
+    BLOCK = 32
+
+    def __init__(self) -> None:
+        self.samples, self.block, self.used = torch.empty(0), torch.empty(0), 0
+
+    def __call__(self, seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        """seed scalar, sample [N], position [N] -> [N]. As long as `sample` is the same tensor, so is the seed; each
+        call is one position further."""
+        if sample is not self.samples or self.used == self.BLOCK:
+            positions = position[:, None] + torch.arange(self.BLOCK, device=position.device)  # [N,BLOCK]
+            self.samples, self.block, self.used = sample, uniform(seed, sample[:, None], positions), 0
+        self.used += 1
+        return self.block[:, self.used - 1]
+
+
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """The distribution to draw from: probs [N,K] and the token ids [N,K] they belong to, in ascending order of id.
+
+    ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
+    """
+    ids = None
+    if sampling.top_k is not None or sampling.top_p is not None:
+        k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+        logits, ids = logits.topk(k)  # descending [N,K]
+    probs = (logits / sampling.temperature).softmax(-1)
+    if sampling.top_p is not None:
+        mass = probs.cumsum(-1, dtype=torch.float64)  # a token is kept while the likelier ones hold less than top_p
+        probs = probs.masked_fill(mass - probs >= sampling.top_p * mass[:, -1:], 0)
+    if sampling.min_p is not None:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
+    if ids is not None:
+        # By id, so that rounding which swaps two near-equal logits cannot move every boundary between tokens.
+        ids, order = ids.sort(-1)
+        probs = probs.gather(-1, order)
+    return probs, ids
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE."""
+    rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
+    parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+    tokens, logprobs = zip(*(draw_rows(*part, sampling) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def draw_rows(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draws a token per row. logits [N,V], uniform [N] in [0,1) -> tokens [N], log-probabilities [N].
+
+    The inverse of the cumulative distribution, in fp64, at one number per row: one pass over the vocabulary, where
+    noise on every logit costs a random number for each. The log-probability is that of the untempered, unfiltered
+    model.
+    """
+    logits = logits.float()
+    if sampling.temperature == 0:
+        token = logits.argmax(-1, keepdim=True)  # [N,1]
+    else:
+        probs, ids = candidates(logits, sampling)
+        cdf = probs.cumsum(-1, dtype=torch.float64)  # [N,K]
+        # 1 - uniform is in (0,1], so the first entry that reaches the target has a probability above 0.
+        token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])  # [N,1]
+        token = token if ids is None else ids.gather(-1, token)
+    return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]

@@ -1,0 +1,400 @@
+"""The caches: chains, trees, the baselines, prefill, a context in int8. Oracles: one full forward pass per row without
+a cache, in fp64; for int8 an ordinary context that holds the rounded numbers, and real stories."""
+
+import re
+from collections.abc import Sequence
+
+import pytest
+import torch
+from conftest import (
+    ALIBI,
+    GQA,
+    MHA,
+    SHARED,
+    STORIES,
+    WINDOW,
+    full,
+    needs_stories,
+    positions,
+    prefilled,
+    random_model,
+    random_tokens,
+)
+from torch import Tensor
+
+import engine as road
+from cache import Int8Context, KVCache, Prefill, SDPACache, quantized
+from checkpoint import load_model, read_checkpoint
+from engine import SILENT, Engine, Request
+from model import ModelArgs, Transformer
+from plan import Weights, Workload, plan_run
+from sampling import Sampling
+from tokenizer import load_tokenizer
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+MODELS = {"GQA": GQA, "MHA": MHA, "window": WINDOW, "ALiBi": ALIBI}
+LAYOUTS = {
+    "bifurcated": KVCache.fork,
+    "contiguous": KVCache.copy,
+    "contiguous SDPA": SDPACache.copy,
+    "expanded": SDPACache.fork,
+}
+Texts = list[list[int]]  # what each row of a cache sees
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("chunk", [1, 5, 13, 64])
+def test_prefill_in_chunks_equals_one_pass(args, chunk):
+    model, tokens = random_model(args), random_tokens(args, 1, 13)
+    cache = KVCache.empty(args, 1, 13, model.norm.weight)
+    logits = []
+    for begin in range(0, 13, chunk):
+        part = tokens[:, begin : begin + chunk]
+        logits.append(model(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1])))
+    torch.testing.assert_close(torch.cat(logits, 1), full(model, tokens), **EXACT)
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("n", [1, 3, 17])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_decoding_equals_one_pass(args, n, layout):
+    """One token at a time, then three at once, then one: every layout, against each row's own full forward pass."""
+    model, context, decoded = random_model(args), random_tokens(args, 1, 13), random_tokens(args, n, 7, seed=2)
+    cache = LAYOUTS[layout](prefilled(model, context, 5), n, 7)
+    logits, begin = [], 0
+    for size in (1, 1, 3, 1, 1):
+        part = decoded[:, begin : begin + size]
+        logits.append(model(part, positions(13 + begin, n, size), cache))
+        begin += size
+    expected = full(model, torch.cat([context.expand(n, -1), decoded], 1))[:, 13:]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, **EXACT)
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", [KVCache, SDPACache])
+def test_a_tree_of_three_caches_with_ragged_rows_equals_one_pass(args, kind):
+    """A system prompt, questions of 4, 2 and 5 tokens, two samples of each, which decode at their own positions."""
+    model, system = random_model(args), random_tokens(args, 1, 13)
+    lengths = torch.tensor([4, 2, 5])
+    questions, answers = random_tokens(args, 3, 5, seed=2), random_tokens(args, 6, 6, seed=3)
+    middle = kind.fork(prefilled(model, system, 13), 3, 5)
+    model(questions, positions(13, 3, 5), middle)
+    leaf = kind.fork(middle, 2, 9, length=lengths)
+    input_pos = leaf.start[:, None] + torch.arange(6)
+    parts = [(0, 1), (1, 5), (5, 6)]
+    logits = torch.cat([model(answers[:, a:b], input_pos[:, a:b], leaf) for a, b in parts], 1)
+    for row in range(6):
+        question = questions[row // 2, : lengths[row // 2]]
+        whole = torch.cat([system[0], question, answers[row]])[None]
+        torch.testing.assert_close(logits[row], full(model, whole)[0, -6:], **EXACT)
+
+
+def say(model: Transformer, cache: KVCache, texts: Texts, size: int, seed: int) -> Texts:
+    """Runs `size` random tokens per row behind what the row sees, and holds their logits against one pass each. Returns
+    what the rows then see."""
+    tokens = random_tokens(model.args, len(texts), size, seed=seed)
+    begin = torch.tensor([[len(text)] for text in texts])
+    logits = model(tokens, begin + torch.arange(size), cache)
+    texts = [[*text, *said] for text, said in zip(texts, tokens.tolist(), strict=True)]
+    for row, text in zip(logits, texts, strict=True):
+        torch.testing.assert_close(row, full(model, torch.tensor([text]))[0, -size:], **EXACT)
+    return texts
+
+
+def branch(
+    kind: type[KVCache], parent: KVCache, texts: Texts, rows: Sequence[int], written: Sequence[int] | None = None
+) -> tuple[KVCache, Texts]:
+    """Children of these rows of the parent, which sees only the first `written` slots of its own in each."""
+    length = None if written is None else torch.tensor(written)
+    if written is not None:
+        begin = parent.start.tolist()
+        texts = [text[: first + own] for text, first, own in zip(texts, begin, written, strict=True)]
+    return kind.branch(parent, rows, 7, length=length), [texts[row] for row in rows]
+
+
+def system(model: Transformer) -> tuple[KVCache, Texts]:
+    tokens = random_tokens(model.args, 1, 13)
+    return prefilled(model, tokens, 13), tokens.tolist()
+
+
+def grown(model: Transformer, kind: type[KVCache], rows: Sequence[int]) -> tuple[KVCache, Texts]:
+    """A system prompt, three questions of 4, 2 and 5 tokens, and for each of `rows` an answer of 3 tokens."""
+    middle, texts = branch(kind, *system(model), [0, 0, 0])
+    texts = say(model, middle, texts, 5, seed=2)
+    leaf, texts = branch(kind, middle, texts, rows, [4, 2, 5])
+    return leaf, say(model, leaf, texts, 3, seed=3)
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", [KVCache, SDPACache])
+@pytest.mark.parametrize("rows", [[2, 0, 0, 1, 2, 2, 0], [1, 1, 1], [0, 1, 2], [2, 1, 0], [0, 0, 1, 1, 2, 2]], ids=str)
+def test_rows_continue_the_rows_that_they_name(args, kind, rows):
+    """Unequal, equal, crossed and missing shares; then a fourth cache on top, of some rows at their own lengths."""
+    model = random_model(args)
+    leaf, texts = grown(model, kind, rows)
+    texts = say(model, leaf, texts, 1, seed=4)
+    last = len(rows) - 1
+    top, texts = branch(kind, leaf, texts, [last, 0, 0, 1, last], [1 + row % 4 for row in range(len(rows))])
+    texts = say(model, top, texts, 2, seed=5)
+    say(model, top, texts, 1, seed=6)
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", [KVCache, SDPACache])
+@pytest.mark.parametrize("rows", [[2, 0, 0, 1, 2, 2, 0], [0, 0, 1, 1, 2, 2]], ids=["unequal", "equal"])
+def test_rows_of_a_tree_can_be_dropped(args, kind, rows):
+    """Some, in another order, one of them twice; then all of one ancestor; then all but one."""
+    model = random_model(args)
+    leaf, texts = grown(model, kind, rows)
+    for kept in ([5, 1, 2, 3, 0, 3], [0, 2, 1], [1]):
+        leaf.keep(kept)
+        texts = say(model, leaf, [texts[row] for row in kept], 1, seed=len(kept))
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("kind", [KVCache, SDPACache])
+def test_a_copy_of_a_chain_holds_all_that_the_chain_sees(args, kind):
+    """Two copies of each of seven rows, which see 16 to 21 tokens through three caches. They need the chain no more."""
+    model = random_model(args)
+    leaf, texts = grown(model, KVCache, [2, 0, 0, 1, 2, 2, 0])
+    written = [3, 1, 2, 3, 1, 0, 2]
+    texts = [
+        text[: begin + own] for text, begin, own in zip(texts, leaf.start.tolist(), written, strict=True) for _ in "ab"
+    ]
+    copy = kind.copy(leaf, 2, 4, length=torch.tensor(written))
+    assert not copy.links and copy.rows == 14 and copy.slots == max(map(len, texts)) + 4
+    for cache in (leaf, *(link.cache for link in leaf.links)):
+        for tensor in cache.tensors:
+            tensor.fill_(float("nan"))
+    texts = say(model, copy, texts, 2, seed=5)
+    say(model, copy, texts, 1, seed=6)
+
+
+@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("chunk", [1, 4, 5, 9, 64])
+def test_prefill_reads_into_a_fork(args, chunk):
+    """Nine tokens in chunks behind a context of 13, and behind one row of three at its own length: `start` counts, and
+    so do the ancestors. Oracle: one pass over all of it."""
+    model = random_model(args)
+    alone, texts = system(model)
+    middle, heard = branch(KVCache, alone, texts, [0, 0, 0])
+    heard = say(model, middle, heard, 5, seed=2)
+    forks = [(KVCache.fork(alone, 1, 9), texts[0])]
+    for row, own in ((1, 2), (2, 5)):
+        fork = KVCache.branch(middle, [row], 9, length=torch.tensor([4, 2, 5]))
+        forks.append((fork, heard[row][: 13 + own]))
+    for fork, text in forks:
+        tokens = random_tokens(args, 1, 9, seed=7)
+        logits = []
+        for begin in range(0, 9, chunk):
+            part = tokens[:, begin : begin + chunk]
+            where = len(text) + begin + torch.arange(part.shape[1])[None]
+            logits.append(model(part, where, Prefill(fork, begin, part.shape[1])))
+        expected = full(model, torch.tensor([[*text, *tokens[0].tolist()]]))[:, len(text) :]
+        torch.testing.assert_close(torch.cat(logits, 1), expected, **EXACT)
+        fork.resize(11)
+        say(model, fork, [[*text, *tokens[0].tolist()]], 2, seed=8)
+
+
+def test_a_rewritten_position_leaves_no_trace():
+    """What a rejected draft wrote is overwritten; the cache has no cursor to wind back."""
+    model, context, decoded = random_model(GQA), random_tokens(GQA, 1, 9), random_tokens(GQA, 3, 4, seed=2)
+    cache = KVCache.fork(prefilled(model, context, 9), 3, 6)
+    model((decoded + 1) % GQA.vocab_size, positions(9, 3, 4), cache)
+    logits = model(decoded, positions(9, 3, 4), cache)
+    expected = full(model, torch.cat([context.expand(3, -1), decoded], 1))[:, 9:]
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reserve", [0, 20])
+def test_caches_decode_on_with_fewer_rows_and_more_slots(layout, reserve):
+    model, context, decoded = random_model(GQA), random_tokens(GQA, 1, 9), random_tokens(GQA, 5, 4, seed=2)
+    cache = LAYOUTS[layout](prefilled(model, context, 9), 5, 2, reserve)
+    model(decoded[:, :2], positions(9, 5, 2), cache)
+    rows = [4, 1, 2]
+    cache.keep(rows)
+    cache.resize(cache.slots + 2)
+    logits = model(decoded[rows, 2:], positions(11, 3, 2), cache)
+    expected = full(model, torch.cat([context.expand(3, -1), decoded[rows]], 1))[:, 11:]
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_context_takes_over_the_tokens_of_a_row(layout):
+    model, context, decoded = random_model(GQA), random_tokens(GQA, 1, 9), random_tokens(GQA, 3, 4, seed=2)
+    root = prefilled(model, context, 9)
+    cache = LAYOUTS[layout](root, 3, 4)
+    model(decoded, positions(9, 3, 4), cache)
+    root.append(cache.row(2, 9), 3)
+    assert root.slots == 12
+    logits = model(decoded[2:3, 3:], positions(12, 1, 1), KVCache.fork(root, 1, 1))
+    expected = full(model, torch.cat([context, decoded[2:3]], 1))[:, 12:]
+    torch.testing.assert_close(logits, expected, **EXACT)
+
+
+def nbytes(cache: KVCache) -> int:
+    """Of what is in view of a cache's own keys and values."""
+    return sum(tensor.nbytes for tensor in cache.tensors)
+
+
+def test_bytes_of_a_cache_are_those_of_its_own_slots():
+    root = KVCache.empty(GQA, 1, 100, torch.zeros((), dtype=torch.bfloat16))
+    leaf = KVCache.fork(root, 7, 16)
+    assert nbytes(root) == 100 * GQA.kv_values_per_token * 2
+    assert nbytes(leaf) == 7 * 16 * GQA.kv_values_per_token * 2
+
+
+def filled(args: ModelArgs, rows: int, slots: int, dtype: torch.dtype, reserve: int = 0) -> KVCache:
+    cache = KVCache.empty(args, rows, slots, torch.empty(0, dtype=dtype), reserve)
+    generator = torch.Generator().manual_seed(slots)
+    for tensor in cache.tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return cache
+
+
+def test_values_stay_where_they_are_through_resize_keep_row_and_append():
+    """Oracle: clones of what was there. More slots begin as zeros, also where others were once; no memory moves while
+    there is room."""
+    cache = filled(GQA, 5, 6, torch.float32, reserve=20)
+    before, where = [tensor.clone() for tensor in cache.tensors], [tensor.data_ptr() for tensor in cache.tensors]
+    for slots in (20, 4, 9, 6):
+        cache.resize(slots)
+        assert [tensor.data_ptr() for tensor in cache.tensors] == where
+        for tensor, old in zip(cache.tensors, before, strict=True):
+            held = min(4 if slots != 20 else 6, slots)
+            assert tensor.shape == (5, 2, slots, 10) and torch.equal(tensor[:, :, :held], old[:, :, :held])
+            assert not tensor[:, :, held:].any()
+    cache.resize(4)
+    cache.keep([3, 0, 3])
+    assert [tensor.data_ptr() for tensor in cache.tensors] == where and cache.start.tolist() == [0] * 3
+    for tensor, old in zip(cache.tensors, before, strict=True):
+        assert torch.equal(tensor, old[[3, 0, 3], :, :4])
+    row = cache.row(1, 2)
+    assert (row.rows, row.slots, row.start.tolist()) == (1, 2, [2]) and not row.links
+    for tensor, old in zip(row.tensors, before, strict=True):
+        assert torch.equal(tensor, old[0:1, :, 2:4])
+    cache.resize(200)  # beyond what was reserved
+    cache.k[0].zero_()
+    for tensor, old in zip(cache.tensors[1:], before[1:], strict=True):
+        assert torch.equal(tensor[:, :, :4], old[[3, 0, 3], :, :4]) and not tensor[:, :, 4:].any()
+    assert torch.equal(row.k[0], before[0][0:1, :, 2:4])  # a copy
+    target = filled(GQA, 1, 3, torch.float32)
+    first = [tensor.clone() for tensor in target.tensors]
+    target.append(row, 1)
+    for tensor, old, new in zip(target.tensors, first, row.tensors, strict=True):
+        assert torch.equal(tensor, torch.cat([old, new[:, :, :1]], 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_to_the_nearest_of_255(dtype):
+    tensor = torch.randn(2, 3, 17, 59, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[0, 1, 2] = 0
+    tensor[0, 2, 2:6] *= torch.tensor([1e-2, 1e-3, 1e-4, 1e-5])[:, None].to(dtype)
+    tensor[1, 2, 3] = 1e-7
+    number, scale = quantized(tensor)
+    assert number.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (2, 3, 17, 1)
+    error = (number.float() * scale.float() - tensor.float()).abs()
+    # Half a step; where the scale was rounded down, at most what 127 steps then lack, also of a subnormal scale.
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    assert (error <= scale.float() * (0.5 + 127 * eps) + 127 * eps * tiny + 1e-12).all()
+    assert (number[0, 1, 2] == 0).all()
+
+
+def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
+    context = filled(GQA, 1, 50, torch.bfloat16)
+    work = Workload(50, 3, 8, "bifurcated", "int8")
+    expected = plan_run(GQA, Weights(0, 0), work, torch.device("cpu"), torch.bfloat16, 10**9)
+    halved = Int8Context(context)
+    assert context.tensors == []
+    assert nbytes(halved) == expected.context == 50 * GQA.kv_values_per_token * 12 // 10  # 10 numbers and a scale
+    assert (halved.rows, halved.slots, halved.dtype) == (1, 50, torch.bfloat16)
+    child = KVCache.fork(halved, 3, 8)
+    assert child.dtype == torch.bfloat16 and child.k[0].shape == (3, 2, 8, 10)
+
+
+def test_int8_refuses_what_would_lose_its_scales():
+    context, other = Int8Context(filled(GQA, 1, 50, torch.float32)), filled(GQA, 1, 4, torch.float32)
+    before = [tensor.clone() for tensor in context.tensors]
+    k = torch.zeros(1, 2, 1, 10)
+    for call in (
+        lambda: context.resize(60), lambda: context.keep([0]), lambda: context.append(other, 2),
+        lambda: context.row(0, 3), lambda: context.write(0, k, k, torch.tensor([[3]])),
+        lambda: context.attend(0, torch.zeros(1, 6, 1, 10), k, k, torch.tensor([[3]]), None),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="a context in int8 is only read: fork it"):
+            call()
+    assert all(map(torch.equal, context.tensors, before))
+
+
+def rounded(context: KVCache) -> KVCache:
+    """An ordinary cache that holds the numbers that int8 rounds to."""
+    other = Int8Context(context)
+    plain = KVCache(
+        other.k_scale[0], len(other.k), (other.rows, other.k[0].shape[1], other.slots, other.k[0].shape[3]), other.start
+    )
+    for layer in range(len(other.k)):
+        for mine, theirs in zip(plain.read(layer), other.read(layer), strict=True):
+            mine.copy_(theirs)
+    plain.links = other.links
+    return plain
+
+
+@pytest.mark.parametrize("args", [GQA, ALIBI], ids=["plain", "ALiBi, window"])
+@pytest.mark.parametrize("rows", [None, 2])
+def test_samples_are_those_of_the_rounded_context(args, rows, monkeypatch):
+    """fp32, N = 5, also in waves, and N = 1, which forks it too. Oracle: an ordinary context of the rounded numbers."""
+    engine, prompt = Engine(random_model(args, torch.float32)), random_tokens(args, 23).tolist()
+    for n in (5, 1):
+        request = Request(n, 12, Sampling(0.9, top_k=30), seed=3, rows_at_once=rows, kv_dtype="int8")
+        drawn = [each.tokens for each in engine.generate(prompt, request)]
+        with monkeypatch.context() as patch:
+            patch.setattr(road, "Int8Context", rounded)
+            assert drawn == [each.tokens for each in engine.generate(prompt, request)]
+
+
+@pytest.mark.parametrize("kind", [KVCache, SDPACache])
+def test_a_tree_may_stand_on_a_context_in_int8(kind):
+    """Forked twice, and copied. Oracle: the same tree on the rounded numbers."""
+    model = random_model(GQA)
+
+    def logits(form) -> Tensor:
+        root = form(prefilled(model, random_tokens(GQA, 1, 13), 13))
+        middle = kind.fork(root, 2, 3)
+        parts = [model(random_tokens(GQA, 2, 3), positions(13, 2, 3), middle)]
+        leaf = kind.branch(middle, [1, 0, 1], 4)
+        parts += [model(random_tokens(GQA, 3, 2), positions(16, 3, 2), leaf)]
+        parts += [model(random_tokens(GQA, 6, 2), positions(13, 6, 2), kind.copy(root, 6, 2))]
+        return torch.cat([part.flatten() for part in parts])
+
+    torch.testing.assert_close(logits(Int8Context), logits(rounded), **EXACT)
+
+
+@needs_stories
+@pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 0.02), (torch.float32, 0.004)])
+def test_log_probabilities_on_real_stories_hardly_move(dtype, bound):
+    """stories15M: the mean over stories of |log-probability with int8 - without| of each next token, in the second half
+    of a story that follows the first half. In bfloat16 most of it is bfloat16's own rounding."""
+    checkpoint = read_checkpoint(STORIES)
+    model = load_model(checkpoint, "cpu", dtype)
+    tokenizer, engine = load_tokenizer(STORIES), Engine(model)
+    text = (SHARED / "text" / "tinystories_sample.txt").read_text("utf-8")
+    stories = re.split(r"\n+(?=Once upon a time|One day,)", text)[:10]
+    assert len(stories) == 10
+
+    def scored(tokens: list[int], kind: str) -> Tensor:
+        half = len(tokens) // 2
+        context = KVCache.empty(checkpoint.args, 1, half, model.norm.weight)
+        engine.prefill(context, tokens[:half], 512, SILENT)
+        context = Int8Context(context) if kind == "int8" else context
+        rest = torch.tensor([tokens[half:]])
+        where = half + torch.arange(rest.shape[1])[None]
+        logits = model(rest, where, KVCache.fork(context, 1, rest.shape[1]))
+        return logits[:, :-1].float().log_softmax(-1).gather(-1, rest[:, 1:, None]).flatten()
+
+    differences = []
+    for story in stories:
+        tokens = tokenizer.encode(story)[: checkpoint.args.context_limit]
+        differences.append((scored(tokens, "int8") - scored(tokens, "auto")).abs())
+    mean = torch.cat(differences).mean().item()
+    assert 0 < mean < bound
