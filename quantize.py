@@ -302,13 +302,11 @@ def quantise(options: argparse.Namespace) -> Path:
     check_weights(empty_model(checkpoint.args), state)
     steps = plain_layers(recipe, state)
     if text is not None:
-        tokens, digest = calibration_tokens(options, checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()
-        recipe = Recipe(
-            mode, layers, kept, groupsize, text.name, digest, len(tokens), tokens.shape[1], options.act_order
-        )
+        ids, sha = calibration_tokens(options, checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()
+        recipe = Recipe(mode, layers, kept, groupsize, text.name, sha, len(ids), len(ids[0]), options.act_order)
         folder = blocks_folder(output, recipe, checkpoint)
         model = load_model(checkpoint, "cpu", state["tok_embeddings.weight"].dtype)
-        steps = chain(plain_layers(recipe, state), calibrated(model, recipe, tokens, folder))
+        steps = chain(plain_layers(recipe, state), calibrated(model, recipe, ids, folder))
     if kept:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
     found = {name: w for step in with_progress(steps, len(layers)) for name, w in step.items()}
