@@ -55,7 +55,7 @@ class KVCache:
     ) -> None:
         """shape: [N,G,L,D]; reserve: slots to have room for, if more than L. Dtype and device are those of `like`."""
         rows, heads, slots, head_dim = shape
-        self.start = start
+        self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
         # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
@@ -85,8 +85,7 @@ class KVCache:
         index = torch.tensor(rows, device=parent.start.device)
         start = (parent.start + (parent.slots if length is None else length))[index]
         k = parent.k[0]
-        like = k.new_empty(0, dtype=parent.dtype)
-        child = cls(like, len(parent.k), (len(rows), k.shape[1], slots, k.shape[3]), start, reserve)
+        child = cls(parent.like, len(parent.k), (len(rows), k.shape[1], slots, k.shape[3]), start, reserve)
         child.links = (Link(parent, rows, length), *(link.keep(rows) for link in parent.links))
         return child
 
@@ -97,8 +96,8 @@ class KVCache:
         lengths = [link.lengths() for link in chain]
         total = max(map(sum, zip(*lengths, strict=True)))
         k, start = context.k[0], chain[0].cache.start[chain[0].index].repeat_interleave(n)
-        shape, like = (n * context.rows, k.shape[1], total + slots, k.shape[3]), k.new_empty(0, dtype=context.dtype)
-        made = cls(like, len(context.k), shape, start, total + max(slots, reserve))
+        shape = (n * context.rows, k.shape[1], total + slots, k.shape[3])
+        made = cls(context.like, len(context.k), shape, start, total + max(slots, reserve))
         for layer in range(len(context.k)):
             sides = zip(made.read(layer), *(link.cache.read(layer) for link in chain), strict=True)  # keys, then values
             for mine, *theirs in sides:
@@ -117,11 +116,6 @@ class KVCache:
         return self.k[0].shape[2]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of the network."""
-        return self.k[0].dtype
-
-    @property
     def tensors(self) -> list[Tensor]:
         """All that is in view of keys and values, each [N,G,L,...]."""
         return self.k + self.v
@@ -133,6 +127,8 @@ class KVCache:
     def resize(self, slots: int, reserve: int = 0) -> None:
         """Brings the first `slots` slots into view; where there is no room for `reserve`, all are copied into more."""
         room = max(slots, reserve)
+        if slots == self.slots and room < self.buffers[0][0].shape[2]:
+            return
         for views, buffers in zip((self.k, self.v), self.buffers, strict=True):
             for layer, (view, buffer) in enumerate(zip(views, buffers, strict=True)):
                 if room >= buffer.shape[2]:
@@ -279,16 +275,17 @@ class Prefill:
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
-        assert cache.rows == 1, "prefill is of one row"
+        assert cache.rows == 1 and not isinstance(cache, Int8Context), "prefill is of one row that can be written"
         self.cache, self.begin, self.end = cache, begin, begin + length
         like = cache.k[0]
-        self.in_parts = bool(cache.links) or (begin > 0 and has_fused(like.device, like.dtype, like.shape[-1]))
+        fused = has_fused(like.device, like.dtype, like.shape[-1])
+        self.in_parts = fused and begin > 0 or bool(cache.links) and (fused or like.device.type == "cpu")
         masked = begin > 0 and not self.in_parts
         self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
         cache = self.cache
-        if cache.links and mod is not None:
+        if cache.links and (mod is not None or not self.in_parts):
             return cache.attend(layer, q, k, v, input_pos, mod)
         cache.k[layer][:, :, self.begin : self.end] = k
         cache.v[layer][:, :, self.begin : self.end] = v
@@ -326,13 +323,9 @@ class Int8Context(KVCache):
                 buffers.pop(0)
                 yield quantized(views.pop(0))
 
-        self.start, self.links = context.start, context.links
+        self.start, self.links, self.like = context.start, context.links, context.like
         self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0]), strict=True))
         self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1]), strict=True))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k_scale[0].dtype
 
     @property
     def tensors(self) -> list[Tensor]:

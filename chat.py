@@ -277,6 +277,8 @@ class Conversation:
     """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
+        if request.kv_dtype != "auto":
+            raise ValueError(f"kv_dtype {request.kv_dtype}: a context that grows is not held so, give auto")
         self.engine, self.request = engine, request
         self.context = KVCache.empty(engine.args, 1, 0, engine.model.norm.weight)
         self.history: list[int] = []  # the tokens of the context, then the pending ones
@@ -293,19 +295,19 @@ class Conversation:
         """`turn`, piece by piece as the text comes."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         run.live = True
-        yield from self.draw(run, tokens)
+        return self.draw(run, tokens)
 
     def draw(self, run: Run, tokens: Sequence[int]) -> Iterator[Piece]:
-        new = [*self.pending, *tokens]
-        slots = self.context.slots + len(new)
-        self.context.resize(slots, slots + run.own_slots if run.extends else 0)
-        logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
-        self.history, self.pending = list(run.history), []
-        run.kept = self.replies = {}
+        new, slots = [*self.pending, *tokens], self.context.slots
         try:
+            end = slots + len(new)
+            self.context.resize(end, end + run.own_slots if run.extends else 0)
+            logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
+            slots, self.history, self.pending = end, list(run.history), []
+            run.kept = self.replies = {}
             yield from run.draw(self.context, logits)
         finally:
-            self.context.resize(slots)  # a single reply is drawn in it
+            self.context.resize(slots)  # what was not read, or was drawn in it, goes
 
     def keep(self, reply: Sample) -> None:
         """Goes on from this reply of the last turn: its keys and values move into the context."""

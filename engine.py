@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bifurcated_attention import has_fused
 from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from graphs import RecordedStep, Step, StepInput, compiled
@@ -43,7 +44,7 @@ class Request:
 
     num_samples: int = 1
     max_new_tokens: int = 200
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Sampling(0.8, top_k=200)
     seed: int = 0
     attention: str = "bifurcated"
     eos_ids: frozenset[int] | None = None
@@ -53,9 +54,11 @@ class Request:
     kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "prefill_chunk"):
-            if getattr(self, name) < 1:
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.attention not in LAYOUTS:
+            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUTS)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
         if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
@@ -65,10 +68,9 @@ class Request:
 
     def check_length(self, args: ModelArgs, context: int) -> None:
         """Raises ValueError where `context` tokens and the new ones do not fit the model."""
-        total = context + self.max_new_tokens
         if context < 1:
             raise ValueError("the prompt is empty: give at least one token")
-        if total > args.context_limit:
+        if (total := context + self.max_new_tokens) > args.context_limit:
             raise ValueError(
                 f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
                 f"context limit of {args.context_limit}: shorten one of them"
@@ -161,7 +163,8 @@ class Engine:
         self.model, self.tokenizer, self.compile = model, tokenizer, compile
         weight = model.norm.weight
         self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
-        self.eos_ids: frozenset[int] = frozenset() if tokenizer is None else tokenizer.eos_ids
+        # A model trained on texts that BOS alone separates ends one by beginning the next.
+        self.eos_ids = frozenset() if tokenizer is None else tokenizer.eos_ids | ({tokenizer.bos_id} - {None})
         self.weights = weigh(model)
         self.available = available_memory(self.device) + self.weights.total
         self.runs, self.packed = 1, False
@@ -200,10 +203,11 @@ class Engine:
         if plan.compiled and self.compiled is None:
             self.compiled = compiled(partial(decode, self.model, uniform))
 
-    def step(self, sampling: Sampling) -> Step:
+    def step(self, sampling: Sampling, plan: Plan) -> Step:
         """A decode step with its draw: inputs, cache -> tokens [N], log-probabilities [N]."""
         on_cuda = self.device.type == "cuda"
-        network = self.compiled or partial(decode, self.model, uniform if on_cuda else UniformBlocks())
+        eager = partial(decode, self.model, uniform if on_cuda else UniformBlocks())
+        network = self.compiled if plan.compiled and self.compiled is not None else eager
 
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
             return draw(*network(inputs, cache), sampling)
@@ -230,14 +234,14 @@ class Engine:
         """Draws request.num_samples continuations of the prompt's tokens, in order of their index; `rank` puts the best
         first. Raises ValueError, before any kernel runs, where the request does not fit the model or the memory."""
         run = Run(self, request, prompt, monitor)
-        deque(run.draw(*run.read()), maxlen=0)
+        deque(run.pieces(), maxlen=0)
         return run.samples
 
     def stream(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> Iterator[Piece]:
         """`generate`, piece by piece as the text comes. What may turn out to begin a stop string is held back."""
         run = Run(self, request, prompt, monitor)
         run.live = True
-        yield from run.draw(*run.read())
+        return run.pieces()
 
     @torch.no_grad()
     def rescore(self, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
@@ -268,11 +272,11 @@ class Decoding:
 
     width = 1
 
-    def __init__(self, engine: Engine, request: Request, cache: KVCache, samples: Tensor) -> None:
+    def __init__(self, run: "Run", cache: KVCache, samples: Tensor) -> None:
         """samples [N]: the index of each row's sample."""
-        self.cache, self.samples, self.sampling = cache, samples, request.sampling
-        self.seed, self.one = torch.tensor(request.seed, device=samples.device), torch.ones_like(samples)
-        self.step = engine.step(request.sampling)
+        self.cache, self.samples, self.sampling = cache, samples, run.request.sampling
+        self.seed, self.one = torch.tensor(run.request.seed, device=samples.device), torch.ones_like(samples)
+        self.step = run.engine.step(self.sampling, run.plan)
 
     def first(self, logits: Tensor, position: int) -> Drawn:
         """Draws the token at `position` for every row from the logits [1,V] before it."""
@@ -313,12 +317,16 @@ class Run:
         if request.stop and engine.tokenizer is None:
             raise ValueError(f"stop strings {request.stop} need a tokenizer")
         self.engine, self.request, self.history, self.monitor = engine, request, history, monitor
-        plan = engine.plan(len(history), request)
-        engine.prepare(plan)
+        if not 0 <= min(history) <= max(history) < engine.args.vocab_size:
+            raise ValueError(f"token {max(history)} is not of the model, whose vocabulary is {engine.args.vocab_size}")
+        self.plan = engine.plan(len(history), request)
+        engine.prepare(self.plan)
         self.eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
-        self.rows_at_once = min(request.num_samples, request.rows_at_once or plan.rows_at_once)
-        # A single row needs no fork: the context's own cache goes on, and a chain of one is decoded.
-        self.extends = (self.rows_at_once, request.attention, request.kv_dtype) == (1, "bifurcated", "auto")
+        self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
+        # A single row needs no fork: the context's own cache goes on, and a chain of one is decoded. But the fused
+        # kernel that splits long keys over a GPU takes no mask, and so wants the context by itself.
+        alone = (self.rows_at_once, request.attention, request.kv_dtype) == (1, "bifurcated", "auto")
+        self.extends = alone and not has_fused(engine.device, engine.dtype, engine.args.head_dim)
         self.own_slots = request.max_new_tokens + Decoding.width - 1
         self.held = max(map(len, request.stop), default=1) - 1  # characters that may turn out to begin a stop string
         self.begin = len(history)  # the position of the first token drawn
@@ -326,11 +334,12 @@ class Run:
         self.kept: dict[int, KVCache] | None = None
         self.samples: list[Sample] = []
 
-    def read(self) -> tuple[KVCache, Tensor]:
-        """The prompt's context, and the logits [1,V] after it."""
+    def pieces(self) -> Iterator[Piece]:
+        """Reads the prompt, then `draw`."""
         engine, reserve = self.engine, self.begin + self.own_slots if self.extends else 0
         context = KVCache.empty(engine.args, 1, self.begin, engine.model.norm.weight, reserve)
-        return context, engine.prefill(context, self.history, self.request.prefill_chunk, self.monitor)
+        logits = engine.prefill(context, self.history, self.request.prefill_chunk, self.monitor)
+        yield from self.draw(context, logits)
 
     @torch.no_grad()
     def draw(self, context: KVCache, logits: Tensor) -> Iterator[Piece]:
@@ -354,7 +363,7 @@ class Run:
         cache = context if self.extends else LAYOUTS[self.request.attention](context, len(rows), 0, self.own_slots)
         base = self.begin - int(cache.start[0])  # slots before the first that is drawn
         samples = torch.tensor([row.sample.index for row in rows], device=device)
-        decoding = Decoding(self.engine, self.request, cache, samples)
+        decoding = Decoding(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
         self.monitor.wave()
         pending = [decoding.first(logits, self.begin)]
@@ -388,23 +397,23 @@ class Run:
         """Brings the tokens of the last steps to the host and ends the rows that are done."""
         # [N][steps][k] twice, and [N][steps].
         parts = [torch.stack(part, 1).tolist() for part in zip(*pending, strict=True)]
-        taken = 0
-        for index, (row, *drawn) in enumerate(zip(rows, *parts, strict=True)):
+        count_before = sum(len(row.sample.tokens) for row in rows)
+        for index, (row, *new) in enumerate(zip(rows, *parts, strict=True)):
             before = len(row.sample.tokens)
             if row.sample.finish_reason is not None:
                 continue
-            for tokens, logprobs, count in zip(*drawn, strict=True):
+            for tokens, logprobs, count in zip(*new, strict=True):
                 for token, logprob in zip(tokens[:count], logprobs[:count], strict=True):
                     if row.sample.finish_reason is None:
                         self.record(row, token, logprob)
-            taken += len(row.sample.tokens) - before
             if row.sample.finish_reason is not None:
                 if self.kept is not None:
                     self.kept[row.sample.index] = cache.row(index, self.begin)
                 self.monitor.done(row.sample)
             if self.live:
                 yield self.piece(row, before)
-        self.monitor.stepped(len(pending) if stepped else 0, taken)
+        drawn = sum(len(row.sample.tokens) for row in rows) - count_before
+        self.monitor.stepped(len(pending) if stepped else 0, drawn)
 
     def record(self, row: Row, token: int, logprob: float) -> None:
         """Adds a token to an unfinished sample and finishes it where its end is reached."""

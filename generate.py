@@ -13,7 +13,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     tiny = ROOT / "checkpoints" / "tiny" / "model.pth"
     where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
-    flag("--checkpoint_path", where, type=Path, default=tiny)
+    flag("--checkpoint_path", where, default=str(tiny))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     precision = "auto is bfloat16 where the device has instructions for it, else float32"
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--top", "print the so many best; default: all", type=int)
     flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
     flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
-    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=200)
+    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
     flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
@@ -131,28 +131,35 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--kv_dtype int8 is for one prompt: leave it out of --interactive")
     if options.pick and not options.interactive:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
-    if options.echo and (options.interactive or options.format == "jsonl" or options.synthetic_prompt):
-        raise ValueError("--echo is for texts of one prompt: leave out --interactive, --format or --synthetic_prompt")
+    if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
+        raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
+    if options.interactive and options.verbose:
+        raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
     if options.synthetic_prompt and (options.chat or options.interactive):
         raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
     given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+    check_outputs(options)
 
 
-def check_outputs(options: argparse.Namespace, folder: Path) -> None:
-    """Raises ValueError where --report or --profile cannot be written, or would replace what the run reads, which are
-    the prompt and the model in `folder`."""
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError where --report or --profile cannot be written."""
     outputs = [path for path in (options.report, options.profile) if path is not None]
-    prompt, folder = options.prompt_file, folder.resolve()
     for path in outputs:
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-        full = path.resolve()
-        if (full.exists() and full.parent == folder) or (prompt is not None and full == Path(prompt).resolve()):
-            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
+
+
+def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
+    """Raises ValueError where --report or --profile would replace the prompt, or what lies with the model."""
+    prompt = Path(options.prompt_file or "").resolve()
+    for path in (options.report, options.profile):
+        full = path and path.resolve()
+        if full and (full == prompt or (full.exists() and full.parent == folder.resolve())):
+            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -199,24 +206,25 @@ def set_up(options: argparse.Namespace) -> Session:
     check_options(options)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    text = read_prompt(options)
-    checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last: it may fetch a model
-    check_outputs(options, checkpoint.folder)
-    args = checkpoint.args
-    tokenizer = load_tokenizer(checkpoint.folder)
-    chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
-    dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
     request = Request(
         options.num_samples,
         options.max_new_tokens,
         Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
         secrets.randbelow(2**31) if options.seed is None else options.seed,
         options.attention,
-        frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids,
-        tuple(options.stop),
-        options.prefill_chunk,
+        stop=tuple(options.stop),
+        prefill_chunk=options.prefill_chunk,
         kv_dtype=options.kv_dtype,
     )
+    text = read_prompt(options)
+    checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
+    check_inputs_stay(options, checkpoint.folder)
+    args = checkpoint.args
+    tokenizer = load_tokenizer(checkpoint.folder)
+    chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
+    dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
+    ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
+    request = replace(request, eos_ids=ends)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
     if length and not options.plan:
@@ -237,6 +245,7 @@ def open_engine(session: Session) -> Engine:
     model = load_model(session.checkpoint, session.device, session.dtype, options.num_samples)
     engine = Engine(model, session.dialogue.tokenizer, options.compile)
     engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
+    engine.prepare(session.plan)
     if options.compile_prefill:
         engine.hidden = torch.compile(model.hidden, dynamic=True)
     return engine
@@ -368,6 +377,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]}: give a lower --max_memory, or fewer samples", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

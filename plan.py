@@ -250,7 +250,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16, except on a CPU without instructions for it."""
+    """--dtype; auto is bfloat16, except on a CPU without instructions for it. Raises ValueError on another name."""
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {name!r} is not known: use auto, bfloat16, float16 or float32")
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32

@@ -75,8 +75,9 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams = self.options.num_samples == 1 and self.options.format == "text"
-        self.bar = not self.streams and not self.options.quiet and sys.stderr.isatty()
+        self.bar = not self.options.quiet and sys.stderr.isatty()
         self.begun = 0  # steps before this wave
+        self.barred = False  # whether a bar stands on the screen
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
@@ -92,7 +93,7 @@ class Console(Stopwatch):
 
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
-        if self.step_s:
+        if self.step_s and not self.streams:
             finished, total, length = len(self.finished), self.options.num_samples, self.options.max_new_tokens
             in_wave = len(self.step_s) - self.begun
             left = length - in_wave + length * (self.plan.waves - self.waves)
@@ -103,12 +104,19 @@ class Console(Stopwatch):
         if self.bar:
             bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
             print(bar, end="", file=sys.stderr, flush=True)
+            self.barred = True
+
+    def clear(self) -> None:
+        if self.barred:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.barred = False
 
     def show_live(self, pieces: Iterable[Piece]) -> None:
         """Runs to the end, and prints the text as it comes where there is one sample."""
         if self.streams and self.options.echo:
             print(self.prompt, end="", flush=True)
         for piece in pieces:
+            self.clear()
             if self.streams and piece.text:
                 print(piece.text, end="", flush=True)
 
@@ -121,8 +129,7 @@ class Console(Stopwatch):
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.bar:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self.clear()
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
         if kind is KeyboardInterrupt:
@@ -149,7 +156,7 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
     """The part of the report that was decided before the run. quantised: the mode, None where weights are plain."""
-    single = request.attention == "bifurcated" and plan.rows_at_once == 1
+    single = request.attention == "bifurcated" and request.kv_dtype == "auto" and plan.rows_at_once == 1
     return {
         "attention": request.attention,
         "attention_path": "one row: the context's own cache goes on" if single else PATHS[request.attention],

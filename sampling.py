@@ -47,7 +47,8 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     take it that signed integers do not overflow.
     """
     second = torch.arange(2, device=even.device).view(2, *[1] * (even.dim() - 1))
-    multiplier, increment = (each[0] + second * (each[1] - each[0]) for each in (MULTIPLIERS, INCREMENTS))
+    multiplier = MULTIPLIERS[0] + second * (MULTIPLIERS[1] - MULTIPLIERS[0])
+    increment = INCREMENTS[0] + second * (INCREMENTS[1] - INCREMENTS[0])
     high, low = multiplier >> 16, multiplier & 0xFFFF
     for _ in range(10):
         bottom = even * low
@@ -71,22 +72,21 @@ def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
 
 
 class UniformBlocks:
-    """`uniform` at one position after another, made for a block of positions at a time: uncompiled, Philox is some 150
-    small operations, for one number as for a thousand."""
+    """`uniform` for rows that are all at one position, made for a block of positions at a time: uncompiled, Philox is
+    some 150 small operations, for one number as for a thousand."""
 
     BLOCK = 32
 
     def __init__(self) -> None:
-        self.samples, self.block, self.used = torch.empty(0), torch.empty(0), 0
+        self.samples, self.block, self.first = torch.empty(0), torch.empty(0), 0
 
     def __call__(self, seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """seed scalar, sample [N], position [N] -> [N]. As long as `sample` is the same tensor, so is the seed; each
-        call is one position further."""
-        if sample is not self.samples or self.used == self.BLOCK:
+        """seed scalar, sample [N], position [N] -> [N]. As long as `sample` is the same tensor, so must be the seed."""
+        at = int(position[0])
+        if sample is not self.samples or not self.first <= at < self.first + self.BLOCK:
             positions = position[:, None] + torch.arange(self.BLOCK, device=position.device)  # [N,BLOCK]
-            self.samples, self.block, self.used = sample, uniform(seed, sample[:, None], positions), 0
-        self.used += 1
-        return self.block[:, self.used - 1]
+            self.samples, self.block, self.first = sample, uniform(seed, sample[:, None], positions), at
+        return self.block[:, at - self.first]
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

@@ -37,8 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache
 from checkpoint import load_model, read_checkpoint, read_safetensors
-from engine import SILENT, Engine, decode
-from graphs import Step, StepInput, compiled
+from engine import SILENT, Engine
+from graphs import Step, StepInput
 from model import ModelArgs, Transformer, empty_model
 from packed import can_pack, pack_linears
 from plan import (
@@ -55,7 +55,7 @@ from plan import (
 )
 from report import OneLineParser
 from rotary import ScoreMod
-from sampling import Sampling, uniform
+from sampling import Sampling
 
 SHAPES = {
     "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
@@ -156,6 +156,7 @@ PRESETS = {
         ("stories110M", "stories110M-gqa"), (2048,), (1, 8, 64), ("bifurcated, compiled", "contiguous SDPA"), steps=8
     ),
     "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N), PAPER_COLUMNS),
+    "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
     "decode": Preset(
         ("stories110M",),
         (4096,),
@@ -291,8 +292,9 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
     steps = {}
     for is_compiled in (False, True):
         engine = Engine(model)
-        engine.compiled = compiled(partial(decode, model, uniform)) if is_compiled else None
-        steps[is_compiled] = engine.step(Sampling(0.8, top_k=200))
+        plan = replace(plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"]), compiled=is_compiled, packed=False)
+        engine.prepare(plan)
+        steps[is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
         for rows in options.num_samples:
@@ -499,7 +501,7 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = (*PRESETS, *TABLES, "attention")
+    choices = (*PRESETS, *TABLES)
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; other flags change it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")

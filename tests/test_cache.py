@@ -308,9 +308,9 @@ def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
     halved = Int8Context(context)
     assert context.tensors == []
     assert nbytes(halved) == expected.context == 50 * GQA.kv_values_per_token * 12 // 10  # 10 numbers and a scale
-    assert (halved.rows, halved.slots, halved.dtype) == (1, 50, torch.bfloat16)
+    assert (halved.rows, halved.slots, halved.like.dtype) == (1, 50, torch.bfloat16)
     child = KVCache.fork(halved, 3, 8)
-    assert child.dtype == torch.bfloat16 and child.k[0].shape == (3, 2, 8, 10)
+    assert child.like.dtype == torch.bfloat16 and child.k[0].shape == (3, 2, 8, 10)
 
 
 def test_int8_refuses_what_would_lose_its_scales():

@@ -101,14 +101,13 @@ def test_cost_follows_what_is_written_and_nothing_is_allocated_anew(engine, watc
 @pytest.mark.parametrize("n,rows", [(1, None), (3, 1)])
 def test_a_single_row_forks_nothing(engine, watched, monkeypatch, n, rows):
     """A step sees a chain of one, whose memory is that which the prompt was read into."""
-    contexts, read = [], road.Run.read
+    contexts, prefill = [], Engine.prefill
 
-    def noted(run: road.Run) -> tuple[KVCache, Tensor]:
-        context, logits = read(run)
+    def noted(engine: Engine, context: KVCache, *rest) -> Tensor:
         contexts.append((context, [buffer.data_ptr() for side in context.buffers for buffer in side]))
-        return context, logits
+        return prefill(engine, context, *rest)
 
-    monkeypatch.setattr(road.Run, "read", noted)
+    monkeypatch.setattr(Engine, "prefill", noted)
     engine.generate(PROMPT, request(n, 90, rows_at_once=rows))
     ((context, addresses),) = contexts
     assert len(watched) == n * 89
@@ -287,10 +286,10 @@ class Drafted(road.Decoding):
     width = 3
     counts: list[list[int]] = []
 
-    def __init__(self, engine: Engine, request: Request, cache: KVCache, samples: Tensor) -> None:
-        super().__init__(engine, request, cache, samples)
-        self.model = engine.model
-        self.step = partial(road.decode, engine.model, uniform)
+    def __init__(self, run: road.Run, cache: KVCache, samples: Tensor) -> None:
+        super().__init__(run, cache, samples)
+        self.model = run.engine.model
+        self.step = partial(road.decode, self.model, uniform)
 
     def next(self, token: Tensor, input_pos: Tensor) -> road.Drawn:
         run = [token]
@@ -401,7 +400,7 @@ def test_a_checkpoint_is_opened_as_the_command_line_opens_it():
     """Device, dtype and end tokens. Oracle: what is known of the shipped model."""
     engine = Engine.open(TINY, "cpu", "float32")
     assert (engine.device.type, engine.dtype) == ("cpu", torch.float32)
-    assert engine.eos_ids == {2} and engine.tokenizer.eos_ids <= engine.eos_ids
+    assert engine.eos_ids == {1, 2} and engine.tokenizer.eos_ids <= engine.eos_ids
     prompt = engine.encode("Once upon a time")
     assert prompt == [1, *engine.tokenizer.encode("Once upon a time")]
     samples = engine.generate(prompt, Request(3, 9, seed=1))

@@ -52,7 +52,9 @@ def test_a_step_is_recorded_when_the_cache_changes(model, monkeypatch, n):
 
         return replay, outputs
 
-    monkeypatch.setattr(Engine, "step", lambda self, sampling: RecordedStep(step_of(self.model, sampling), record))
+    monkeypatch.setattr(
+        Engine, "step", lambda self, sampling, plan: RecordedStep(step_of(self.model, sampling), record)
+    )
     assert draws(engine.generate(PROMPT, asked)) == draws(expected)
     counted, steps = len(recordings), max(len(each.tokens) for each in expected)
     assert 1 <= counted <= 9 and counted < steps / 2  # at most four buckets and five compactions

@@ -14,7 +14,7 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 MAKE = [line.split("#")[0].split() for line in COMMANDS if line.startswith("make")]
-RUNS = [line for line in COMMANDS if line.startswith("python generate.py") and "NAME" not in line]
+RUNS = [line for line in COMMANDS if "python generate.py" in line and "NAME" not in line and "model_int8" not in line]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(EXAMPLES) == 2 and len(RUNS) == 5 and MAKE == [["make", "generate"], ["make", "test"]]
+    assert len(EXAMPLES) == 2 and len(RUNS) == 6 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -54,6 +54,21 @@ def test_commands(command, checkout):
     result = run(command, checkout, stdin="Once upon a time\n2\n" if "--interactive" in command else "")
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_quantising(checkout):
+    """As it stands, with a text of a few hundred words."""
+    (checkout / "TEXT").write_text(
+        "Once upon a time there was a cat. The cat sat on a red mat and saw a big dog. " * 60
+    )
+    lines = [line for line in COMMANDS if line.startswith("python quantize.py") or "model_int8" in line]
+    assert len(lines) == 4
+    for line in lines:
+        result = run(line, checkout)
+        assert result.returncode == 0, result.stderr
+    assert "int8 weights" in result.stderr
+    made = {path.name for path in (checkout / "checkpoints" / "tiny").glob("model_*")}
+    assert made == {"model_int8.pth", "model_int4.g64.pth", "model_int4-gptq.g32.pth"}
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
@@ -83,7 +98,7 @@ def test_converting_and_running_another_model(checkout):
 @pytest.mark.parametrize("script", ["scripts/prepare.sh", "python scripts/download.py", "python generate.py"])
 def test_fetching_without_a_network_is_one_line(script, checkout, monkeypatch):
     """What they do with a hub is tested in test_download.py; here that they are there, under the names given."""
-    (line,) = [line for line in COMMANDS if line.startswith(script) and "OWNER/NAME" in line]
+    line = next(line for line in COMMANDS if line.startswith(script) and "OWNER/NAME" in line)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("PYTHON", sys.executable)
     result = run(line, checkout)
@@ -100,7 +115,7 @@ def test_the_commands_of_the_benchmark(checkout):
 
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
-    listed = run("python generate.py --help", ROOT).stdout
+    listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
     of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
