@@ -354,10 +354,15 @@ LINEARS: dict[str, Callable[..., nn.Module]] = {
 # The sizes of groups that PyTorch's operators for int4 take.
 PACK_GROUPS = (32, 64, 128, 256)
 
-# Rows of a decode step up to which PyTorch's operators for a CPU beat a dequantised weight, in bfloat16; in fp32 and
-# fp16 they are some ten times slower than in that, and never do. With bfloat16 instructions (AVX-512, 2 cores) oneDNN
-# wins from there on; without them (AVX2), nothing in bfloat16 does.
-PACK_UP_TO = {("int8", True): 4, ("int4", True): 8, ("int8", False): math.inf, ("int4", False): math.inf}
+# The fewest and the most rows of a decode step at which PyTorch's operators for a CPU beat a dequantised weight in
+# bfloat16, by whether the CPU has instructions for it (AVX-512, 2 cores) or not (AVX2: a whole step of 12 layers takes
+# 1.4 times as long at one row, two thirds at 8 and 64). In fp32 and float16 they are several times slower.
+PACK_ROWS = {
+    ("int8", True): (1, 4),
+    ("int4", True): (1, 8),
+    ("int8", False): (2, math.inf),
+    ("int4", False): (2, math.inf),
+}
 
 
 def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
@@ -367,7 +372,8 @@ def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, r
     if device.type == "cpu":
         # Of other sizes the operators raise, and the one for int8 reads past the end of its weight.
         fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
-        wins = IS_X86 and dtype == torch.bfloat16 and rows <= PACK_UP_TO[weight.kind, multiplies_bfloat16()]
+        fewest, most = PACK_ROWS[weight.kind, multiplies_bfloat16()]
+        wins = IS_X86 and dtype == torch.bfloat16 and fewest <= rows <= most
         return f"{weight.kind}pack" if fits and wins else "dequantised"
     if weight.kind == "int4" and has_tinygemm(device, dtype) and groups and inputs % 32 == outputs % 8 == 0:
         return "tinygemm"

@@ -199,14 +199,15 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
         assert chosen("int4", 48, 96, torch.bfloat16, rows) == int4
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
     for kind in ("int8", "int4"):
-        assert chosen(kind, 48, 96, torch.bfloat16, 64) == f"{kind}pack"
+        assert chosen(kind, 48, 96, torch.bfloat16, 64) == chosen(kind, 48, 96, torch.bfloat16, 2) == f"{kind}pack"
+        assert chosen(kind, 48, 96, torch.bfloat16, 1) == "dequantised"
         assert chosen(kind, 48, 96, torch.float32, 1) == chosen(kind, 48, 96, torch.float16, 1) == "dequantised"
         assert choose_kernel(random_weight(kind, 48, 96), torch.device("cuda"), torch.float32, 1) == (
             "dequantised at each product"
         )
     # Where the operators read past the end, or raise.
-    assert chosen("int8", 48, 52, torch.bfloat16, 1) == chosen("int4", 41, 96, torch.bfloat16, 1) == "dequantised"
-    assert chosen("int4", 48, 96, torch.bfloat16, 1, groupsize=16) == "dequantised"
+    assert chosen("int8", 48, 52, torch.bfloat16, 2) == chosen("int4", 41, 96, torch.bfloat16, 2) == "dequantised"
+    assert chosen("int4", 48, 96, torch.bfloat16, 2, groupsize=16) == "dequantised"
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -214,11 +215,11 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
 def test_planned_bytes_are_those_that_a_step_reads(kind, dtype, copies, monkeypatch):
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
     weight = random_weight(kind, 48, 96)
-    linear = make_linear(weight, None, CPU, dtype, 1)
+    linear = make_linear(weight, None, CPU, dtype, 3)
     read = {"int8": ("values", "scales"), "int4": ("packed", "packed_scales")}[kind] if copies == 1 else ("weight",)
-    assert held_bytes(weight, CPU, dtype, 1) == sum(getattr(linear, name).nbytes for name in read)
+    assert held_bytes(weight, CPU, dtype, 3) == sum(getattr(linear, name).nbytes for name in read)
     empty = type(weight).empty(48, 96, 32)
-    assert held_bytes(empty, CPU, dtype, 1) == held_bytes(weight, CPU, dtype, 1)
+    assert held_bytes(empty, CPU, dtype, 3) == held_bytes(weight, CPU, dtype, 3)
 
 
 def test_dequantised_layers_are_packed_as_plain_ones(small_ones_too):
