@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.args = args
         self.tok_embeddings = Embedding(args.vocab_size, args.dim)
-        self.layers: Sequence[Block] = nn.ModuleList(Block(args, layer) for layer in range(args.n_layer))  # type: ignore
+        self.layers: Sequence[Block] = nn.ModuleList(Block(args, i) for i in range(args.n_layer))  # type: ignore
         self.norm = make_norm(args, args.dim)
         self.output = Linear(args.dim, args.vocab_size, bias=False)
         self.tie_output()

@@ -247,8 +247,14 @@ def calibrated(folder):
 @pytest.fixture
 def small_vocabulary(monkeypatch):
     """Ids below the small model's vocabulary."""
-    stub = lambda folder: type("T", (), {"bos_id": 1, "encode": lambda self, text: random_tokens(ARGS, 90).tolist()})()  # noqa: E731
-    monkeypatch.setattr(quantize, "load_tokenizer", stub)
+
+    class Few:
+        bos_id = 1
+
+        def encode(self, text: str) -> list[int]:
+            return random_tokens(ARGS, 90).tolist()
+
+    monkeypatch.setattr(quantize, "load_tokenizer", lambda folder: Few())
 
 
 def test_gptq_resumes_to_what_it_would_have_been(calibrated, folder, capsys, monkeypatch, small_vocabulary):
