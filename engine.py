@@ -18,14 +18,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bifurcated_attention import has_fused
 from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
 from model import ModelArgs, Transformer
 from packed import pack_linears
-from plan import Plan, Workload, available_memory, choose_device, choose_dtype, plan_run, weigh
+from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from sampling import Sampling, UniformBlocks, draw, uniform
 from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
 
@@ -323,10 +322,7 @@ class Run:
         engine.prepare(self.plan)
         self.eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
-        # A single row needs no fork: the context's own cache goes on, and a chain of one is decoded. But the fused
-        # kernel that splits long keys over a GPU takes no mask, and so wants the context by itself.
-        alone = (self.rows_at_once, request.attention, request.kv_dtype) == (1, "bifurcated", "auto")
-        self.extends = alone and not has_fused(engine.device, engine.dtype, engine.args.head_dim)
+        self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
         self.own_slots = request.max_new_tokens + Decoding.width - 1
         self.held = max(map(len, request.stop), default=1) - 1  # characters that may turn out to begin a stop string
         self.begin = len(history)  # the position of the first token drawn

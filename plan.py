@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bifurcated_attention import has_fused
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16
 
@@ -160,6 +161,13 @@ def plan_run(
         compile_reason=why,
         packed=choose_packing(device, dtype, args, steps, rows),
     )
+
+
+def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether rows that decode together need no fork: a single one goes on in the context's own cache, a chain of one.
+    But the fused kernel that splits long keys over a GPU takes no mask, and so wants the context by itself."""
+    alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
+    return alone and not has_fused(device, dtype, args.head_dim)
 
 
 def human(size: float) -> str:

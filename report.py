@@ -13,7 +13,7 @@ import torch
 
 from engine import Engine, Monitor, Piece, Ranked, Request, Sample, rank
 from packed import kernels
-from plan import Plan, human, peak_memory, release_freed_memory
+from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -156,7 +156,7 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
     """The part of the report that was decided before the run. quantised: the mode, None where weights are plain."""
-    single = request.attention == "bifurcated" and request.kv_dtype == "auto" and plan.rows_at_once == 1
+    single = extends_context(engine.args, plan.workload, engine.device, engine.dtype, plan.rows_at_once)
     return {
         "attention": request.attention,
         "attention_path": "one row: the context's own cache goes on" if single else PATHS[request.attention],
