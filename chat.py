@@ -23,7 +23,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cache import KVCache
-from engine import SILENT, Engine, Monitor, Piece, Request, Run, Sample
+from engine import SILENT, Engine, Monitor, Request, Run
+from samples import Piece, Sample
 from tokenizer import JSONTokenizer, Tokenizer, continuation_text, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content

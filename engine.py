@@ -1,4 +1,4 @@
-"""The road from a prompt to samples: prefill -> fork -> decode -> retire -> rank.
+"""The road from a prompt to samples: prefill -> fork -> decode -> retire.
 
     engine = Engine.open("checkpoints/tiny")
     samples = engine.generate(engine.encode("Once upon a time"), Request(num_samples=8))
@@ -10,7 +10,7 @@ Shapes: N rows, S positions, k tokens that a step may give a row, T context leng
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -25,8 +25,9 @@ from hub import locate
 from model import ModelArgs, Transformer
 from packed import pack_linears
 from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from samples import Ending, Piece, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
-from tokenizer import TextStream, Tokenizer, continuation_text, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 # Steps from one look at the tokens to the next: the host waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
@@ -80,54 +81,6 @@ class Request:
         return Workload(*sizes, self.attention, self.kv_dtype, runs)
 
 
-@dataclass
-class Sample:
-    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length.
-    text: None where there is no tokenizer."""
-
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str | None = None
-    finish_reason: str | None = None
-
-    @property
-    def mean_logprob(self) -> float:
-        return sum(self.logprobs) / max(1, len(self.logprobs))
-
-    @property
-    def text_tokens(self) -> list[int]:
-        """The tokens without that which ended them."""
-        return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What has come of a sample since its last piece. finish_reason: None while it goes on."""
-
-    sample: int
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str | None
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
-
-    rank: int
-    count: int
-    sample: Sample
-
-
-def rank(samples: Sequence[Sample]) -> list[Ranked]:
-    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
-    groups: dict[object, list[Sample]] = {}
-    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
-        groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
-    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
-
-
 class Monitor:
     """Hears of a run's events; override what is to be known."""
 
@@ -163,7 +116,11 @@ class Engine:
         weight = model.norm.weight
         self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
         # A model trained on texts that BOS alone separates ends one by beginning the next.
-        self.eos_ids = frozenset() if tokenizer is None else tokenizer.eos_ids | ({tokenizer.bos_id} - {None})
+        self.eos_ids = (
+            frozenset()
+            if tokenizer is None
+            else tokenizer.eos_ids | {id for id in (tokenizer.bos_id,) if id is not None}
+        )
         self.weights = weigh(model)
         self.available = available_memory(self.device) + self.weights.total
         self.runs, self.packed = 1, False
@@ -294,16 +251,6 @@ class Decoding:
         self.samples, self.one = self.samples[rows], self.one[rows]
 
 
-@dataclass
-class Row:
-    """A sample while it is drawn. stream: makes its text, where it is needed as it comes. shown: characters of the text
-    that pieces have given."""
-
-    sample: Sample
-    stream: TextStream | None
-    shown: int = 0
-
-
 class Run:
     """The samples of one request, which continue one context, in waves of rows that decode together.
 
@@ -320,11 +267,11 @@ class Run:
             raise ValueError(f"token {max(history)} is not of the model, whose vocabulary is {engine.args.vocab_size}")
         self.plan = engine.plan(len(history), request)
         engine.prepare(self.plan)
-        self.eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
+        eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
+        self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
         self.own_slots = request.max_new_tokens + Decoding.width - 1
-        self.held = max(map(len, request.stop), default=1) - 1  # characters that may turn out to begin a stop string
         self.begin = len(history)  # the position of the first token drawn
         self.live = False
         self.kept: dict[int, KVCache] | None = None
@@ -343,14 +290,12 @@ class Run:
         context = Int8Context(context) if self.request.kv_dtype == "int8" else context
         while len(self.samples) < self.request.num_samples:  # each wave when its turn comes: they may be many
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
-            rows = [self.row(index) for index in range(len(self.samples), last)]
+            rows = [
+                Row(index, self.ending, self.engine.tokenizer, self.history, self.live)
+                for index in range(len(self.samples), last)
+            ]
             yield from self.decode(context, logits, rows)
             self.samples += [row.sample for row in rows]
-
-    def row(self, index: int) -> Row:
-        tokenizer, live = self.engine.tokenizer, self.live or self.request.stop
-        stream = TextStream(tokenizer, self.history) if tokenizer and live else None
-        return Row(Sample(index, text=None if tokenizer is None else ""), stream)
 
     def decode(self, context: KVCache, logits: Tensor, rows: list[Row]) -> Iterator[Piece]:
         """Decodes one wave until every row is done. logits [1,V]."""
@@ -401,45 +346,15 @@ class Run:
             for tokens, logprobs, count in zip(*new, strict=True):
                 for token, logprob in zip(tokens[:count], logprobs[:count], strict=True):
                     if row.sample.finish_reason is None:
-                        self.record(row, token, logprob)
+                        row.record(token, logprob)
             if row.sample.finish_reason is not None:
                 if self.kept is not None:
                     self.kept[row.sample.index] = cache.row(index, self.begin)
                 self.monitor.done(row.sample)
             if self.live:
-                yield self.piece(row, before)
+                yield row.piece(before)
         drawn = sum(len(row.sample.tokens) for row in rows) - count_before
         self.monitor.stepped(len(pending) if stepped else 0, drawn)
-
-    def record(self, row: Row, token: int, logprob: float) -> None:
-        """Adds a token to an unfinished sample and finishes it where its end is reached."""
-        sample, stream = row.sample, row.stream
-        sample.tokens.append(token)
-        sample.logprobs.append(logprob)
-        if token in self.eos_ids:
-            sample.finish_reason = "eos"
-        elif len(sample.tokens) == self.request.max_new_tokens:
-            sample.finish_reason = "length"
-        if stream is None or sample.text is None:
-            if self.engine.tokenizer and sample.finish_reason is not None:
-                sample.text = continuation_text(self.engine.tokenizer, self.history, sample.text_tokens)
-            return
-        piece = "" if sample.finish_reason == "eos" else stream.push([token])
-        if sample.finish_reason is not None:
-            piece += stream.flush()
-        # A stop string may begin in text that came before this piece.
-        overlap = max(0, len(sample.text) - self.held)
-        sample.text += piece
-        ends = [at for stop in self.request.stop if (at := sample.text.find(stop, overlap)) >= 0]
-        if ends:
-            sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
-
-    def piece(self, row: Row, before: int) -> Piece:
-        """What is new of a row since it had `before` tokens."""
-        sample, text = row.sample, row.sample.text or ""
-        end = len(text) if sample.finish_reason is not None else max(row.shown, len(text) - self.held)
-        shown, row.shown = row.shown, end
-        return Piece(sample.index, text[shown:end], tuple(sample.tokens[before:]), sample.finish_reason)
 
 
 def rows_to_keep(live: Sequence[bool]) -> list[int]:

@@ -25,7 +25,7 @@ import torch
 from cache import LAYOUTS
 from chat import Conversation, Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
-from engine import Engine, Ranked, Request, Sample, rank
+from engine import Engine, Request
 from hub import locate
 from plan import (
     Plan,
@@ -38,6 +38,7 @@ from plan import (
     weigh_sizes,
 )
 from report import Console, OneLineParser, Stopwatch, describe, measure, print_report, summary
+from samples import Ranked, Sample, rank
 from sampling import Sampling
 from tokenizer import load_tokenizer
 

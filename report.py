@@ -11,9 +11,10 @@ from typing import NoReturn, Self
 
 import torch
 
-from engine import Engine, Monitor, Piece, Ranked, Request, Sample, rank
+from engine import Engine, Monitor, Request
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
+from samples import Piece, Ranked, Sample, rank
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cache import KVCache, NoCache, Prefill
-from engine import Request, Sample
+from engine import Request
 from model import ModelArgs, Transformer
+from samples import Sample
 from sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
