@@ -23,9 +23,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cache import KVCache
-from engine import SILENT, Engine, Monitor, Request, Run
-from samples import Piece, Sample
-from tokenizer import JSONTokenizer, Tokenizer, continuation_text, inside, read_metadata
+from engine import SILENT, Engine, Monitor, Run
+from samples import Piece, Request, Sample, continuation_text
+from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content
 BARRIER = "\ue000"  # no token reaches from this character into what follows it
@@ -316,7 +316,9 @@ class Conversation:
         if tokenizer is not None and reply.finish_reason == "stop":  # only what was shown: no part of the stop string
             while tokens and len(continuation_text(tokenizer, self.history, tokens)) > len(reply.text or ""):
                 tokens = tokens[:-1]
-        cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
-        self.context.append(self.replies[reply.index], len(cached))
+        cached = []  # a reply that another replica drew is read with the next turn
+        if reply.index in self.replies:
+            cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
+            self.context.append(self.replies[reply.index], len(cached))
         self.pending = tokens[len(cached) :]
         self.history += tokens

@@ -28,6 +28,7 @@ from families import (
 )
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
 
@@ -253,10 +254,14 @@ def check_weights(model: Transformer, state: Mapping[str, Tensor], recipe: Recip
         raise ValueError("the weights do not match config.json; " + "; ".join(problems))
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1) -> Transformer:
-    """The network, its weights on `device`, ready for inference: in `dtype`, or quantised and multiplied by what runs
-    best at decode steps of `rows` rows. Raises ValueError as read_weights and check_weights."""
-    state, model, recipe = read_weights(checkpoint), empty_model(checkpoint.args), checkpoint.recipe
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
+) -> Transformer:
+    """The network, or this rank's part of it, its weights on `device`, ready for inference: in `dtype`, or quantised
+    and multiplied by what runs best at decode steps of `rows` rows. Raises ValueError as read_weights and
+    check_weights."""
+    args, recipe = checkpoint.args, checkpoint.recipe
+    state, model = read_weights(checkpoint), empty_model(args)
     try:
         check_weights(model, state, recipe)
     except ValueError as error:
@@ -269,34 +274,42 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
             continue
         for name, empty in module._parameters.items():
             if empty is not None:
-                tensor = state[f"{prefix}.{name}" if prefix else name].to(device, dtype)
+                key = f"{prefix}.{name}" if prefix else name
+                tensor = shard.part(key, state[key], args).to(device, dtype)
                 module._parameters[name] = Parameter(tensor, requires_grad=False)
 
     def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
         if name not in quantised:
             return None
-        bias = None if linear.bias is None else state[f"{name}.bias"].to(device, dtype)
-        weight = quantised[name]
-        parts = (state[f"{name}.{part}"].to(device) for part in tensors_of(weight))
-        return make_linear(type(weight)(*parts), bias, torch.device(device), dtype, rows).eval()
+        key = f"{name}.bias"
+        bias = None if linear.bias is None else shard.part(key, state[key], args).to(device, dtype)
+        empty = quantised[name]
+        weight = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
+        if (cut := shard.cut(name, args)) is not None:
+            weight = weight.narrow(*cut)
+        weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
+        return make_linear(weight, bias, torch.device(device), dtype, rows).eval()
 
     model.tie_output()
     swap_linears(model, make)
     model.place_constants()
+    shard.attach(model)
     return model
 
 
 def weight_sizes(
-    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
 ) -> dict[str, int]:
     """Bytes of each tensor that load_model would hold, by name, from the metadata alone; a tied one counts once.
 
     What a decode step reads: another form of an int4 weight, for prompts, stays in the pages of the checkpoint's file.
     """
-    model = empty_model(checkpoint.args)
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in model.named_parameters()}
+    model, args = empty_model(checkpoint.args), checkpoint.args
+    sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
-        sizes[f"{layer}.weight"] = held_bytes(weight, torch.device(device), dtype, rows)
+        cut = shard.cut(layer, args)
+        held = weight if cut is None else weight.narrow(*cut)
+        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, rows)
     return sizes
 
 

@@ -10,7 +10,6 @@ Shapes: N rows, S positions, k tokens that a step may give a row, T context leng
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -22,63 +21,19 @@ from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
-from model import ModelArgs, Transformer
+from model import Transformer
 from packed import pack_linears
-from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
-from samples import Ending, Piece, Row, Sample
+from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
 from tokenizer import Tokenizer, load_tokenizer
+from tp import WHOLE, Shard
 
 # Steps from one look at the tokens to the next: the host waits for the device.
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 # What a step gives: tokens [N,k], their log-probabilities [N,k], and how many of them, from the first, count [N].
 Drawn = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw. attention: a key of LAYOUTS. eos_ids: None is the engine's own. prefill_chunk: tokens of the prompt
-    read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype: of the
-    context's keys and values while samples decode from it: auto, the network's, or int8."""
-
-    num_samples: int = 1
-    max_new_tokens: int = 200
-    sampling: Sampling = Sampling(0.8, top_k=200)
-    seed: int = 0
-    attention: str = "bifurcated"
-    eos_ids: frozenset[int] | None = None
-    stop: tuple[str, ...] = ()
-    prefill_chunk: int = 512
-    rows_at_once: int | None = None
-    kv_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.attention not in LAYOUTS:
-            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUTS)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
-        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
-            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
-        if "" in self.stop:
-            raise ValueError("a stop string is empty: it would end every sample at once")
-
-    def check_length(self, args: ModelArgs, context: int) -> None:
-        """Raises ValueError where `context` tokens and the new ones do not fit the model."""
-        if context < 1:
-            raise ValueError("the prompt is empty: give at least one token")
-        if (total := context + self.max_new_tokens) > args.context_limit:
-            raise ValueError(
-                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
-                f"context limit of {args.context_limit}: shorten one of them"
-            )
-
-    def workload(self, context: int, runs: int = 1) -> Workload:
-        sizes = (context, self.num_samples, self.max_new_tokens)
-        return Workload(*sizes, self.attention, self.kv_dtype, runs)
 
 
 class Monitor:
@@ -109,10 +64,17 @@ class Engine:
 
     compile: the decode step; None: where a request's plan expects it to pay. eos_ids: end a sample. available: bytes
     for everything, weights included. runs: how often a request will come, for what compiling and packing may cost.
+    shard: the part of the network that `model` is.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool | None = None) -> None:
-        self.model, self.tokenizer, self.compile = model, tokenizer, compile
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        compile: bool | None = None,
+        shard: Shard = WHOLE,
+    ) -> None:
+        self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
         self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
         # A model trained on texts that BOS alone separates ends one by beginning the next.
@@ -291,8 +253,8 @@ class Run:
         while len(self.samples) < self.request.num_samples:  # each wave when its turn comes: they may be many
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
             rows = [
-                Row(index, self.ending, self.engine.tokenizer, self.history, self.live)
-                for index in range(len(self.samples), last)
+                Row(self.request.first_index + number, self.ending, self.engine.tokenizer, self.history, self.live)
+                for number in range(len(self.samples), last)
             ]
             yield from self.decode(context, logits, rows)
             self.samples += [row.sample for row in rows]
@@ -307,7 +269,7 @@ class Run:
         decoding = Decoding(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
         self.monitor.wave()
-        pending = [decoding.first(logits, self.begin)]
+        pending = [self.agreed(decoding.first(logits, self.begin))]
         token = pending[0][0]
         input_pos = torch.full((len(rows), 1), self.begin, device=device)
         steps, ahead = 0, 1  # `ahead`: the most tokens that a row may have by now
@@ -328,11 +290,17 @@ class Run:
             # 4. A step over the slots that it may write, and those before them.
             cache.resize(base + min(self.own_slots, bucket(ahead - 1 + decoding.width)))
             # A row that is done may be further than those in view.
-            pending.append(decoding.next(token, input_pos.clamp_max(self.begin + ahead - 1)))
+            pending.append(self.agreed(decoding.next(token, input_pos.clamp_max(self.begin + ahead - 1))))
             steps, ahead = steps + 1, ahead + decoding.width
             # 5. Each row moves by its own count.
             tokens, _, count = pending[-1]
             token, input_pos = tokens.gather(1, count[:, None] - 1), input_pos + count[:, None]
+
+    def agreed(self, drawn: Drawn) -> Drawn:
+        """The same for all ranks that hold a part of the network."""
+        tokens, logprobs, count = drawn
+        both = self.engine.shard.agree(torch.cat([tokens, count[:, None]], 1))  # [N,k+1]
+        return both[:, :-1], logprobs, both[:, -1]
 
     def collect(self, rows: Sequence[Row], pending: Sequence[Drawn], cache: KVCache, stepped: bool) -> Iterator[Piece]:
         """Brings the tokens of the last steps to the host and ends the rows that are done."""

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from cache import LAYOUTS
 from chat import Conversation, Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
-from engine import Engine, Request
+from engine import Engine
 from hub import locate
 from plan import (
     Plan,
@@ -37,8 +38,9 @@ from plan import (
     plan_run,
     weigh_sizes,
 )
+from ranks import Ranks, join, leave, lost_rank
 from report import Console, OneLineParser, Stopwatch, describe, measure, print_report, summary
-from samples import Ranked, Sample, rank
+from samples import Ranked, Request, Sample, rank
 from sampling import Sampling
 from tokenizer import load_tokenizer
 
@@ -62,9 +64,7 @@ def unescaped(text: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
 
-    parser = OneLineParser(
-        description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
-    )
+    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is held and read once.")
 
     def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
         default = settings.get("default")
@@ -107,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
     flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
     flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
-    flag("--max_memory", "such as 4GB; default: what is free", type=size)
+    flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
+    flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
@@ -188,9 +189,11 @@ def read_prompt(options: argparse.Namespace) -> str | None:
 
 @dataclass(frozen=True)
 class Session:
-    """A validated command line and what it resolved to. prompt_tokens: empty in --interactive without a prompt."""
+    """A validated command line and what it resolved to. prompt_tokens: empty in --interactive without a prompt.
+    request: what this replica draws."""
 
     options: argparse.Namespace
+    ranks: Ranks
     device: torch.device
     dtype: torch.dtype
     checkpoint: Checkpoint
@@ -202,25 +205,33 @@ class Session:
     plan: Plan
 
 
-def set_up(options: argparse.Namespace) -> Session:
-    """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
+def decide(options: argparse.Namespace) -> tuple[str | None, int, torch.dtype]:
+    """What one rank decides for all: the prompt's text, the seed, the dtype. Raises ValueError."""
     check_options(options)
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
+    dtype = choose_dtype(options.dtype, choose_device(options.device))
+    return read_prompt(options), secrets.randbelow(2**31) if options.seed is None else options.seed, dtype
+
+
+def set_up(
+    options: argparse.Namespace, ranks: Ranks, text: str | None, seed: int, dtype: torch.dtype, available: int
+) -> Session:
+    """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
+    device, mine = choose_device(options.device), ranks.samples(options.num_samples)
     request = Request(
-        options.num_samples,
+        len(mine),
         options.max_new_tokens,
         Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
-        secrets.randbelow(2**31) if options.seed is None else options.seed,
+        seed,
         options.attention,
         stop=tuple(options.stop),
         prefill_chunk=options.prefill_chunk,
         kv_dtype=options.kv_dtype,
+        first_index=mine.start,
     )
-    text = read_prompt(options)
     checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
     check_inputs_stay(options, checkpoint.folder)
-    args = checkpoint.args
+    args, shard = checkpoint.args, ranks.shard
+    local = shard.local(args)
     tokenizer = load_tokenizer(checkpoint.folder)
     chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
     dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
@@ -230,21 +241,31 @@ def set_up(options: argparse.Namespace) -> Session:
     length = options.synthetic_prompt or len(tokens)
     if length and not options.plan:
         request.check_length(args, length)
-    available = available_memory(device) if options.max_memory is None else options.max_memory
-    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, request.num_samples), args)
+    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, len(mine), shard), args)
     work = request.workload(length, options.num_runs)
-    plan = plan_run(args, weights, work, device, dtype, available, options.compile)
+    plan = plan_run(local, weights, work, device, dtype, available, options.compile)
     if options.synthetic_prompt and not options.plan:
-        generator = torch.Generator().manual_seed(request.seed)
+        generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-    return Session(options, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan)
+    return Session(options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan)
+
+
+def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
+    """What all ranks run. Raises ValueError or OSError."""
+    text, seed, dtype = ranks.share(lambda: decide(options))
+    own = options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
+    available = min(ranks.all(own))
+    ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
+    session = ranks.agree(lambda: set_up(options, ranks, text, seed, dtype, available))
+    return replace(session, plan=ranks.share(lambda: session.plan))
 
 
 def open_engine(session: Session) -> Engine:
     """The model of a session, which will run as it was planned."""
     options = session.options
-    model = load_model(session.checkpoint, session.device, session.dtype, options.num_samples)
-    engine = Engine(model, session.dialogue.tokenizer, options.compile)
+    shard = session.ranks.shard
+    model = load_model(session.checkpoint, session.device, session.dtype, session.request.num_samples, shard)
+    engine = Engine(model, session.dialogue.tokenizer, options.compile, shard)
     engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
     engine.prepare(session.plan)
     if options.compile_prefill:
@@ -263,7 +284,8 @@ def run_once(session: Session, engine: Engine) -> None:
                 console.show_live(engine.stream(session.prompt_tokens, session.request, console))
                 samples = console.finished
             else:
-                samples = engine.generate(session.prompt_tokens, session.request, console)
+                drawn = engine.generate(session.prompt_tokens, session.request, console)
+                samples = session.ranks.gather(drawn)
         runs.append(console)
     ranked = rank(samples)[: options.top]
     try:
@@ -278,6 +300,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     recipe = session.checkpoint.recipe
     report = describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
+    report |= session.ranks.describe(report)
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -296,13 +319,13 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
 
 def interact(session: Session, engine: Engine) -> None:
     """--interactive: a turn for the prompt, if given, then one per line of stdin, until it ends."""
-    options, dialogue = session.options, session.dialogue
+    options, dialogue, ranks = session.options, session.dialogue, session.ranks
     conversation = Conversation(engine, session.request)
     if not options.quiet:
         print(f"seed {session.request.seed}", file=sys.stderr)
     line: str | None = session.prompt_text
     tokens = session.prompt_tokens
-    while tokens or (line := ask("> ")) is not None:
+    while tokens or (line := ranks.share(lambda: ask("> "))) is not None:
         line = line or ""
         if not (tokens or line):
             continue
@@ -318,9 +341,9 @@ def interact(session: Session, engine: Engine) -> None:
             hint = f"; the conversation holds {held} tokens, begin a new one to go on" if held else ""
             print(f"error: {error}{hint}", file=sys.stderr)
         else:
-            ranked = rank(console.finished)[: options.top]
+            ranked = rank(ranks.gather(console.finished))[: options.top]
             console.show(ranked)
-            reply = pick(ranked) if options.pick else ranked[0].sample
+            reply = ranks.share(partial(pick, ranked)) if options.pick else ranked[0].sample
             conversation.keep(reply)
             dialogue.keep(line, reply.text or "")
         tokens = []
@@ -342,7 +365,11 @@ def pick(ranked: Sequence[Ranked]) -> Sample:
 
 def run(options: argparse.Namespace) -> None:
     """Everything between the parsed flags and the exit status. Raises ValueError or OSError."""
-    session = set_up(options)
+    ranks = join(options.tp, choose_device(options.device))
+    if not ranks.leads:  # runs the same, and says nothing
+        options.quiet, options.verbose, options.report, options.profile = True, False, None, None
+        sys.stdout = open(os.devnull, "w")
+    session = resolve(options, ranks)
     plan = session.plan
     if options.plan:
         limit = session.checkpoint.args.context_limit
@@ -384,6 +411,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if (lost := lost_rank(error)) is None:
+            raise
+        print(f"error: {lost}", file=sys.stderr)
+        return 2
+    leave()
     return 0
 
 

@@ -133,6 +133,11 @@ class Int8Weight:
         """[out,in] in dtype, rounded from fp32."""
         return self.values.float().mul_(self.scales.float()[:, None]).to(dtype)
 
+    def narrow(self, dim: int, begin: int, end: int) -> "Int8Weight":
+        """The outputs (dim 0) or inputs (dim 1) from begin to end, in memory of its own."""
+        scales = self.scales if dim else self.scales[begin:end]
+        return Int8Weight(self.values.narrow(dim, begin, end - begin).clone(), scales.clone())
+
 
 @dataclass(frozen=True)
 class Int4Weight:
@@ -173,6 +178,17 @@ class Int4Weight:
         """[out,in] in dtype, rounded from fp32."""
         steps = self.codes().float().sub_(8).unflatten(1, (-1, self.groupsize))  # [out,groups,groupsize]
         return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1).to(dtype)
+
+    def narrow(self, dim: int, begin: int, end: int) -> "Int4Weight":
+        """As Int8Weight.narrow. Where a cut falls inside a group of inputs, groups become smaller."""
+        if dim == 0:
+            return Int4Weight(*(tensor[begin:end].clone() for tensor in tensors_of(self).values()))
+        size = math.gcd(self.groupsize, begin, end)
+        if size % 2:
+            raise ValueError(f"inputs {begin} to {end} of an int4 weight cannot be held alone: two share a byte")
+        grid = (t.repeat_interleave(self.groupsize // size, 1) for t in (self.scales, self.zeros))
+        scales, zeros = (each[:, begin // size : end // size].clone() for each in grid)
+        return Int4Weight(self.values[:, begin // 2 : end // 2].clone(), scales, zeros)
 
 
 Quantised = Int8Weight | Int4Weight

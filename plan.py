@@ -192,10 +192,13 @@ def parse_size(text: str) -> int:
     return size
 
 
-def available_memory(device: torch.device) -> int:
-    """Free bytes on the device; on a CPU also within the limit of a container (control groups, version 2)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Free bytes on the device; on a CPU also within the limit of a container (control groups, version 2), and a part
+    of them where so many processes run on it together."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu() // processes
+
+
+def free_on_cpu() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

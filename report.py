@@ -11,10 +11,10 @@ from typing import NoReturn, Self
 
 import torch
 
-from engine import Engine, Monitor, Request
+from engine import Engine, Monitor
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
-from samples import Piece, Ranked, Sample, rank
+from samples import Piece, Ranked, Request, Sample, rank
 
 
 class OneLineParser(argparse.ArgumentParser):

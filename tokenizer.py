@@ -10,8 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
-
 
 class Tokenizer(Protocol):
     """bos_id: prepended to a prompt, None if nothing is. eos_ids: ids that end a text, as far as it knows.
@@ -172,44 +170,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         except Exception as error:  # each library raises its own kinds, tokenizers bare Exception
             raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
     raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {folder}: put the model's tokenizer there")
-
-
-class TextStream:
-    """The text of one row, piece by piece as its tokens come. A character that spans tokens is held until it is whole.
-
-    A tokenizer may decode a token differently at the start of a text (SentencePiece drops a leading space), so a few
-    tokens of what came before are decoded along and their text is taken off again.
-    """
-
-    CONTEXT = 8  # tokens; more than any character spans
-
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
-        self.restart(list(context[-8 * self.CONTEXT :]))
-
-    def restart(self, tokens: list[int]) -> None:
-        """Forgets all but the last tokens, if their text is the same without those before: no run of bytes is cut."""
-        text, tail = self.tokenizer.decode(tokens), self.tokenizer.decode(tokens[-self.CONTEXT :])
-        self.window, self.delivered = (
-            (tokens[-self.CONTEXT :], len(tail)) if text.endswith(tail) else (tokens, len(text))
-        )
-
-    def push(self, tokens: Iterable[int]) -> str:
-        """The text that these further tokens complete; empty while a character is not whole."""
-        self.window.extend(tokens)
-        text = self.tokenizer.decode(self.window)
-        if text.endswith(REPLACEMENT):
-            return ""
-        piece = text[self.delivered :]
-        self.restart(self.window)
-        return piece
-
-    def flush(self) -> str:
-        """What is still held at the end: bytes that never became a character, as U+FFFD."""
-        return self.tokenizer.decode(self.window)[self.delivered :]
-
-
-def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens as they read after context."""
-    stream = TextStream(tokenizer, context)
-    return stream.push(tokens) + stream.flush()

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -40,7 +41,7 @@ from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
 from graphs import Step, StepInput
 from model import ModelArgs, Transformer, empty_model
-from packed import can_pack, pack_linears
+from packed import Quantised, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
     Plan,
     Workload,
@@ -53,14 +54,18 @@ from plan import (
     release_freed_memory,
     weigh,
 )
+from quantize import quantise_int4, quantise_int8
+from ranks import join, leave
 from report import OneLineParser
 from rotary import ScoreMod
 from sampling import Sampling
+from tp import WHOLE, Shard
 
 SHAPES = {
     "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
     "stories110M": ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20),
     "stories110M-gqa": ModelArgs(768, 12, 12, 4, 64, 2048, 32000, 1 << 20),
+    "tinyllama-1.1b": ModelArgs(2048, 22, 32, 4, 64, 5632, 32000, 1 << 20),
     "llama-2-7b": ModelArgs(4096, 32, 32, 32, 128, 11008, 32000, 1 << 20),
     "mistral-7b": ModelArgs(4096, 32, 32, 8, 128, 14336, 32000, 1 << 20),
     "llama-3.1-8b": ModelArgs(4096, 32, 32, 8, 128, 14336, 128256, 1 << 20, rope_theta=500000.0),
@@ -156,6 +161,8 @@ PRESETS = {
         ("stories110M", "stories110M-gqa"), (2048,), (1, 8, 64), ("bifurcated, compiled", "contiguous SDPA"), steps=8
     ),
     "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N), PAPER_COLUMNS),
+    "quantised": Preset(("stories110M", "tinyllama-1.1b"), (128,), (1, 8, 64), (), steps=12),
+    "tp": Preset(("tinyllama-1.1b",), (128,), (1, 8, 64), (), steps=8),
     "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
     "decode": Preset(
         ("stories110M",),
@@ -454,7 +461,83 @@ def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> It
             yield f"| {human(size)} | {what} | {times[0]:.1f} | {times[1]:.1f} | {times[1] / times[0]:.2f} |"
 
 
-TABLES = {"prefill": prefill_table, "load": load_table}
+QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {
+    "int8": quantise_int8,
+    "int4, groups of 32": partial(quantise_int4, groupsize=32),
+}
+
+
+def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """A decode step with weights held in fewer bits, multiplied as generate.py would have it at that N, against plain
+    ones, as Markdown. Eager."""
+    yield "| context | N | weights | held | ms | plain / this | linear layers |\n|---|---|---|---|---|---|---|"
+    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+        plain = None
+        for name in ("plain", *QUANTISERS):
+            model = random_model(args, options.device, options.dtype)
+            if quantiser := QUANTISERS.get(name):
+                hold(model, quantiser, rows)
+            weights = weigh(model)
+            if options.pack:
+                pack_linears(model)
+            engine = Engine(model, compile=False)
+            cache = share(random_context(args, context, model.norm.weight), rows, min(MOST_SLOTS, options.steps + 8))
+            work = Workload(context, rows, MOST_SLOTS)
+            plan = plan_run(args, weights, work, options.device, options.dtype, 1 << 62, False)
+            step = engine.step(Sampling(0.8, top_k=200), plan)
+            ms = 1000 * time_decode(step, cache, context, options.steps, options.budget)
+            plain = plain or ms
+            by = ", ".join(f"{count} {kernel}" for kernel, count in kernels(model).items())
+            yield f"| {context} | {rows} | {name} | {human(weights.per_step)} | {ms:.1f} | {plain / ms:.2f} | {by} |"
+
+
+def hold(model: Transformer, quantiser: Callable[[Tensor], Quantised], rows: int) -> None:
+    """Quantises every linear layer, and holds it as a checkpoint's would be for steps of so many rows."""
+    swap_linears(
+        model,
+        lambda name, linear: make_linear(
+            quantiser(linear.weight), linear.bias, linear.weight.device, linear.weight.dtype, rows
+        ),
+    )
+
+
+def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Transformer:
+    """A rank's part of a model with random weights; of the vocabulary too, which must be divisible."""
+    local = replace(shard.local(args), vocab_size=args.vocab_size // shard.world)
+    model = random_model(local, options.device, options.dtype)
+    model.args = args
+    shard.attach(model)
+    if options.pack:
+        pack_linears(model)
+    return model
+
+
+def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """A decode step of one process with as many threads as there are ranks against one of the ranks, as Markdown. The
+    others wait meanwhile. Eager."""
+    ranks = join(None, options.device)
+    world = ranks.shard.world
+    if world == 1:
+        raise ValueError("--preset tp takes ranks: torchrun --standalone --nproc_per_node=2 scripts/benchmark.py ...")
+    part = shard_of(options, args, ranks.shard)
+    whole = model_of(options, args) if ranks.leads else part
+
+    def ms(model: Transformer, threads: int, shard: Shard, context: int, rows: int) -> float:
+        torch.set_num_threads(threads)
+        engine = Engine(model, compile=False, shard=shard)
+        cache = share(random_context(engine.args, context, model.norm.weight), rows, MOST_SLOTS)
+        plan = plan_of(options, engine.args, model, context, rows, COLUMNS["bifurcated"])
+        step = engine.step(Sampling(0.8, top_k=200), plan)
+        return 1000 * time_decode(step, cache, context, options.steps)  # as many on every rank
+
+    yield f"| context | N | 1 process, {world} threads | {world} ranks | ratio |\n|---|---|---|---|---|"
+    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+        one = ranks.share(partial(ms, whole, world, WHOLE, context, rows))
+        many = ranks.share(partial(float, ms(part, 1, ranks.shard, context, rows)))
+        yield f"| {context} | {rows} | {one:.1f} | {many:.1f} | {many / one:.2f} |"
+
+
+TABLES = {"prefill": prefill_table, "load": load_table, "quantised": quantised_table, "tp": tp_table}
 
 
 def log(line: str) -> None:
@@ -501,7 +584,7 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = (*PRESETS, *TABLES)
+    choices = dict.fromkeys((*PRESETS, *TABLES))
     parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; other flags change it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
@@ -595,6 +678,8 @@ def main() -> int:
     options = build_parser().parse_args()
     options.command = sys.argv[1:]
     keep_freed_memory()
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
+        sys.stdout = open(os.devnull, "w")
     try:
         torch._dynamo.config.recompile_limit = 64  # every column of every shape is a compilation of the same code
         with contextlib.suppress(BrokenPipeError):
@@ -608,6 +693,7 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    leave()
     return 0
 
 

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from cache import NoCache
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
-from engine import Engine, Request
+from engine import Engine
 from model import Transformer
 from packed import multiplies_bfloat16
 from plan import keep_freed_memory
+from samples import Request
 from sampling import Sampling
 from tokenizer import load_tokenizer
 

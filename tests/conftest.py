@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from cache import KVCache, NoCache, Prefill
-from engine import Request
 from model import ModelArgs, Transformer
-from samples import Sample
+from samples import Request, Sample
 from sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]

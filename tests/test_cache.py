@@ -25,9 +25,10 @@ from torch import Tensor
 import engine as road
 from cache import Int8Context, KVCache, Prefill, SDPACache, quantized
 from checkpoint import load_model, read_checkpoint
-from engine import SILENT, Engine, Request
+from engine import SILENT, Engine
 from model import ModelArgs, Transformer
 from plan import Weights, Workload, plan_run
+from samples import Request
 from sampling import Sampling
 from tokenizer import load_tokenizer
 

@@ -22,8 +22,9 @@ from conftest import ROOT, TINY
 import generate
 from chat import Dialogue, choose_chat
 from checkpoint import load_model, read_checkpoint
-from engine import Engine, Request
+from engine import Engine
 from generate import STORY, build_parser
+from samples import Request
 from sampling import Sampling
 from tokenizer import load_tokenizer
 

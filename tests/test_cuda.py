@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bifurcated_attention as ours
 import cache as caches
 from cache import LAYOUTS, Int8Context, KVCache, Prefill
-from engine import Engine, Request, decode
+from engine import Engine, decode
 from graphs import RecordedStep, StepInput, compiled
 from model import ModelArgs, Transformer, empty_model
+from samples import Request
 from sampling import Sampling, uniform
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

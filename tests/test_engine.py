@@ -13,10 +13,10 @@ from torch import Tensor
 import engine as road
 from cache import LAYOUTS, KVCache
 from chat import Conversation
-from engine import Engine, Monitor, Request, bucket, rows_to_keep
+from engine import Engine, Monitor, bucket, rows_to_keep
 from graphs import StepInput
 from report import Stopwatch
-from samples import Piece, Sample, rank
+from samples import Piece, Request, Sample, rank
 from sampling import Sampling, draw, uniform
 
 TWO = replace(GQA, n_layer=2)

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {scripts!r})
 from benchmark import SHAPES, random_model
-from engine import Engine, Monitor, Request
+from engine import Engine, Monitor
+from samples import Request
 from plan import release_freed_memory
 from sampling import Sampling
 

@@ -8,10 +8,11 @@ from conftest import GQA, STORIES, full, needs_stories, positions, prefilled, ra
 
 from cache import KVCache, NoCache
 from checkpoint import check_weights, load_model, read_checkpoint
-from engine import Engine, Request
+from engine import Engine
 from families import args_from_config, our_tensors
 from model import Transformer
 from rotary import RopeScaling, rotary_frequencies
+from samples import Request
 from sampling import Sampling
 from tokenizer import load_tokenizer
 

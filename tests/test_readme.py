@@ -56,6 +56,18 @@ def test_commands(command, checkout):
     assert result.stdout
 
 
+def test_several_processes(checkout):
+    """Text equal to one process's; two machines are tested in test_tp.py."""
+    lines = [line for line in COMMANDS if line.startswith("torchrun")]
+    assert len(lines) == 3 and "--nnodes=2" in lines[2]
+    for line in lines[:2]:
+        more = " --seed 1 --max_new_tokens 20 --dtype float32"
+        result = run(line.replace("torchrun", "python -m torch.distributed.run") + more, checkout)
+        assert result.returncode == 0, result.stderr
+        flags = line.partition("generate.py")[2].replace("--tp 2", "")
+        assert result.stdout == run(f"python generate.py {flags}{more}", checkout).stdout
+
+
 def test_quantising(checkout):
     """As it stands, with a text of a few hundred words."""
     (checkout / "TEXT").write_text(
@@ -117,7 +129,8 @@ def test_the_commands_of_the_benchmark(checkout):
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
     of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
-    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts
+    of_torchrun = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
+    mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts - of_torchrun
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
     assert mentioned <= known
     assert known - mentioned <= {"--help", "--num_samples", "--parallel_samples"}

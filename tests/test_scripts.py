@@ -76,6 +76,25 @@ def test_reading_a_prompt_is_compared_with_a_matrix_product():
     assert re.search(r"^\| 33 \| 512 \| \d+ \| \d\.\d\d \| \d+% \|$", result.stdout, re.MULTILINE)
 
 
+def test_a_step_with_quantised_weights_is_compared_with_a_plain_one(in_this_process, monkeypatch, capsys):
+    sizes = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *sizes, "--preset", "quantised", "--dtype", "bfloat16"])
+    status, printed = benchmark.main(), capsys.readouterr()
+    assert status == 0, printed.err
+    rows = re.findall(r"^\| 33 \| ([12]) \| (\w+).*\| ([\d.]+) \| [\d.]+ \| (.*) \|$", printed.out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(n, name) for n in "12" for name in ("plain", "int8", "int4")]
+    assert all(float(row[2]) > 0 and sum(map(int, re.findall(r"\b\d+\b", row[3]))) == 8 for row in rows)
+
+
+def test_ranks_are_compared_with_one_process():
+    flags = ["--preset", "tp", "--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "3", "--steps", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    files = [str(ROOT / "scripts" / "benchmark.py"), *flags]
+    result = subprocess.run([*command, *files], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^\| 33 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE)) == 1
+
+
 def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
     """A petabyte of copies, which is computed and not tried; the row's other cell is measured."""
     columns = ["--columns", "bifurcated", "contiguous"]
@@ -98,6 +117,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs(tmp_path):
         ["--out", "scripts"],
         ["--charts", "README.md"],
         ["--preset", "load", "--dtype", "float32"],
+        ["--preset", "tp", "--shape", "tiny"],
         ["--preset", "nonsense"],
         ["--preset", "prefill", "--out", "cells.jsonl"],
     ],

@@ -21,7 +21,8 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
-from tokenizer import JSONTokenizer, SentencePieceTokenizer, TextStream, continuation_text, load_tokenizer
+from samples import TextStream, continuation_text
+from tokenizer import JSONTokenizer, SentencePieceTokenizer, load_tokenizer
 
 TEXTS = [
     "Once upon a time, there was a cat. It's 3.14159 o'clock, SHE'LL say!",

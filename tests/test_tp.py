@@ -1,0 +1,250 @@
+"""A network in parts. Oracles: the whole network in one process (fp64 for the sums, equal token ids in fp32 for real
+processes over gloo); the number of collectives by the paper's count (two a layer)."""
+
+import json
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ALIBI, ROOT, positions, random_model, random_tokens
+from test_cli import run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cache import KVCache, NoCache
+from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
+from engine import Engine
+from model import ModelArgs, Transformer
+from quantize import choose_layers, plain_layers, quantised_state
+from samples import Request
+from sampling import Sampling
+from tp import WHOLE, Shard
+
+BASE = ModelArgs(
+    dim=64, n_layer=2, n_head=4, n_kv_head=2, head_dim=16, hidden_dim=96, vocab_size=92, context_limit=256
+)  # fmt: skip
+KINDS = {
+    "mha": (replace(BASE, n_kv_head=4), None),
+    "gqa": (replace(BASE, qkv_bias=True, qk_norm=True, vocab_size=97), None),  # a vocabulary that no world divides
+    "mqa": (replace(BASE, n_kv_head=1), None),
+    "tied": (replace(BASE, tied_output=True), None),
+    "alibi": (replace(BASE, alibi=True, windows=(None, 4), score_softcap=2.0, post_norms=True), None),
+    "int8": (BASE, "int8"),
+    "int4": (BASE, "int4"),  # at 4 ranks, attention.wo is cut inside its groups of 32
+}
+
+
+def saved(folder: Path, name: str, args: ModelArgs, mode: str | None) -> Checkpoint:
+    model = random_model(args, torch.float32)
+    state, recipe = model.state_dict(), None
+    if mode is not None:
+        layers, kept = choose_layers(model, mode, 32)
+        recipe = Recipe(mode, layers, kept, 32)
+        found = {name: weight for step in plain_layers(recipe, state) for name, weight in step.items()}
+        state = {"recipe": {}, "state": quantised_state(state, found)}
+    path = folder / f"{name}.pth"
+    torch.save(state, path)
+    return Checkpoint(folder, (path,), {}, args, frozenset(), recipe)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Checkpoint]:
+    folder = tmp_path_factory.mktemp("tp")
+    return {name: saved(folder, name, *kind) for name, kind in KINDS.items()}
+
+
+def requests() -> list[Request]:
+    """Drawn with other random numbers each, in waves, with other layouts."""
+    sampling = Sampling(0.9, top_k=20)
+    return [
+        Request(1, 9, sampling, seed=1),
+        Request(3, 12, sampling, seed=2, prefill_chunk=4),
+        Request(5, 9, sampling, seed=3, rows_at_once=2),
+        Request(3, 6, Sampling(0), seed=4, attention="contiguous"),
+    ]
+
+
+PROMPT = random_tokens(BASE, 11).tolist()
+
+
+def alone(checkpoint: Checkpoint, each: list[Request]) -> list[list[list[int]]]:
+    engine = Engine(load_model(checkpoint, "cpu", torch.float32, 3), compile=False)
+    engine.available = 1 << 40
+    return [[sample.tokens for sample in engine.generate(PROMPT, request)] for request in each]
+
+
+def torchrun(*arguments, timeout: float = 200, **settings) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, **settings)
+
+
+def own_lines(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_parts_sum_to_the_whole_in_fp64():
+    """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
+    and the logits side by side, with odd sizes and N = 3, S = 2; every head's own slopes."""
+    args = replace(ALIBI, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
+    tokens, at = random_tokens(args, 3, 2), positions(0, 3, 2)
+    for world in (2, 3, 6):
+        if world == 3:
+            args = replace(args, n_kv_head=3)
+        whole, parts = random_model(args), [random_model(args) for _ in range(world)]
+        for rank, part in enumerate(parts):
+            shard = Shard(rank, world)
+            for name, module in part.named_modules():
+                for kind, tensor in list(module.named_parameters(recurse=False)):
+                    own = shard.part(f"{name}.{kind}", tensor, args)
+                    module.register_parameter(kind, torch.nn.Parameter(own, requires_grad=False))
+            shard.attach(part)
+        x = whole.hidden(tokens, at, NoCache())  # any input will do
+        assert_sums(whole.tok_embeddings(tokens), [part.tok_embeddings(tokens) for part in parts])
+        for layer, block in enumerate(whole.layers):
+            rotation = whole.rotation(at)
+            assert_sums(block.feed_forward(x), [part.layers[layer].feed_forward(x) for part in parts])
+            outputs = [each.layers[layer].attention(x, *rotation, at, empty_cache(each)) for each in (whole, *parts)]
+            assert_sums(outputs[0], outputs[1:])
+        assert torch.cat([part.logits(x) for part in parts], -1).sub(whole.logits(x)).abs().max() < 1e-12
+        assert parts[0].args.kv_values_per_token * world >= whole.args.kv_values_per_token
+
+
+def empty_cache(model: Transformer) -> KVCache:
+    return KVCache.empty(model.args, 3, 4, model.norm.weight)
+
+
+def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    assert whole.abs().max() > 0.1 and (sum(parts) - whole).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
+    """Every kind of network, N = 1, 3 and 5; and a rank holds its part of the weights and no more."""
+    cases = [(name, checkpoint, PROMPT, requests(), False) for name, checkpoint in checkpoints.items()]
+    if world == 2:  # one graph, with the sums in it
+        shallow = saved(tmp_path, "shallow", replace(BASE, n_layer=1), None)
+        cases.append(("compiled", shallow, PROMPT, requests()[1:2], True))
+    (tmp_path / "cases").write_bytes(pickle.dumps(cases))
+    files = tmp_path / "cases", tmp_path / "out"
+    result = torchrun("--standalone", f"--nproc_per_node={world}", "tests/tp_worker.py", *files)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out").read_text())
+    for name, checkpoint, _, each, _ in cases:
+        tokens, held = found[name]
+        assert tokens == alone(checkpoint, each), name
+        whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
+        replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)
+        assert held == sum(part.values())
+        assert held - replicated <= (1 / world + 0.1) * (sum(whole.values()) - replicated), name
+
+
+def test_a_layer_takes_two_sums():
+    """And one gather for the logits, at any N and S; without a group there are none."""
+    model = random_model(BASE, torch.float32)
+    counted: list[tuple[str, int]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "_c10d_functional" and "wait" not in func.name():
+                counted.append((func.name().partition("::")[2], args[0].numel()))
+            return func(*args, **(kwargs or {}))
+
+    def collectives() -> list[tuple[str, int]]:
+        counted.clear()
+        with torch.no_grad(), Count():
+            model(random_tokens(BASE, 3, 2), positions(0, 3, 2), empty_cache(model))
+        return list(counted)
+
+    assert collectives() == []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Shard(0, 1, dist.group.WORLD.group_name).attach(model)
+        assert collectives() == 2 * BASE.n_layer * [("all_reduce", 3 * 2 * BASE.dim)]
+    finally:
+        dist.destroy_process_group()
+
+
+def tiny(*more: object) -> list[object]:
+    return ["generate.py", "--seed", 4, "--max_new_tokens", 24, "--dtype", "float32", "--no-compile", *more]
+
+
+def test_replicas_divide_the_samples():
+    """Two replicas of two ranks each, whose samples are ranked together; only rank 0 writes. Stop strings need the text
+    on every rank."""
+    arguments = tiny("-n", 5, "--stop", " was", "--selfcheck", "--verbose", "--format", "jsonl")
+    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2)
+    assert result.returncode == 0, result.stderr
+    mine = run(*arguments[1:])
+    assert [json.loads(line)["tokens"] for line in result.stdout.splitlines()] == [
+        json.loads(line)["tokens"] for line in mine.stdout.splitlines()
+    ]
+    report = dict(re.findall(r"^ *(\w+)  (.*)$", result.stderr, re.MULTILINE))
+    assert (report["tp"], report["replicas"], report["num_samples"]) == ("2", "2", "5")
+    assert float(report["selfcheck_max_difference"]) < 1e-4
+
+
+def test_two_machines_with_different_memory(tmp_path):
+    """Two agents of torchrun, as on two machines, which hold one network; the smaller memory decides for both."""
+    port = free_port()
+    agents = []
+    for rank, memory in enumerate(("1GB", "4100kB")):
+        flags = ["--nnodes=2", "--nproc_per_node=1", f"--node_rank={rank}", "--master_addr=localhost"]
+        flags += [f"--master_port={port}", *tiny("-n", 5, "--tp", 2, "--max_memory", memory)]
+        command = [sys.executable, "-m", "torch.distributed.run", *flags]
+        agents.append(subprocess.Popen(list(map(str, command)), stdout=-1, stderr=-1, text=True, cwd=ROOT))
+    (out, err), (other, _) = (agent.communicate(timeout=200) for agent in agents)
+    assert [agent.returncode for agent in agents] == [0, 0], err
+    waves = re.search(r"running in (\d+) waves", err)
+    assert waves and int(waves[1]) > 1 and other == ""
+    assert out == run(*tiny("-n", 5)[1:]).stdout
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_conversation_is_held_by_all_ranks():
+    """Read by one of two replicas, which keeps the reply that the other drew."""
+    arguments = tiny("--interactive", "-n", 3)
+    result = torchrun("--standalone", "--nproc_per_node=2", *arguments, "--tp", 1, input="hello\nand then\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == run(*arguments[1:], input="hello\nand then\n").stdout
+
+
+def test_the_death_of_a_rank_ends_all():
+    """By SIGKILL, after its first token."""
+    begin = time.monotonic()
+    result = torchrun("--standalone", "--nproc_per_node=2", "tests/tp_worker.py", "die", *tiny("-n", 3)[1:])
+    assert result.returncode != 0 and result.stdout == "" and "SIGKILL" in result.stderr
+    assert time.monotonic() - begin < 60
+    (line,) = own_lines(result.stderr)
+    assert "rank 0 lost another" in line
+
+
+def test_what_cannot_be_divided_is_refused_once():
+    result = torchrun("--standalone", "--nproc_per_node=2", *tiny("--tp", 3))
+    assert result.returncode != 0 and result.stdout == ""
+    (line,) = own_lines(result.stderr)
+    assert "2 processes cannot be divided into groups of 3" in line
+
+
+@pytest.mark.parametrize("world", [3, 4, 8])
+def test_heads_that_cannot_be_divided_are_refused(world):
+    """4 heads among 3 ranks and among 8; a width of 97 among 4."""
+    args = replace(BASE, n_kv_head=4, hidden_dim=97 if world == 4 else 96)
+    with pytest.raises(ValueError, match=f"4 heads, 4 for keys, .* cannot be divided among {world} ranks"):
+        Shard(0, world).local(args)
+
+
+def test_tp_without_torchrun_is_refused():
+    result = run("--tp", 2)
+    assert (result.returncode, result.stdout) == (2, "") and "torchrun --nproc_per_node=2" in result.stderr

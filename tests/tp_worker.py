@@ -1,0 +1,48 @@
+"""What each process of tests/test_tp.py runs under torchrun: every case of a pickled list, one after another.
+
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py CASES OUT
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py die FLAGS
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import torch
+
+import generate
+from checkpoint import load_model
+from engine import Engine, Run
+from ranks import join, leave
+
+
+def die_while_decoding(flags: list[str]) -> int:
+    """generate.py, of which all ranks but the first end in the middle."""
+    if os.environ["RANK"] != "0":
+        Run.collect = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    return generate.main(flags)
+
+
+def draw_cases(cases: str, out: str) -> None:
+    ranks = join(None, torch.device("cpu"))
+    drawn = {}
+    for name, checkpoint, prompt, requests, compile in pickle.loads(Path(cases).read_bytes()):
+        model = load_model(checkpoint, "cpu", torch.float32, 3, ranks.shard)
+        engine = Engine(model, None, compile, ranks.shard)
+        engine.available = 1 << 40
+        held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+        drawn[name] = [[each.tokens for each in engine.generate(prompt, request)] for request in requests], held
+    if ranks.leads:
+        Path(out).write_text(json.dumps(drawn))
+    leave()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "die":
+        sys.exit(die_while_decoding(sys.argv[2:]))
+    draw_cases(*sys.argv[1:])
