@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache
+from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
 from graphs import Step, StepInput
@@ -117,11 +117,20 @@ def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
     return KVCache.fork(Int8Context(KVCache.copy(context, 1, 0)), n, slots)
 
 
+def by_torch(context: KVCache, n: int, slots: int) -> KVCache:
+    """As `share`, without the operator of kernels.py."""
+    cache = share(context, n, slots)
+    cache.over_chain = attend_by_torch
+    return cache
+
+
 COLUMNS = {
     "bifurcated": Column(share, False, "bifurcated"),
     "bifurcated, compiled": Column(share, True, "bifurcated"),
     "bifurcated, int8": Column(fork_int8, False, "bifurcated", "int8"),
     "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
+    "bifurcated, torch": Column(by_torch, False, "bifurcated"),
+    "bifurcated, torch, compiled": Column(by_torch, True, "bifurcated"),
     "contiguous": Column(KVCache.copy, False, "contiguous"),
     "contiguous, compiled": Column(KVCache.copy, True, "contiguous"),
     "contiguous SDPA": Column(SDPACache.copy, False, "contiguous"),

@@ -1,0 +1,187 @@
+"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches.
+
+The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, the build fails,
+or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete this file and the lines
+that call it, and all else works.
+
+The library is built at first use by the compiler that torch.compile would take, into torch.compile's cache folder, by a
+name made of the source, the flags and the CPU; another process finds it there.
+
+Shapes: N rows, S positions, H query heads, G key/value heads, L slots of one cache, D head dimension, R its rows.
+"""
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rotary import ScoreMod
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120  # after which a compiler is given up
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
+LARGEST_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Library:
+    """The operators, loaded; or None, and why."""
+
+    functions: ctypes.CDLL | None
+    note: str
+
+
+def cache_folder() -> Path:
+    """Where torch.compile keeps what it built; asked of PyTorch it would cost a second of imports."""
+    default = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / "kernels"
+
+
+def cpu_flags() -> str:
+    """What a build with -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features", "CPU part", "model name"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
+
+
+def build(compiler: str, target: Path) -> None:
+    """Raises OSError or subprocess.SubprocessError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+        made.replace(target)  # at once: another process may be building too
+
+
+@functools.cache
+def library() -> Library:
+    """Built at first use, and loaded."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    try:
+        key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
+        target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if not target.exists():
+            if not shutil.which(compiler):
+                return Library(None, "no C++ compiler")
+            build(compiler, target)
+        functions = ctypes.CDLL(str(target))
+        functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
+        functions.attend.restype = None
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Library(None, f"not built: {type(error).__name__}")
+    return Library(functions, "kernels.cpp")
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the operator takes such queries, and is there. The first call may build it."""
+    fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM
+    return (
+        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and library().functions is not None
+    )
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """For the report: what reads keys and values while decoding."""
+    if takes(device, dtype, head_dim):
+        return library().note
+    wanted = device.type == "cpu" and library().functions is None
+    return f"torch ({library().note})" if wanted else "torch"
+
+
+class Part(NamedTuple):
+    """One cache of a chain as rows see it: k, v [R,G,L,D] and, where these are int8, their scales [R,G,L,1]; start [R],
+    the position of each row's first slot. rows [N]: which row of the cache each row of queries continues; None: its
+    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    start: Tensor
+    rows: Tensor | None = None
+    length: Tensor | None = None
+
+
+def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | None) -> tuple[Tensor, Tensor]:
+    """Attention of q [N,H,S,D] at input_pos [N,S] over all parts of a chain -> out [N,H,S,D] in q's dtype, lse [N,H,S],
+    natural, fp32; 0 and -inf where a query sees nothing."""
+    mod = mod or ScoreMod()
+    window, softcap = mod.window or 0, mod.softcap or 0.0
+    sides = (list(side) for side in zip(*parts, strict=True))
+    return torch.ops.bifurcated.attend(q, *sides, input_pos, mod.slopes, window, softcap)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
+    """Addresses and strides of keys and values, [R,G,L,...] each, in the order of kernels.cpp."""
+    if k is None or v is None:
+        return [0] * 8
+    return [k.data_ptr(), v.data_ptr(), *(each.stride(dim) for dim in range(3) for each in (k, v))]
+
+
+def run_attend(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    k_scale: list[Tensor | None],
+    v_scale: list[Tensor | None],
+    start: list[Tensor],
+    rows: list[Tensor | None],
+    length: list[Tensor | None],
+    input_pos: Tensor,
+    slopes: Tensor | None,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend` as an operator."""
+    out, lse = attend_shape(q, k, v, k_scale, v_scale, start, rows, length, input_pos, slopes, window, softcap)
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    N, H, S, D = q.shape
+    q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
+    call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
+    call += [N, H, S, D, k[0].shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(k)]
+    parts = []
+    for keys, values, *rest in zip(k, v, k_scale, v_scale, start, rows, length, strict=True):
+        parts += [*pair(keys, values), *pair(*rest[:2]), *map(address, rest[2:])]
+        parts += [keys.shape[0], keys.shape[2], TYPES[keys.dtype]]
+    array = ctypes.c_int64 * (len(call) + len(parts))
+    given = array(*call, *parts)
+    first = ctypes.addressof(given)
+    functions.attend(first, first + 8 * len(call), D**-0.5, softcap)
+    return out, lse
+
+
+def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What torch.compile needs to know of it. The heads of a position lie together, as the next product wants them."""
+    N, H, S, D = q.shape
+    return q.new_empty(N, S, H, D).transpose(1, 2), q.new_empty(N, H, S, dtype=torch.float32)
+
+
+OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
+OPERATORS.define(
+    "attend(Tensor q, Tensor[] k, Tensor[] v, Tensor?[] k_scale, Tensor?[] v_scale, Tensor[] start, Tensor?[] rows, "
+    "Tensor?[] length, Tensor input_pos, Tensor? slopes, int window, float softcap) -> (Tensor, Tensor)"
+)
+OPERATORS.impl("attend", run_attend, "CPU")
+OPERATORS.impl("attend", attend_shape, "Meta")
