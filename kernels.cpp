@@ -21,7 +21,7 @@
 #include <memory>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -42,22 +42,26 @@ struct bf16 {
 };
 
 typedef float vec __attribute__((vector_size(4 * W)));
-typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W), may_alias));
 typedef vec loose __attribute__((aligned(4), may_alias));  // at any address
-typedef uint16_t half __attribute__((vector_size(2 * W)));
-typedef int8_t quarter __attribute__((vector_size(W)));
 
 inline vec load(const float* p) { return *(const loose*)p; }
-inline vec load(const bf16* p) {
-    half bits;
-    memcpy(&bits, p, sizeof bits);
-    return (vec)(__builtin_convertvector(bits, ivec) << 16);
+#if defined(__AVX512F__)
+inline ivec integers(const int8_t* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline ivec integers(const uint16_t* p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+#elif defined(__AVX2__)
+inline ivec integers(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline ivec integers(const uint16_t* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+#else
+template <class E>
+inline ivec integers(const E* p) {
+    ivec x;
+    for (int i = 0; i < W; i++) x[i] = p[i];
+    return x;
 }
-inline vec load(const int8_t* p) {
-    quarter bytes;
-    memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, ivec), vec);
-}
+#endif
+inline vec load(const bf16* p) { return (vec)(integers(&p->bits) << 16); }
+inline vec load(const int8_t* p) { return __builtin_convertvector(integers(p), vec); }
 inline void store(float* p, vec x) { *(loose*)p = x; }
 inline vec splat(float x) { return vec{} + x; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
@@ -169,10 +173,10 @@ inline vec sums(vec* x) {
     return x[0];
 }
 
-// out[r * pitch + i] = the sum over j of a[i * row + j] * x[r * D + j], for W / Q rows of a and Q of x. W divides D. Of
+// out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W divides D. Of
 // fewer rows the last is repeated, so out has room for all.
 template <int Q, class E>
-inline void dots(const E* a, long row, int rows, const float* x, long D, float* out, long pitch) {
+inline void dots(const E* a, long row, int rows, const float* x, long apart, long D, float* out, long pitch) {
     constexpr int I = W / Q;
     vec sum[W];
     const E* at[I];
@@ -185,7 +189,7 @@ inline void dots(const E* a, long row, int rows, const float* x, long D, float* 
         for (int i = 0; i < I; i++) {
             vec y = load(at[i] + j);
 #pragma GCC unroll 16
-            for (int q = 0; q < Q; q++) sum[q * I + i] += y * load(x + q * D + j);
+            for (int q = 0; q < Q; q++) sum[q * I + i] += y * load(x + q * apart + j);
         }
     vec total = sums(sum);
     for (int q = 0; q < Q; q++) memcpy(out + q * pitch, (float*)&total + q * I, 4 * I);
@@ -338,19 +342,13 @@ inline vec adjusted(const Plan& plan, vec x, vec slope, ivec slot, ivec position
     return (begin <= slot) & (slot < end) ? x : splat(-INFINITY);
 }
 
-inline ivec integers(const int* p) {
-    ivec x;
-    memcpy(&x, p, sizeof x);
-    return x;
-}
-
 // room.scores [n][lanes] of the keys from t0 on become weights, words of M; the running peak and total move on.
 template <class M, int V>
 void soften(const Plan& plan, Room& room, int first, int t0, int n, bool plain) {
     for (int v = 0; v < V; v++) {
         int i = first + v * W;
         vec peak = load(room.peak + i), top = peak, slope = load(room.slope + i);
-        ivec position = integers(room.position + i), begin = integers(room.begin + i), end = integers(room.end + i);
+        ivec position = *(ivec*)(room.position + i), begin = *(ivec*)(room.begin + i), end = *(ivec*)(room.end + i);
         float* at = room.scores + v * W;
         for (int t = 0; t < n; t++) {
             vec x = load(at + t * V * W) * plan.scale;
@@ -493,7 +491,7 @@ inline void weighted(const E* v, long pitch, int n, const float* weight, float r
 
 template <int Q, class E>
 void score_rows(const E* k, long pitch, int n, const float* q, int D, float* scores) {
-    for (int t = 0; t < n; t += W / Q) dots<Q>(k + t * pitch, pitch, n - t, q, D, scores + t, ROW);
+    for (int t = 0; t < n; t += W / Q) dots<Q>(k + t * pitch, pitch, n - t, q, D, D, scores + t, ROW);
 }
 
 template <class E, class T>
@@ -603,7 +601,150 @@ void attend(const Plan& plan) {
     }
 }
 
+// --- Products with quantised weights ---
+
+constexpr int OUTPUTS = 48, INPUTS = 256;  // of a weight's block, widened at a time
+
+// y [rows,outputs] = x [rows,inputs] times the weight's transpose. values: int8 [outputs,inputs], times scales [outputs];
+// or with zeros, two 4-bit codes in a byte, the even input in the upper half: (code - 8) * scale + zero, these
+// [outputs,inputs / group]. 32 divides inputs and group.
+struct Product {
+    const void* x;
+    void* y;
+    const int8_t* values;
+    const bf16 *scales, *zeros;
+    int64_t rows, outputs, inputs, group, type, threads;
+};
+
+// Where input j lies among the widened, which come 2 W at a time in two vectors: of codes, even inputs, then odd ones.
+template <class M>
+long position(const Product& p, long j) {
+    int r = j % (2 * W), vector = p.zeros ? r % 2 : r / W, lane = p.zeros ? r / 2 : r % W;
+    return j - r + (M::PAIR == 2 ? 2 * lane + vector : vector * W + lane);
+}
+
+// n inputs of an output, from j on, as words. int8 without its scale.
+template <class M>
+inline void unpack(const Product& p, long o, long j, int n, float* to) {
+    const int8_t* from = p.values + (o * p.inputs + j) / (p.zeros ? 2 : 1);
+    long group = (o * p.inputs + j) / p.group, next = p.group - j % p.group;  // the input where another group begins
+    float scale = 1, zero = 0;
+    for (int i = 0; i < n; i += 2 * W, to += 2 * W / M::PAIR) {
+        vec a, b;
+        if (p.zeros) {
+            if (i == next) group++, next += p.group;
+            if (i == 0 || i == next - p.group) {
+                scale = number(p.scales[group]);
+                zero = number(p.zeros[group]) - 8 * scale;
+            }
+            ivec codes = integers(from + i / 2);
+            a = __builtin_convertvector(codes >> 4 & 15, vec) * scale + zero;
+            b = __builtin_convertvector(codes & 15, vec) * scale + zero;
+        } else {
+            a = load(from + i), b = load(from + i + W);
+        }
+        store(to, M::join(a, b));
+        if (M::PAIR == 1) store(to + W, b);
+    }
+}
+
+// Row i of x, in lane i of its vectors (wide), or by itself.
+template <class M, class T>
+void pack_row(const Product& p, int i, bool is_wide, float* to) {
+    int block = i / QUERIES * QUERIES, first = i - block, pitch = 1;
+    if (is_wide) place(i - block, std::min<int>(p.rows - block, QUERIES), first, pitch);
+    to += (block + first) * p.inputs / M::PAIR + (is_wide ? i - block - first : 0);
+    const T* x = (const T*)p.x + std::min<long>(i, p.rows - 1) * p.inputs;  // the last lanes repeat a row
+    for (long j = 0; j < p.inputs; j++) M::put(to, pitch, position<M>(p, j), number(x[j]));
+}
+
+template <class T>
+inline void put_product(const Product& p, long row, long o, float x) {
+    put_number((T*)p.y + row * p.outputs + o, p.zeros ? x : x * number(p.scales[o]));
+}
+
+// Up to QUERIES rows from `row` on, n outputs from o on.
+template <class M, class T>
+void multiply_wide(const Product& p, const float* x, long row, long o, int n, Room& room) {
+    int rows = std::min<long>(p.rows - row, QUERIES), first, pitch;
+    std::fill_n(room.out, n * QUERIES, 0.0f);
+    std::fill_n(room.rescale, 2 * W, 1.0f);
+    x += row * p.inputs / M::PAIR;
+    for (long j = 0; j < p.inputs; j += INPUTS) {
+        int m = std::min<long>(INPUTS, p.inputs - j), words = m / M::PAIR;
+        for (int i = 0; i < n; i++) unpack<M>(p, o + i, j, m, room.keys + i * words);
+        for (first = 0; first < rows; first += 2 * W) {
+            const float* lanes = x + first * p.inputs / M::PAIR;
+            if (rows - first > W)
+                tiles<M, TILE, 2, true>(room.keys, n, words, 1, lanes + j / M::PAIR * 2 * W, words, room.rescale, room.out + first * n);
+            else
+                tiles<M, 2 * TILE, 1, true>(room.keys, n, words, 1, lanes + j / M::PAIR * W, words, room.rescale, room.out + first * n);
+        }
+    }
+    for (int i = 0; i < rows; i++) {
+        place(i, rows, first, pitch);
+        for (int k = 0; k < n; k++) put_product<T>(p, row + i, o + k, room.out[first * n + k * pitch + i - first]);
+    }
+}
+
+// Q rows from `row` on, n outputs from o on.
+template <int Q, class T>
+void multiply_narrow(const Product& p, const float* x, long row, long o, int n, Room& room) {
+    constexpr int I = W / Q;
+    x += row * p.inputs;
+    for (int i = 0; i < n; i += I) {
+        float sum[W] = {}, part[W];
+        int outputs = std::min(I, n - i);
+        if (!p.zeros) dots<Q>(p.values + (o + i) * p.inputs, p.inputs, outputs, x, p.inputs, p.inputs, sum, I);
+        for (long j = 0; p.zeros && j < p.inputs; j += 2 * INPUTS) {
+            int m = std::min<long>(2 * INPUTS, p.inputs - j);
+            for (int k = 0; k < outputs; k++) unpack<Single>(p, o + i + k, j, m, room.keys + k * m);
+            dots<Q>(room.keys, m, outputs, x + j, p.inputs, m, part, I);
+            for (int k = 0; k < W; k++) sum[k] += part[k];
+        }
+        for (int q = 0; q < Q; q++)
+            for (int k = 0; k < outputs; k++) put_product<T>(p, row + q, o + i + k, sum[q * I + k]);
+    }
+}
+
+template <class M, class T>
+void multiply(const Product& p) {
+    bool is_wide = p.rows > W / 2;
+    long packed = is_wide ? (p.rows + W - 1) / W * W : p.rows;
+    static thread_local std::vector<float> memory;  // kept: fresh pages would cost more than the product
+    memory.resize(std::max<size_t>(memory.size(), packed * p.inputs));
+    float* x = memory.data();
+    long blocks = (p.outputs + OUTPUTS - 1) / OUTPUTS, row_blocks = is_wide ? (p.rows + QUERIES - 1) / QUERIES : 1;
+#pragma omp parallel num_threads(p.threads)
+    {
+        static thread_local Room room;
+#pragma omp for
+        for (long i = 0; i < packed; i++)
+            is_wide ? pack_row<M, T>(p, i, true, x) : pack_row<Single, T>(p, i, false, x);
+#pragma omp for schedule(dynamic, 1)
+        for (long block = 0; block < blocks * row_blocks; block++) {
+            long o = block % blocks * OUTPUTS, row = block / blocks * QUERIES;
+            int n = std::min<long>(OUTPUTS, p.outputs - o);
+            if (is_wide) multiply_wide<M, T>(p, x, row, o, n, room);
+            for (; !is_wide && row + 4 <= p.rows; row += 4) multiply_narrow<4, T>(p, x, row, o, n, room);
+            for (; !is_wide && row + 2 <= p.rows; row += 2) multiply_narrow<2, T>(p, x, row, o, n, room);
+            for (; !is_wide && row < p.rows; row++) multiply_narrow<1, T>(p, x, row, o, n, room);
+        }
+    }
+}
+
 }  // namespace
+
+extern "C" void multiply(const Product* product) {
+    if (product->type == FLOAT)
+        multiply<Single, float>(*product);
+    else
+#ifdef __AVX512BF16__
+        multiply<Double, bf16>(*product);
+#else
+        multiply<Single, bf16>(*product);
+#endif
+}
 
 extern "C" void attend(const Call* call, const Part* parts, float scale, float softcap) {
     Plan plan{*call, parts, scale, softcap, {}, {}, 0, {}, {}};

@@ -1,6 +1,7 @@
-"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches.
+"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches, and
+products with int8 and int4 weights.
 
-The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, the build fails,
+The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, a build fails,
 or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete this file and the lines
 that call it, and all else works.
 
@@ -83,7 +84,8 @@ def library() -> Library:
             build(compiler, target)
         functions = ctypes.CDLL(str(target))
         functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
-        functions.attend.restype = None
+        functions.multiply.argtypes = [ctypes.c_void_p]
+        functions.attend.restype = functions.multiply.restype = None
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return Library(None, f"not built: {type(error).__name__}")
     return Library(functions, "kernels.cpp")
@@ -178,6 +180,30 @@ def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(N, S, H, D).transpose(1, 2), q.new_empty(N, H, S, dtype=torch.float32)
 
 
+def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
+    """Whether `quantised_linear` takes weights of such a shape on a CPU, and is there."""
+    fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
+    return fits and library().functions is not None
+
+
+def run_linear(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [...,in] -> [...,out]. An Int8Weight of packed.py; with zeros, an Int4Weight. Sums are in fp32."""
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    product, x = linear_shape(x, values), x.contiguous()
+    inputs = x.shape[-1]
+    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), scales.data_ptr(), address(zeros)]
+    group = inputs if zeros is None else inputs // zeros.shape[1]
+    sizes = [x.numel() // inputs, values.shape[0], inputs, group, TYPES[x.dtype], torch.get_num_threads()]
+    functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes))
+    return product if bias is None else product.add_(bias)
+
+
+def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
+    """What torch.compile needs to know of it."""
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
 OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
 OPERATORS.define(
     "attend(Tensor q, Tensor[] k, Tensor[] v, Tensor?[] k_scale, Tensor?[] v_scale, Tensor[] start, Tensor?[] rows, "
@@ -185,3 +211,6 @@ OPERATORS.define(
 )
 OPERATORS.impl("attend", run_attend, "CPU")
 OPERATORS.impl("attend", attend_shape, "Meta")
+OPERATORS.define("quantised_linear(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
+OPERATORS.impl("quantised_linear", run_linear, "CPU")
+OPERATORS.impl("quantised_linear", linear_shape, "Meta")

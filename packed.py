@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from kernels import multiplies
+
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
 
@@ -343,6 +345,16 @@ class Int4PackLinear(QuantisedLinear):
         )
 
 
+class WidenedLinear(QuantisedLinear):
+    """The operator of kernels.py: a weight is read in its few bytes and widened in registers, for any number of rows."""
+
+    kernel = "widened"
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = getattr(self, "zeros", None)
+        return torch.ops.bifurcated.quantised_linear(x, self.values, self.scales, zeros, self.bias)
+
+
 class TinygemmLinear(HeldLinear):
     """PyTorch's operator for int4 weights on CUDA."""
 
@@ -364,7 +376,14 @@ class TinygemmLinear(HeldLinear):
 
 LINEARS: dict[str, Callable[..., nn.Module]] = {
     linear.kernel: linear
-    for linear in (DequantisedLinear, QuantisedLinear, Int8PackLinear, Int4PackLinear, TinygemmLinear)
+    for linear in (
+        DequantisedLinear,
+        QuantisedLinear,
+        Int8PackLinear,
+        Int4PackLinear,
+        WidenedLinear,
+        TinygemmLinear,
+    )
 }
 
 # The sizes of groups that PyTorch's operators for int4 take.
@@ -381,11 +400,19 @@ PACK_ROWS = {
 }
 
 
+# The most rows of a decode step at which the operator of kernels.py beats all others, by the same. Where there are
+# instructions for bfloat16 it has not been measured, and an estimate stands here.
+WIDEN_ROWS = {True: 16, False: math.inf}
+
+
 def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
     """What multiplies fastest in decode steps of so many rows: a key of LINEARS."""
     outputs, inputs = weight.shape
     groups = isinstance(weight, Int8Weight) or weight.groupsize in PACK_GROUPS
     if device.type == "cpu":
+        groupsize = inputs if isinstance(weight, Int8Weight) else weight.groupsize
+        if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize):
+            return "widened"
         # Of other sizes the operators raise, and the one for int8 reads past the end of its weight.
         fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
         fewest, most = PACK_ROWS[weight.kind, multiplies_bfloat16()]

@@ -25,6 +25,17 @@ static void run(int N, int G, int P, int S, int D, int T_, int L, int threads) {
     }
 }
 
+template <class T>
+static void run_product(int rows, int outputs, int inputs, int group, int threads) {
+    std::vector<T> x(rows * inputs), y(rows * outputs);
+    std::vector<int8_t> values(outputs * inputs / (group ? 2 : 1), 77);
+    std::vector<bf16> scales(group ? outputs * inputs / group : outputs), zeros(scales.size());
+    int64_t type = sizeof(T) == 4 ? FLOAT : BFLOAT16;
+    Product product{x.data(), y.data(), values.data(), scales.data(), group ? zeros.data() : nullptr,
+                    rows, outputs, inputs, group ? group : inputs, type, threads};
+    multiply(&product);
+}
+
 int main() {
     for (int threads = 1; threads < 3; threads++) {
         run<float, float>(1, 2, 1, 1, 64, 700, 3, threads);
@@ -34,5 +45,10 @@ int main() {
         run<bf16, bf16>(33, 1, 4, 1, 256, 7, 5, threads);
         run<float, int8_t>(2, 2, 1, 1, 32, 65, 4, threads);
         run<bf16, int8_t>(7, 2, 3, 1, 80, 1, 4, threads);
+        for (int rows : {1, 3, 4, 5, 17, 129})
+            for (int group : {0, 32, 96}) {
+                run_product<float>(rows, 53, 288, group, threads);
+                run_product<bf16>(rows, 7, 96, group, threads);
+            }
     }
 }

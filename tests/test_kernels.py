@@ -1,4 +1,4 @@
-"""The operator that attends over a chain. Oracles: the merge contract's fp64 softmax over all keys, with twice the error
+"""The operator that attends over a chain. Oracles: the merge contract's fp64 softmax over all keys, and twice the error
 of SDPA (test_bifurcated_attention.py), the plain torch path, and g++'s memory checkers."""
 
 import math
@@ -33,6 +33,7 @@ import kernels
 from cache import Int8Context, KVCache, attend_by_kernel, attend_by_torch
 from engine import Engine
 from kernels import Part, attend
+from packed import Int4Weight, Int8Weight, dequantise, tensors_of
 from rotary import ScoreMod, alibi_slopes
 from samples import Request
 from sampling import Sampling
@@ -181,6 +182,26 @@ def test_a_context_in_int8_is_that_of_its_rounded_numbers(dtype, n, D):
     out, _ = attend(q, parts, torch.full((n, 1), 154), None)
     expected, _ = oracle(q, side_by_side(k.double(), own[0].double()), side_by_side(v.double(), own[1].double()))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_with_quantised_weights(kind, dtype, most, threads):
+    """Numbers of rows and outputs on all sides of every block. Oracle: fp64 with the dequantised weight."""
+    for outputs, inputs, groupsize in ((49, 96, 32), (61, 544, 32), (7, 1088, 64)):
+        torch.manual_seed(outputs)
+        scales, zeros = torch.rand(2, outputs, inputs // groupsize).bfloat16()
+        weight = Int4Weight.from_codes(torch.randint(16, (outputs, inputs)).byte(), scales, zeros)
+        if kind == "int8":
+            weight = Int8Weight(torch.randint(-127, 128, (outputs, inputs)).char(), scales[:, 0].contiguous())
+        exact = dequantise(weight, torch.float64)
+        for rows in (1, 2, 3, 4, 5, 9, 16, 17, 130, 257):
+            x = torch.randn(rows, inputs).to(dtype)
+            product = torch.ops.bifurcated.quantised_linear(
+                x, *tensors_of(weight).values(), *[None] * (kind == "int8"), None
+            )
+            expected = x.double() @ exact.T
+            assert product.dtype == dtype and (product.double() - expected).norm() <= most * expected.norm(), rows
 
 
 @pytest.mark.parametrize("args", [GQA, MQA, WINDOW, ALIBI], ids=["GQA", "MQA", "window", "ALiBi"])
