@@ -346,7 +346,7 @@ class Int4PackLinear(QuantisedLinear):
 
 
 class WidenedLinear(QuantisedLinear):
-    """The operator of kernels.py: a weight is read in its few bytes and widened in registers, for any number of rows."""
+    """The operator of kernels.py: a weight is read in its few bytes, and widened in registers, at any row count."""
 
     kernel = "widened"
 

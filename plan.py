@@ -145,7 +145,8 @@ def plan_run(
     rows = -(-work.num_samples // waves)  # waves of one size
     steps = work.runs * waves * work.max_new_tokens
     step_bytes = weights.per_step + held + decoded * rows // 2
-    compiled, why = choose_compile(compile, device, args.n_layer, steps, step_bytes)
+    seconds = estimate_step(args, device, dtype, context + work.max_new_tokens / 2, rows, step_bytes)
+    compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
     return Plan(
         workload=work,
         weights=weights,
@@ -282,17 +283,35 @@ def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, st
     return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and rows >= PACK_FROM_ROWS[dtype]
 
 
-# Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.
+# Seconds, measured on 2 cores, those of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
+# right. An operation is a multiplication or an addition: on a CPU in bfloat16 with instructions for it, and without.
 COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
+EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
+COMPILING_SAVES = 0.25  # of a step
 
 
-def choose_compile(
-    asked: bool | None, device: torch.device, n_layer: int, steps: int, step_bytes: int
-) -> tuple[bool, str]:
+def step_operations(args: ModelArgs, context: float, rows: int) -> float:
+    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
+    attention = args.n_head * args.head_dim
+    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * args.hidden_dim)
+    weights = args.n_layer * per_layer + args.dim * args.vocab_size
+    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
+
+
+def estimate_step(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, context: float, rows: int, step_bytes: int
+) -> float:
+    """Seconds of an eager step of so many rows that reads step_bytes, behind `context` tokens."""
+    fast = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16()
+    operations = step_operations(args, context, rows) * EAGER_PER_OPERATION[device.type, fast]
+    return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
+
+
+def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
     """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
 
-    steps: decode steps of the run; step_bytes: what one reads. Compiling is taken to save half of a step. The estimate
-    uses no clock, so that the same command always takes the same path.
+    steps: decode steps of the run; step_seconds: of one, eagerly. The estimate uses no clock, so that the same command
+    always takes the same path.
     """
     if asked is False:
         return False, "--no-compile"
@@ -301,6 +320,8 @@ def choose_compile(
         return False, "no C++ compiler, or no Python.h, was found: running eagerly"
     if asked:
         return True, "--compile"
-    decode = steps * (n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type])
-    cost = COMPILE + n_layer * COMPILE_PER_LAYER
-    return decode / 2 > cost, f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s"
+    decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER
+    return (
+        decode * COMPILING_SAVES > cost,
+        f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s",
+    )

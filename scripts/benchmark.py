@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache, attend_by_torch
+from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache, attend_by_kernel, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
 from graphs import Step, StepInput
@@ -52,6 +52,7 @@ from plan import (
     keep_freed_memory,
     plan_run,
     release_freed_memory,
+    step_operations,
     weigh,
 )
 from quantize import quantise_int4, quantise_int8
@@ -145,12 +146,15 @@ COLUMNS = {
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
 PREFILL_CHUNK = 512
+IN_TURNS = 9
 MOST_SLOTS = 128  # decoded slots of a timed cache
 EVERY_N = [1 << power for power in range(12)]
 
 # What the paper compares, each eager and compiled.
 PAPER_COLUMNS = tuple(
-    name for name in COLUMNS if "int8" not in name and name not in ("contiguous", "contiguous, compiled")
+    name
+    for name in COLUMNS
+    if "int8" not in name and "torch" not in name and name not in ("contiguous", "contiguous, compiled")
 )
 
 
@@ -171,6 +175,7 @@ PRESETS = {
     ),
     "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N), PAPER_COLUMNS),
     "quantised": Preset(("stories110M", "tinyllama-1.1b"), (128,), (1, 8, 64), (), steps=12),
+    "kernels": Preset(("stories110M",), (2048,), (1, 8, 16, 64), (), steps=9),
     "tp": Preset(("tinyllama-1.1b",), (128,), (1, 8, 64), (), steps=8),
     "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
     "decode": Preset(
@@ -280,14 +285,6 @@ class Cell:
 
     def __str__(self) -> str:
         return self.note if self.ms is None else f"{self.ms:.1f} ({self.share_of_limit:.0%})"
-
-
-def step_operations(args: ModelArgs, context: int, rows: int) -> int:
-    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
-    attention = args.n_head * args.head_dim
-    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * args.hidden_dim)
-    weights = args.n_layer * per_layer + args.dim * args.vocab_size
-    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
 
 
 def plan_of(
@@ -546,7 +543,73 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
         yield f"| {context} | {rows} | {one:.1f} | {many:.1f} | {many / one:.2f} |"
 
 
-TABLES = {"prefill": prefill_table, "load": load_table, "quantised": quantised_table, "tp": tp_table}
+def in_turns(what: str, rows: int, limit: float, ours: Callable[[], object], theirs: Callable[[], object]) -> str:
+    """A line of kernel_table. What else runs on a machine reaches both sides of a turn, and the least of all turns is
+    that with the least of it. limit: in seconds."""
+    cpu = torch.device("cpu")
+    timed(ours, 2, cpu), timed(theirs, 2, cpu)
+    turns = [timed(ours, 2, cpu)[1:] + timed(theirs, 2, cpu)[1:] for _ in range(IN_TURNS)]
+    ms, their_ms = (1000 * min(side) for side in zip(*turns, strict=True))
+    return f"| {what} | {rows} | {ms:.2f} | {their_ms:.2f} | {their_ms / ms:.2f} | {1000 * limit / ms:.0%} |"
+
+
+@torch.no_grad()
+def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """What kernels.py has, eagerly, against the same without it, as Markdown. The limit is that of reading the context,
+    or of a matrix product's rate; of weights, none."""
+    yield "| what | N | ms | without, ms | without / with | limit / ms |\n|---|---|---|---|---|---|"
+    model = model_of(options, args)
+    like = model.norm.weight
+    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+        plain, int8 = random_context(args, context, like), Int8Context(random_context(args, context, like))
+        q = torch.randn(rows, args.n_head, 1, args.head_dim, dtype=like.dtype)
+        where = torch.full((rows, 1), context)
+        operations = 4 * rows * args.n_layer * args.n_head * args.head_dim * context / rates.operations
+        for name, root in (("context", plain), ("context in int8", int8)):
+            cache = KVCache.fork(root, rows, 0)
+            sides = (partial(all_layers, way, cache, q, where) for way in (attend_by_kernel, attend_by_torch))
+            limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)
+            yield in_turns(f"{name}, {context} tokens", rows, limit, *sides)
+        steps = [step_over(options, args, model, way(plain, rows, 8), context) for way in (share, by_torch)]
+        yield in_turns("step", rows, 0, *steps)
+        for name, quantiser in QUANTISERS.items():
+            held = random_model(args, options.device, options.dtype)
+            hold(held, quantiser, rows)
+            other = step_over(options, args, held, share(plain, rows, 8), context)
+            yield in_turns(f"step, weights in {name}, against plain ones", rows, 0, other, steps[0])
+    for context in options.context:
+        q, k, v = torch.randn(3, 1, args.n_head, context, args.head_dim, dtype=like.dtype)
+        cache = KVCache(like, 1, tuple(k.shape), torch.zeros(1, dtype=torch.long))
+        chunk = Prefill(cache, 0, context)
+        ours = partial(chunk.attend, 0, q, k, v, torch.arange(context)[None], None)
+        theirs = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+        limit = 2 * args.n_head * args.head_dim * context**2 / rates.operations
+        yield in_turns(f"prompt of {context}, one layer, against SDPA", 1, limit, ours, theirs)
+
+
+def all_layers(way: Callable[..., Tensor], cache: KVCache, q: Tensor, input_pos: Tensor) -> None:
+    for layer in range(len(cache.k)):
+        way(cache, layer, q, input_pos, None)
+
+
+def step_over(
+    options: argparse.Namespace, args: ModelArgs, model: Transformer, cache: KVCache, position: int
+) -> Callable[[], object]:
+    """The same step again and again, eagerly."""
+    rows = cache.rows
+    plan = plan_run(args, weigh(model), Workload(position, rows, 8), options.device, options.dtype, 1 << 62, False)
+    step = Engine(model, compile=False).step(Sampling(0.8, top_k=200), plan)
+    tokens = torch.zeros(rows, 1, dtype=torch.long)
+    return partial(step, StepInput(tokens, tokens + position, torch.arange(rows), torch.tensor(0)), cache)
+
+
+TABLES = {
+    "prefill": prefill_table,
+    "load": load_table,
+    "quantised": quantised_table,
+    "kernels": kernel_table,
+    "tp": tp_table,
+}
 
 
 def log(line: str) -> None:

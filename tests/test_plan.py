@@ -16,6 +16,7 @@ from plan import (
     choose_device,
     choose_dtype,
     choose_packing,
+    estimate_step,
     human,
     parse_size,
     plan_run,
@@ -158,17 +159,33 @@ def test_weights_are_packed_where_it_is_repaid():
 
 
 def test_compiling_pays_for_long_runs_only():
-    assert choose_compile(None, CPU, 12, 10, 10**8)[0] is False
-    long, why = choose_compile(None, CPU, 12, 10**5, 10**8)
+    assert choose_compile(None, 12, 10, 0.01)[0] is False
+    long, why = choose_compile(None, 12, 10**5, 0.01)
     assert long is True and why.startswith("auto: 100000 steps take about")
-    assert choose_compile(False, CPU, 12, 10**5, 10**8) == (False, "--no-compile")
-    assert choose_compile(True, CPU, 12, 1, 1) == (True, "--compile")
+    assert choose_compile(False, 12, 10**5, 0.01) == (False, "--no-compile")
+    assert choose_compile(True, 12, 1, 0.01) == (True, "--compile")
+
+
+STORIES110M = ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20)
+SMOLLM = ModelArgs(576, 30, 9, 3, 64, 1536, 49152, 8192, tied_output=True)
+# Milliseconds of eager steps without kernels.py: of BENCHMARKS.md, and of a run of a real model.
+MEASURED = [
+    *((STORIES110M, torch.float32, 4096, n, ms) for n, ms in ((1, 66.7), (8, 134.5), (16, 140.8), (64, 274.3))),
+    (SMOLLM, torch.bfloat16, 7900, 64, 267),
+]
+
+
+@pytest.mark.parametrize("args,dtype,context,rows,ms", MEASURED)
+def test_the_estimate_of_a_step_is_within_twice_what_was_measured(args, dtype, context, rows, ms, monkeypatch):
+    monkeypatch.setattr("plan.multiplies_bfloat16", lambda: True)  # as the machine of the last one does
+    size = weigh(empty_model(args).to(dtype)).per_step + context * args.kv_values_per_token * dtype.itemsize
+    assert 0.5 < 1000 * estimate_step(args, CPU, dtype, context, rows, size) / ms < 2
 
 
 def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    compiled, why = choose_compile(True, CPU, 12, 10**5, 10**8)
+    compiled, why = choose_compile(True, 12, 10**5, 0.01)
     assert compiled is False and "no C++ compiler" in why
 
 
