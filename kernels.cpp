@@ -29,7 +29,8 @@ namespace {
 
 // --- Vectors: all that depends on the instruction set ---
 
-#if defined(__AVX512F__)
+// EMULATE_AVX512: the same code on another CPU, for tests; the compiler makes one vector of two.
+#if defined(__AVX512F__) || defined(EMULATE_AVX512)
 constexpr int W = 16, TILE = 12;  // floats of a vector; rows of a tile, whose sums fill the registers
 #elif defined(__AVX__)
 constexpr int W = 8, TILE = 6;
@@ -49,7 +50,7 @@ inline vec load(const float* p) { return *(const loose*)p; }
 #if defined(__AVX512F__)
 inline ivec integers(const int8_t* p) { return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 inline ivec integers(const uint16_t* p) { return (ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(EMULATE_AVX512)
 inline ivec integers(const int8_t* p) { return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 inline ivec integers(const uint16_t* p) { return (ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
 #else
@@ -113,20 +114,27 @@ struct Single {
     static void put(float* words, long pitch, int d, float x) { words[d * pitch] = x; }
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(EMULATE_AVX512)
+#define PAIRS
 struct Double {
     static constexpr int PAIR = 2;
+    static ivec round(vec x) { return (ivec)x + 0x7fff + ((ivec)x >> 16 & 1); }
+    static vec low(vec x) { return (vec)((ivec)x << 16); }
+    static vec high(vec x) { return (vec)((ivec)x & ~0xffff); }
     static vec multiply_add(vec sum, float a, vec b) {
+#ifdef __AVX512BF16__
         return _mm512_dpbf16_ps(sum, (__m512bh)b, (__m512bh)_mm512_set1_ps(a));
+#else
+        return sum + low(b) * low(splat_bits(a)) + high(b) * high(splat_bits(a));
+#endif
     }
-    static vec join(vec even, vec odd) {
-        __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-        __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-        return (vec)_mm512_or_si512(_mm512_slli_epi32(high, 16), low);
+    static vec splat_bits(float a) {
+        int32_t bits;
+        memcpy(&bits, &a, 4);
+        return (vec)(ivec{} + bits);
     }
-    static void put(float* words, long pitch, int d, float x) {
-        put_number((bf16*)(words + d / 2 * pitch) + d % 2, x);
-    }
+    static vec join(vec even, vec odd) { return (vec)((round(even) >> 16 & 0xffff) | (round(odd) & ~0xffff)); }
+    static void put(float* words, long pitch, int d, float x) { put_number((bf16*)(words + d / 2 * pitch) + d % 2, x); }
 };
 #endif
 
@@ -554,7 +562,7 @@ void run(const Plan& plan, const Task& task, Room& room) {
     bool is_wide = Q > W / 2 || plan.c.D % W;
     if (!is_wide)
         narrow<E, T>(plan, task, room);
-#ifdef __AVX512BF16__
+#ifdef PAIRS
     else if constexpr (std::is_same_v<E, bf16>)
         wide<Double, E, T>(plan, task, room);
 #endif
@@ -739,7 +747,7 @@ extern "C" void multiply(const Product* product) {
     if (product->type == FLOAT)
         multiply<Single, float>(*product);
     else
-#ifdef __AVX512BF16__
+#ifdef PAIRS
         multiply<Double, bf16>(*product);
 #else
         multiply<Single, bf16>(*product);

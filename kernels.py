@@ -61,12 +61,12 @@ def cpu_flags() -> str:
     return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
 
 
-def build(compiler: str, target: Path) -> None:
+def build(compiler: str, target: Path, *flags: str) -> None:
     """Raises OSError or subprocess.SubprocessError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
         made.replace(target)  # at once: another process may be building too
 
@@ -82,12 +82,17 @@ def library() -> Library:
             if not shutil.which(compiler):
                 return Library(None, "no C++ compiler")
             build(compiler, target)
-        functions = ctypes.CDLL(str(target))
-        functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
-        functions.multiply.argtypes = [ctypes.c_void_p]
-        functions.attend.restype = functions.multiply.restype = None
+        return load(target)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return Library(None, f"not built: {type(error).__name__}")
+
+
+def load(path: Path) -> Library:
+    """Raises OSError or AttributeError where it is not what was built."""
+    functions = ctypes.CDLL(str(path))
+    functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
+    functions.multiply.argtypes = [ctypes.c_void_p]
+    functions.attend.restype = functions.multiply.restype = None
     return Library(functions, "kernels.cpp")
 
 

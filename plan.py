@@ -283,7 +283,7 @@ def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, st
     return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and rows >= PACK_FROM_ROWS[dtype]
 
 
-# Seconds, measured on 2 cores, those of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
+# Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
 # right. An operation is a multiplication or an addition: on a CPU in bfloat16 with instructions for it, and without.
 COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
 EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
