@@ -6,8 +6,8 @@
 // how the caches of a chain are merged: one call is the whole of bifurcated attention.
 //
 // All queries that share keys are folded into one task: rows, heads of a group, positions. Two forms:
-//   wide    queries lie in the lanes of a vector; keys and values are scalars, broadcast from where they lie, so neither
-//           is ever transposed or laid out anew, and peak, total, mask and bias are vertical operations.
+//   wide    queries lie in the lanes of a vector; keys and values are scalars, broadcast from where they lie: neither is
+//           ever transposed or laid out anew, and peak, total, mask and bias are vertical operations.
 //   narrow  for fewer queries than half a vector: the head dimension lies in the lanes.
 // A product with a quantised weight is the score product of the same two forms, its outputs in the place of keys.
 //
@@ -158,7 +158,8 @@ inline void tile(const float* a, long row, long column, const float* b, int dept
 }
 
 template <class M, int I, int V, bool ADD>
-void tiles(const float* a, int rows, long row, long column, const float* b, int depth, const float* rescale, float* out) {
+void tiles(const float* a, int rows, long row, long column, const float* b, int depth, const float* rescale,
+           float* out) {
     int i = 0;
     for (; i + I <= rows; i += I) tile<M, I, V, ADD>(a + i * row, row, column, b, depth, rescale, out + i * V * W);
     if constexpr (I > 1) {
@@ -181,8 +182,8 @@ inline vec sums(vec* x) {
     return x[0];
 }
 
-// out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W divides D. Of
-// fewer rows the last is repeated, so out has room for all.
+// out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W divides
+// D. Of fewer rows the last is repeated, so out has room for all.
 template <int Q, class E>
 inline void dots(const E* a, long row, int rows, const float* x, long apart, long D, float* out, long pitch) {
     constexpr int I = W / Q;
@@ -205,8 +206,8 @@ inline void dots(const E* a, long row, int rows, const float* x, long apart, lon
 
 // --- Attention ---
 
-constexpr int MOST_D = 256, KEYS = 60, ROW = 64, QUERIES = 128;  // of a head; keys of a block; their
-// room in a row of scores; queries of a task
+// The largest head; keys of a block, and their room in a row of scores; queries of a task.
+constexpr int MOST_D = 256, KEYS = 60, ROW = 64, QUERIES = 128;
 constexpr float FLOOR = -1e30f;  // finite, so that a peak can be subtracted from itself
 enum Type : int64_t { FLOAT, BFLOAT16, INT8 };
 
@@ -233,19 +234,6 @@ struct Task {
     int part, row, head, q_begin, q_end, k_begin, k_end, slot;
 };
 
-// The queries of a part's rows: `rows` from first[r] on continue row r of the cache.
-struct Members {
-    std::vector<int> rows, first;
-
-    Members(const Part& part, int N) : rows(N), first(part.rows + 1) {
-        for (int n = 0; n < N; n++) first[row_of(part, n) + 1]++;
-        for (int r = 0; r < part.rows; r++) first[r + 1] += first[r];
-        std::vector<int> next(first);
-        for (int n = 0; n < N; n++) rows[next[row_of(part, n)]++] = n;
-    }
-    static int row_of(const Part& part, int n) { return part.index ? int(part.index[n]) : n; }
-};
-
 struct Query {
     int n, h, s;
     long flat(const Call& c) const { return (n * c.H + h) * c.S + s; }
@@ -255,19 +243,15 @@ struct Plan {
     const Call& c;
     const Part* parts;
     float scale, softcap;
-    std::vector<Members> members;
+    std::vector<std::vector<std::vector<int>>> members;  // [part][row of the cache]: the query rows that continue it
     std::vector<Task> tasks;
     int slots = 0;  // results that a query may have
-    std::unique_ptr<float[]> out, lse;  // [slots][N*H*S][D], unless there is one; [slots][N*H*S]
+    std::unique_ptr<float[]> out, lse;  // [slots][N*H*S][D]; [slots][N*H*S]
 
-    int count(int part, int row) const {
-        const Members& m = members[part];
-        return (m.first[row + 1] - m.first[row]) * int(c.H / c.G * c.S);
-    }
+    int count(int part, int row) const { return int(members[part][row].size() * (c.H / c.G * c.S)); }
     Query query(const Task& task, int i) const {  // rows, then heads of the group, then positions
         int P = c.H / c.G, S = c.S;
-        const Members& m = members[task.part];
-        return {m.rows[m.first[task.row] + i / (P * S)], task.head * P + i / S % P, i % S};
+        return {members[task.part][task.row][i / (P * S)], task.head * P + i / S % P, i % S};
     }
     // The slots of the cache that a query sees, [begin, end).
     void visible(const Task& task, Query q, int& begin, int& end) const {
@@ -312,7 +296,8 @@ void Plan::add_tasks(int p) {
 
 void Plan::make() {
     for (int p = 0; p < c.parts; p++) {
-        members.emplace_back(parts[p], c.N);
+        members.emplace_back(parts[p].rows);
+        for (int n = 0; n < c.N; n++) members[p][parts[p].index ? parts[p].index[n] : n].push_back(n);
         add_tasks(p);
     }
     size_t queries = c.N * c.H * c.S;
@@ -381,9 +366,10 @@ void soften(const Plan& plan, Room& room, int first, int t0, int n, bool plain) 
     }
 }
 
-// One block of keys for V vectors of queries from `first` on. Rows of keys and columns of values are so many words apart.
+// A block of keys for V vectors of queries from `first` on. Rows of keys and columns of values are so many words apart.
 template <class M, int V>
-void lanes(const Plan& plan, Room& room, int first, int t, int n, const float* k, long row, const float* v, long column) {
+void lanes(const Plan& plan, Room& room, int first, int t, int n, const float* k, long row, const float* v,
+           long column) {
     int least_begin = INT32_MAX, most_begin = 0, least_end = INT32_MAX, most_end = 0, D = plan.c.D;
     for (int i = first; i < first + V * W; i++) {
         least_begin = std::min(least_begin, room.begin[i]), most_begin = std::max(most_begin, room.begin[i]);
@@ -423,7 +409,7 @@ const float* words(const Plan& plan, Room& room, const Task& task, int side, int
         if (side == 0) return (const float*)from;
         for (int i = 0; i < n; i += 2, from += 2 * part.token[side])
             for (int d = 0; d < D; d++) {
-                uint32_t odd = i + 1 < n ? uint32_t(from[part.token[side] + d].bits) << 16 : 0, word = odd | from[d].bits;
+                uint32_t odd = i + 1 < n ? from[part.token[side] + d].bits : 0, word = odd << 16 | from[d].bits;
                 memcpy(to + i / 2 * D + d, &word, 4);
             }
     } else {
@@ -502,6 +488,15 @@ void score_rows(const E* k, long pitch, int n, const float* q, int D, float* sco
     for (int t = 0; t < n; t += W / Q) dots<Q>(k + t * pitch, pitch, n - t, q, D, D, scores + t, ROW);
 }
 
+// f(how many, from which on) over n of something: four at a time, then two, then one.
+template <class F>
+void by_fours(int n, F f) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) f(std::integral_constant<int, 4>{}, i);
+    for (; i + 2 <= n; i += 2) f(std::integral_constant<int, 2>{}, i);
+    if (i < n) f(std::integral_constant<int, 1>{}, i);
+}
+
 template <class E, class T>
 void narrow(const Plan& plan, const Task& task, Room& room) {
     const Call& c = plan.c;
@@ -509,17 +504,18 @@ void narrow(const Plan& plan, const Task& task, Room& room) {
     int Q = task.q_end - task.q_begin, D = c.D;
     for (int i = 0; i < Q; i++) {
         Query query = plan.query(task, task.q_begin + i);
-        widen((const T*)c.q + query.n * c.q_row + query.h * c.q_head + query.s * c.q_position, 0, 1, D, nullptr, room.q + i * D);
+        const T* q = (const T*)c.q + query.n * c.q_row + query.h * c.q_head + query.s * c.q_position;
+        widen(q, 0, 1, D, nullptr, room.q + i * D);
     }
     for (int t = task.k_begin; t < task.k_end; t += KEYS) {
-        int n = std::min(KEYS, task.k_end - t), i = 0;
+        int n = std::min(KEYS, task.k_end - t);
         const E *k = tokens<E>(part, task, 0, t), *v = tokens<E>(part, task, 1, t);
         const float* k_scale = scales<E, T>(part, task, 0, t, n, room.key_scale);
         const float* v_scale = scales<E, T>(part, task, 1, t, n, room.value_scale);
-        for (; i + 4 <= Q; i += 4) score_rows<4>(k, part.token[0], n, room.q + i * D, D, room.scores + i * ROW);
-        for (; i + 2 <= Q; i += 2) score_rows<2>(k, part.token[0], n, room.q + i * D, D, room.scores + i * ROW);
-        for (; i < Q; i++) score_rows<1>(k, part.token[0], n, room.q + i * D, D, room.scores + i * ROW);
-        for (i = 0; i < Q; i++) {
+        by_fours(Q, [&](auto rows, int i) {
+            score_rows<rows>(k, part.token[0], n, room.q + i * D, D, room.scores + i * ROW);
+        });
+        for (int i = 0; i < Q; i++) {
             float *weight = room.scores + i * ROW, *out = room.out + i * D;
             float rescale = soften_row(plan, room, i, t, n, k_scale, weight);
             for (int j = 0; v_scale && j < n; j++) weight[j] *= v_scale[j];
@@ -531,9 +527,8 @@ void narrow(const Plan& plan, const Task& task, Room& room) {
     }
 }
 
-// Results of a task go to its slot, or where there is one slot alone, to the output.
-template <class T>
-void finish(const Plan& plan, const Task& task, const Room& room, bool is_wide) {
+// The results of a task go to its slot.
+inline void finish(const Plan& plan, const Task& task, const Room& room, bool is_wide) {
     const Call& c = plan.c;
     int Q = task.q_end - task.q_begin, D = c.D;
     for (int i = 0; i < Q; i++) {
@@ -568,7 +563,7 @@ void run(const Plan& plan, const Task& task, Room& room) {
 #endif
     else
         wide<Single, E, T>(plan, task, room);
-    finish<T>(plan, task, room, is_wide);
+    finish(plan, task, room, is_wide);
 }
 
 // The results of one query, merged.
@@ -613,7 +608,7 @@ void attend(const Plan& plan) {
 
 constexpr int OUTPUTS = 48, INPUTS = 256;  // of a weight's block, widened at a time
 
-// y [rows,outputs] = x [rows,inputs] times the weight's transpose. values: int8 [outputs,inputs], times scales [outputs];
+// y [rows,outputs] = x [rows,inputs] times the weight's transpose. values: int8 [outputs,inputs], and scales [outputs];
 // or with zeros, two 4-bit codes in a byte, the even input in the upper half: (code - 8) * scale + zero, these
 // [outputs,inputs / group]. 32 divides inputs and group.
 struct Product {
@@ -682,11 +677,12 @@ void multiply_wide(const Product& p, const float* x, long row, long o, int n, Ro
         int m = std::min<long>(INPUTS, p.inputs - j), words = m / M::PAIR;
         for (int i = 0; i < n; i++) unpack<M>(p, o + i, j, m, room.keys + i * words);
         for (first = 0; first < rows; first += 2 * W) {
-            const float* lanes = x + first * p.inputs / M::PAIR;
+            const float* from = x + (first * p.inputs + j * (rows - first > W ? 2 * W : W)) / M::PAIR;
+            float* to = room.out + first * n;
             if (rows - first > W)
-                tiles<M, TILE, 2, true>(room.keys, n, words, 1, lanes + j / M::PAIR * 2 * W, words, room.rescale, room.out + first * n);
+                tiles<M, TILE, 2, true>(room.keys, n, words, 1, from, words, room.rescale, to);
             else
-                tiles<M, 2 * TILE, 1, true>(room.keys, n, words, 1, lanes + j / M::PAIR * W, words, room.rescale, room.out + first * n);
+                tiles<M, 2 * TILE, 1, true>(room.keys, n, words, 1, from, words, room.rescale, to);
         }
     }
     for (int i = 0; i < rows; i++) {
@@ -733,10 +729,10 @@ void multiply(const Product& p) {
         for (long block = 0; block < blocks * row_blocks; block++) {
             long o = block % blocks * OUTPUTS, row = block / blocks * QUERIES;
             int n = std::min<long>(OUTPUTS, p.outputs - o);
-            if (is_wide) multiply_wide<M, T>(p, x, row, o, n, room);
-            for (; !is_wide && row + 4 <= p.rows; row += 4) multiply_narrow<4, T>(p, x, row, o, n, room);
-            for (; !is_wide && row + 2 <= p.rows; row += 2) multiply_narrow<2, T>(p, x, row, o, n, room);
-            for (; !is_wide && row < p.rows; row++) multiply_narrow<1, T>(p, x, row, o, n, room);
+            if (is_wide)
+                multiply_wide<M, T>(p, x, row, o, n, room);
+            else
+                by_fours(p.rows, [&](auto rows, int i) { multiply_narrow<rows, T>(p, x, i, o, n, room); });
         }
     }
 }
