@@ -6,8 +6,8 @@
 // how the caches of a chain are merged: one call is the whole of bifurcated attention.
 //
 // All queries that share keys are folded into one task: rows, heads of a group, positions. Two forms:
-//   wide    queries lie in the lanes of a vector; keys and values are scalars, broadcast from where they lie: neither is
-//           ever transposed or laid out anew, and peak, total, mask and bias are vertical operations.
+//   wide    queries lie in the lanes of a vector; keys and values are scalars, broadcast from where they lie: neither
+//           is ever transposed or laid out anew, and peak, total, mask and bias are vertical operations.
 //   narrow  for fewer queries than half a vector: the head dimension lies in the lanes.
 // A product with a quantised weight is the score product of the same two forms, its outputs in the place of keys.
 //
@@ -141,17 +141,22 @@ struct Double {
 // --- Products ---
 
 // out[i][lane] = (ADD: out[i][lane] * rescale[lane]) + sum over j of a[i * row + j * column] * b[j][lane], for I rows
-// and V vectors of lanes, which are the pitch of b and out.
+// and V vectors of lanes, which are the pitch of b and out. What lies `ahead` of a is asked for line by line on the way:
+// reading then overlaps with arithmetic, which it would not, were it asked for at once.
 template <class M, int I, int V, bool ADD>
-inline void tile(const float* a, long row, long column, const float* b, int depth, const float* rescale, float* out) {
+inline void tile(const float* a, long row, long column, const float* b, int depth, const float* rescale, float* out,
+                 long ahead) {
+    const float* next = a + ahead;
     vec sum[I][V];
 #pragma GCC unroll 24
     for (int i = 0; i < I; i++)
         for (int v = 0; v < V; v++) sum[i][v] = ADD ? load(out + (i * V + v) * W) * load(rescale + v * W) : vec{};
-    for (int j = 0; j < depth; j++, a += column, b += V * W)
+    for (int j = 0; j < depth; j++, a += column, b += V * W, next += column > 1 ? column : 16) {
+        __builtin_prefetch(next);
 #pragma GCC unroll 24
         for (int i = 0; i < I; i++)
             for (int v = 0; v < V; v++) sum[i][v] = M::multiply_add(sum[i][v], a[i * row], load(b + v * W));
+    }
 #pragma GCC unroll 24
     for (int i = 0; i < I; i++)
         for (int v = 0; v < V; v++) store(out + (i * V + v) * W, sum[i][v]);
@@ -159,12 +164,13 @@ inline void tile(const float* a, long row, long column, const float* b, int dept
 
 template <class M, int I, int V, bool ADD>
 void tiles(const float* a, int rows, long row, long column, const float* b, int depth, const float* rescale,
-           float* out) {
+           float* out, long ahead = 0) {
     int i = 0;
-    for (; i + I <= rows; i += I) tile<M, I, V, ADD>(a + i * row, row, column, b, depth, rescale, out + i * V * W);
+    for (; i + I <= rows; i += I, a += I * row, out += I * V * W)
+        tile<M, I, V, ADD>(a, row, column, b, depth, rescale, out, ahead);
     if constexpr (I > 1) {
         constexpr int SMALLER = I % 3 == 0 ? I / 3 * 2 : I / 2;
-        if (i < rows) tiles<M, SMALLER, V, ADD>(a + i * row, rows - i, row, column, b, depth, rescale, out + i * V * W);
+        if (i < rows) tiles<M, SMALLER, V, ADD>(a, rows - i, row, column, b, depth, rescale, out, ahead);
     }
 }
 
@@ -182,8 +188,8 @@ inline vec sums(vec* x) {
     return x[0];
 }
 
-// out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W divides
-// D. Of fewer rows the last is repeated, so out has room for all.
+// out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W
+// divides D. Of fewer rows the last is repeated, so out has room for all.
 template <int Q, class E>
 inline void dots(const E* a, long row, int rows, const float* x, long apart, long D, float* out, long pitch) {
     constexpr int I = W / Q;
@@ -379,10 +385,12 @@ void lanes(const Plan& plan, Room& room, int first, int t, int n, const float* k
     bool plain = most_begin <= t && t + n <= least_end && !plan.softcap && !plan.c.slopes;
     n = std::min(n, most_end - t);
     constexpr int I = TILE * (3 - V);  // fewer vectors leave registers to more rows
-    tiles<M, I, V, false>(k, n, row, 1, room.q + first * D / M::PAIR, D / M::PAIR, nullptr, room.scores);
+    tiles<M, I, V, false>(k, n, row, 1, room.q + first * D / M::PAIR, D / M::PAIR, nullptr, room.scores,
+                        k == room.keys ? 0 : KEYS * row);
     soften<M, V>(plan, room, first, t, n, plain);
     int words = (n + M::PAIR - 1) / M::PAIR;
-    tiles<M, I, V, true>(v, D, 1, column, room.scores, words, room.rescale, room.out + first * D);
+    tiles<M, I, V, true>(v, D, 1, column, room.scores, words, room.rescale, room.out + first * D,
+                       v == room.values ? 0 : KEYS * column);
 }
 
 // n tokens in fp32, [n][D].
