@@ -141,17 +141,18 @@ struct Double {
 // --- Products ---
 
 // out[i][lane] = (ADD: out[i][lane] * rescale[lane]) + sum over j of a[i * row + j * column] * b[j][lane], for I rows
-// and V vectors of lanes, which are the pitch of b and out. What lies `ahead` of a is asked for line by line on the way:
-// reading then overlaps with arithmetic, which it would not, were it asked for at once.
+// and V vectors of lanes, which are the pitch of b and out. What lies `ahead` of a is asked for line by line on the
+// way, so that reading overlaps with arithmetic; asked for at once, it would not.
 template <class M, int I, int V, bool ADD>
 inline void tile(const float* a, long row, long column, const float* b, int depth, const float* rescale, float* out,
                  long ahead) {
     const float* next = a + ahead;
+    const long step = ahead == 0 ? 0 : column > 1 ? column : 16;
     vec sum[I][V];
 #pragma GCC unroll 24
     for (int i = 0; i < I; i++)
         for (int v = 0; v < V; v++) sum[i][v] = ADD ? load(out + (i * V + v) * W) * load(rescale + v * W) : vec{};
-    for (int j = 0; j < depth; j++, a += column, b += V * W, next += column > 1 ? column : 16) {
+    for (int j = 0; j < depth; j++, a += column, b += V * W, next += step) {
         __builtin_prefetch(next);
 #pragma GCC unroll 24
         for (int i = 0; i < I; i++)
