@@ -76,7 +76,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
-        self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
+        self.args, self.device, self.dtype = shard.local(model.args), weight.device, weight.dtype
         # A model trained on texts that BOS alone separates ends one by beginning the next.
         self.eos_ids = (
             frozenset()
@@ -298,6 +298,8 @@ class Run:
 
     def agreed(self, drawn: Drawn) -> Drawn:
         """The same for all ranks that hold a part of the network."""
+        if self.engine.shard.world == 1:
+            return drawn
         tokens, logprobs, count = drawn
         both = self.engine.shard.agree(torch.cat([tokens, count[:, None]], 1))  # [N,k+1]
         return both[:, :-1], logprobs, both[:, -1]

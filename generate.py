@@ -38,7 +38,7 @@ from plan import (
     plan_run,
     weigh_sizes,
 )
-from ranks import Ranks, join, leave, lost_rank
+from ranks import Listener, Ranks, join, lost_rank
 from report import Console, OneLineParser, Stopwatch, describe, measure, print_report, summary
 from samples import Ranked, Request, Sample, rank
 from sampling import Sampling
@@ -250,11 +250,14 @@ def set_up(
     return Session(options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan)
 
 
+def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
+    return options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
+
+
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
     text, seed, dtype = ranks.share(lambda: decide(options))
-    own = options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
-    available = min(ranks.all(own))
+    available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
     session = ranks.agree(lambda: set_up(options, ranks, text, seed, dtype, available))
     return replace(session, plan=ranks.share(lambda: session.plan))
@@ -265,7 +268,8 @@ def open_engine(session: Session) -> Engine:
     options = session.options
     shard = session.ranks.shard
     model = load_model(session.checkpoint, session.device, session.dtype, session.request.num_samples, shard)
-    engine = Engine(model, session.dialogue.tokenizer, options.compile, shard)
+    compile = options.compile if session.ranks.control is None else session.plan.compiled
+    engine = Engine(model, session.dialogue.tokenizer, compile, shard)
     engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
     engine.prepare(session.plan)
     if options.compile_prefill:
@@ -325,7 +329,7 @@ def interact(session: Session, engine: Engine) -> None:
         print(f"seed {session.request.seed}", file=sys.stderr)
     line: str | None = session.prompt_text
     tokens = session.prompt_tokens
-    while tokens or (line := ranks.share(lambda: ask("> "))) is not None:
+    while tokens or (line := ranks.ask(partial(ask, "> "))) is not None:
         line = line or ""
         if not (tokens or line):
             continue
@@ -343,7 +347,7 @@ def interact(session: Session, engine: Engine) -> None:
         else:
             ranked = rank(ranks.gather(console.finished))[: options.top]
             console.show(ranked)
-            reply = ranks.share(partial(pick, ranked)) if options.pick else ranked[0].sample
+            reply = ranks.ask(partial(pick, ranked)) if options.pick else ranked[0].sample
             conversation.keep(reply)
             dialogue.keep(line, reply.text or "")
         tokens = []
@@ -366,6 +370,8 @@ def pick(ranked: Sequence[Ranked]) -> Sample:
 def run(options: argparse.Namespace) -> None:
     """Everything between the parsed flags and the exit status. Raises ValueError or OSError."""
     ranks = join(options.tp, choose_device(options.device))
+    if ranks.control is not None:
+        sys.stdout = Listener(sys.stdout)
     if not ranks.leads:  # runs the same, and says nothing
         options.quiet, options.verbose, options.report, options.profile = True, False, None, None
         sys.stdout = open(os.devnull, "w")
@@ -381,7 +387,7 @@ def run(options: argparse.Namespace) -> None:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
     if plan.compiled:
         keep_freed_memory()
-    engine = open_engine(session)
+    engine = ranks.agree(lambda: open_engine(session))
     go = interact if options.interactive else run_once
     if options.profile:
         with torch.profiler.profile() as profile:
@@ -416,7 +422,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {lost}", file=sys.stderr)
         return 2
-    leave()
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -21,7 +22,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Refuses in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
+        self.exit(2, f"error: {message}; see --help\n" if told else None)
 
 
 class Stopwatch(Monitor):
@@ -95,7 +97,7 @@ class Console(Stopwatch):
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
         if self.step_s and not self.streams:
-            finished, total, length = len(self.finished), self.options.num_samples, self.options.max_new_tokens
+            finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
             in_wave = len(self.step_s) - self.begun
             left = length - in_wave + length * (self.plan.waves - self.waves)
             note = f"{in_wave} steps, {finished}/{total} samples finished"
@@ -222,10 +224,12 @@ def summary(report: dict, plan: Plan) -> str:
     held = report["quantised"] or "packed" * report["packed_weights"]
     packed = f", {held} weights" if held else ""
     waves = f" in {plan.waves} waves" * (plan.waves > 1)
+    replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
+    processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
     return (
         f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
-        f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}\n"
+        f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s\n"
         f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"

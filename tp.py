@@ -79,18 +79,19 @@ class Shard:
         return tensor.narrow(dim, begin, end - begin).clone(memory_format=torch.contiguous_format)
 
     def attach(self, model: Transformer) -> None:
-        """Makes a network whose weights are this rank's parts compute what the whole one does."""
-        whole, model.args = model.args, self.local(model.args)
-        heads = slice(self.rank * model.args.n_head, (self.rank + 1) * model.args.n_head)
+        """Makes a network whose weights are this rank's parts compute what the whole one does. Its args stay those of
+        the whole; a cache for it is of the `local` shape."""
+        args, heads = model.args, self.local(model.args).n_head
         for block in model.layers:
             mod = block.attention.score_mod
             if mod is not None and mod.slopes is not None:
-                block.attention.score_mod = replace(mod, slopes=mod.slopes[heads])
-            for module in (block.attention, block.feed_forward):
+                own = mod.slopes[self.rank * heads : (self.rank + 1) * heads]
+                block.attention.score_mod = replace(mod, slopes=own)
+            for module in (block.attention, block.feed_forward) if self.group else ():
                 module.register_forward_hook(lambda module, inputs, output: self.sum(output))
-        if self.cut("output", whole) is not None:
+        if self.cut("output", args) is not None:
             model.output.register_forward_hook(lambda module, inputs, output: self.gather(output))
-        if (cut := self.cut("tok_embeddings", whole)) is not None:
+        if (cut := self.cut("tok_embeddings", args)) is not None:
             model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, cut[1], self)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class Shard:
 
     def agree(self, tokens: Tensor) -> Tensor:
         """Rank 0's tokens, for all: another kind of CPU may round a draw to the other side."""
-        if not self.group or self.world == 1:
+        if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
 
