@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
+from experts import group_experts
 from families import (
     args_from_config,
     from_tinyllamas,
@@ -282,6 +283,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
 
     model.tie_output()
     swap_linears(model, make)
+    group_experts(model)
     model.place_constants()
     return model
 
