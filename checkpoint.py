@@ -38,7 +38,8 @@ class Recipe:
     """How the weights of a checkpoint were quantised; stored in its file.
 
     layers: of each quantised linear layer, "int8" or "int4". groupsize: of int4, 0 where no layer is that. kept: those
-    that groupsize does not divide, in 16 bits. The calibration fields are None where no text was read.
+    that groupsize does not divide, in 16 bits. rounded: experts that a calibration text gave too few tokens. The
+    calibration fields are None where no text was read.
     """
 
     mode: str
@@ -50,6 +51,7 @@ class Recipe:
     calibration_sequences: int | None = None
     calibration_seq_length: int | None = None
     act_order: bool = False
+    rounded: tuple[str, ...] = ()
     torch_version: str = str(torch.__version__)
     version: int = RECIPE_VERSION
 
