@@ -106,9 +106,9 @@ class GroupedLinear(nn.Module):
 
 
 def can_group(weight: Tensor) -> bool:
-    """Whether the device has a grouped product for such weights [out,in]: in bfloat16, from compute capability 9.0 on;
-    it wants rows that begin at multiples of 16 bytes."""
-    fast = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    """Whether the device has a grouped product of such weights [out,in]: of bfloat16, at compute capability 9 or 10,
+    their rows at multiples of 16 bytes. Elsewhere PyTorch's own is a loop, which waits for the host."""
+    fast = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
     return fast and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape)
 
 
