@@ -4,28 +4,38 @@ eager step, dequantised weights, plain arithmetic; that experts are those of tra
 Nothing here has a size that divides by 8 but where a group has to.
 """
 
+import json
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GQA, draws, random_model, random_tokens, request
+import transformers
+from conftest import GQA, ROOT, draws, random_model, random_tokens, request
 from test_checkpoint import CONFIG
+from test_cuda import Recorder, needs_gpu
 from test_quantize import quantised
+from test_tokenizer import byte_level
 from torch import Tensor, nn
 
 import packed
 import quantize
-from cache import NoCache
+from cache import KVCache, NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
-from engine import Engine
-from experts import ExpertLinear, GroupedLinear, Mixture, by_expert, group_experts, is_recordable
+from engine import Engine, decode
+from experts import ExpertLinear, GroupedLinear, Mixture, by_expert, can_group, group_experts, is_recordable
 from gptq import gptq, quantise_int4
-from model import MixtureOfExperts
+from graphs import RecordedStep, StepInput
+from model import MixtureOfExperts, empty_model
 from packed import can_pack, dequantise, kernels, pack_linears, swap_linears
 from plan import Workload, plan_run, weigh
+from sampling import uniform
 
 CPU, FP64 = torch.device("cpu"), torch.float64
 SHAPES = {
@@ -180,6 +190,39 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype):
     assert is_recordable(made[0]) and not is_recordable(made)
 
 
+def test_a_grouped_step_never_waits_for_the_host():
+    """Traced on the meta device, which has no numbers to wait for, as CUDA's kernel takes them."""
+    args = replace(GQA, dim=32, head_dim=16, hidden_dim=40, mixture=Mixture(5, 2, 40, True, shared=16))
+    model = empty_model(args).to(torch.bfloat16).requires_grad_(False)
+    tokens = torch.zeros(3, 2, dtype=torch.long, device="meta")
+    group_experts(model, lambda weight: True)
+    with Recorder() as recorder:
+        logits = model(tokens, tokens, NoCache())
+    assert logits.shape == (3, 2, 97) and recorder.devices == {"meta"} and recorder.count("_grouped_mm") == 3 * 3
+    assert is_recordable(model) and not can_group(model.layers[0].feed_forward.w1.weight[0])
+
+
+@needs_gpu
+def test_recorded_steps_of_a_mixture_are_the_plain_steps_on_a_gpu():
+    """bfloat16, by the grouped product where the device has it: of several prompts, with one recorded step. Elsewhere
+    the loop, which is not recorded."""
+    args = replace(GQA, dim=32, head_dim=16, n_head=4, hidden_dim=40, mixture=Mixture(5, 2, 40, True, shared=16))
+    model = random_model(args, torch.float32).to(device="cuda", dtype=torch.bfloat16)
+    loop = partial(decode, deepcopy(model), uniform)
+    group_experts(model)
+    grouped = partial(decode, model, uniform)
+    recorded = RecordedStep(grouped) if is_recordable(model) else grouped
+    for length in (40, 41, 40):
+        context = KVCache.empty(args, 1, length, model.norm.weight)
+        for tensor in context.tensors:
+            tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))
+        tokens, samples = random_tokens(args, 17, 1).cuda(), torch.arange(17, device="cuda")
+        step = StepInput(tokens, torch.full_like(tokens, length), samples, torch.tensor(7, device="cuda"))
+        found, expected = (each(step, KVCache.fork(context, 17, 8))[0].float() for each in (recorded, loop))
+        rows = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        assert rows.median().item() < 0.02  # a near-tie may send a row elsewhere
+
+
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="needs an x86 CPU")
 def test_packed_experts_multiply_as_plain_ones(monkeypatch):
     monkeypatch.setattr(packed, "SMALLEST", 1)
@@ -302,3 +345,35 @@ def test_gptq_has_a_hessian_for_each_expert(folder, capsys, monkeypatch):
             by_gptq = (dequantise(gptq(weight, x.t() @ x, 32), torch.float32) == found).float().mean()
             # The order of fp32 sums may move a few.
             assert plainly == 1 if name in few else plainly < 0.9 < 0.97 < by_gptq, name
+
+
+def test_a_mixtral_runs_from_the_command_line(tmp_path):
+    """Made by transformers, with a tokenizer, converted, run with eight samples. Oracle: transformers' score of every
+    token of theirs."""
+    torch.manual_seed(0)
+    backend = byte_level()
+    config = transformers.MixtralConfig(
+        hidden_size=48, intermediate_size=36, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        vocab_size=backend.get_vocab_size(), max_position_embeddings=64, num_local_experts=5, initializer_range=0.3,
+        eos_token_id=None,
+    )  # fmt: skip
+    reference = transformers.MixtralForCausalLM(config).eval().requires_grad_(False)
+    reference.save_pretrained(tmp_path, max_shard_size="40KB")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*command) -> str:
+        line = [sys.executable, *map(str, command)]
+        result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run("scripts/convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path, "--out", tmp_path / "tiny")
+    command = ("generate.py", "--checkpoint_path", tmp_path / "tiny", "-n", 8, "--max_new_tokens", 11, "--seed", 1)
+    rows = run(*command, "--prompt", "The cat", "--format", "jsonl", "--dtype", "float32").splitlines()
+    prompt = backend.encode("The cat").ids
+    assert len(rows) == 8 and len(list(tmp_path.glob("*.safetensors"))) > 2
+    for row in map(json.loads, rows):
+        scores = reference(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = scores.gather(1, torch.tensor(row["tokens"])[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, rtol=0, atol=1e-4)
