@@ -6,8 +6,10 @@ Nothing here has a size that divides by 8 but where a group has to.
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -176,7 +178,7 @@ def test_a_copy_has_experts_of_its_own():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_weights_multiply_as_the_loop_does(dtype):
+def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
     """PyTorch's grouped product, here by its CPU kernel; on CUDA it has not run. One weight at most is held twice."""
     made = nn.ModuleList(mixture_of(Mixture(5, 2, width, True), dtype, 32) for width in (40, 41))
     x = F.pad(inputs(3, 7, dtype), (1, 1))
@@ -184,7 +186,13 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype):
     assert not is_recordable(made)
     group_experts(made)
     assert kernels(made) == {"plain": 30}, "a CPU has no grouped kernel"
+    weights = [weakref.ref(module) for module in made[0].modules() if isinstance(module, nn.Linear)]
+    alive, stack = [], torch.stack
+    monkeypatch.setattr(
+        torch, "stack", lambda each: alive.append(sum(ref() is not None for ref in weights)) or stack(each)
+    )
     group_experts(made, lambda weight: 41 not in weight.shape)
+    assert alive == [15, 10, 5]
     assert kernels(made) == {"grouped": 3, "plain": 15} and isinstance(made[0].w1, GroupedLinear)
     torch.testing.assert_close(made[0](x), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
     assert is_recordable(made[0]) and not is_recordable(made)
@@ -377,3 +385,17 @@ def test_a_mixtral_runs_from_the_command_line(tmp_path):
         scores = reference(torch.tensor([prompt + row["tokens"]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected = scores.gather(1, torch.tensor(row["tokens"])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(row["logprobs"]), expected, rtol=0, atol=1e-4)
+
+
+def test_the_memory_table_is_what_its_script_prints(monkeypatch, capsys, tmp_path):
+    folder = ROOT / "mixtral-moe"
+    monkeypatch.setattr(sys, "argv", ["memory.py"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(folder / "memory.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 5 and printed in (folder / "README.md").read_text("utf-8")
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    monkeypatch.setattr(sys, "argv", ["memory.py", str(tmp_path / "config.json")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(folder / "memory.py"), run_name="__main__")
+    assert capsys.readouterr().err.startswith("error: architecture GPT2LMHeadModel is not supported")
