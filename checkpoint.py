@@ -29,6 +29,7 @@ from families import (
 )
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from plan import rows_of
 
 RECIPE_VERSION = 1
 
@@ -281,7 +282,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.
         bias = None if linear.bias is None else state[f"{name}.bias"].to(device, dtype)
         weight = quantised[name]
         parts = (state[f"{name}.{part}"].to(device) for part in tensors_of(weight))
-        return make_linear(type(weight)(*parts), bias, torch.device(device), dtype, rows).eval()
+        seen = rows_of(name, model.args, rows)
+        return make_linear(type(weight)(*parts), bias, torch.device(device), dtype, seen).eval()
 
     model.tie_output()
     swap_linears(model, make)
@@ -300,7 +302,7 @@ def weight_sizes(
     model = empty_model(checkpoint.args)
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in model.named_parameters()}
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
-        sizes[f"{layer}.weight"] = held_bytes(weight, torch.device(device), dtype, rows)
+        sizes[f"{layer}.weight"] = held_bytes(weight, torch.device(device), dtype, rows_of(layer, model.args, rows))
     return sizes
 
 

@@ -54,6 +54,13 @@ def is_expert(name: str, mixture: Mixture) -> bool:
     return found is not None and int(found[1]) not in mixture.dense
 
 
+def rows_of(name: str, args: ModelArgs, rows: int) -> int:
+    """How many rows that layer multiplies in a step of so many: of an expert, how many are expected."""
+    if args.mixture is None or not is_expert(name, args.mixture):
+        return rows
+    return max(1, round(rows * args.mixture.used / args.mixture.experts))
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same."""

@@ -35,7 +35,7 @@ from experts import ExpertLinear, GroupedLinear, Mixture, by_expert, can_group, 
 from gptq import gptq, quantise_int4
 from graphs import RecordedStep, StepInput
 from model import MixtureOfExperts, empty_model
-from packed import can_pack, dequantise, kernels, pack_linears, swap_linears
+from packed import IS_X86, can_pack, dequantise, kernels, pack_linears, swap_linears
 from plan import Workload, plan_run, weigh
 from sampling import uniform
 
@@ -311,6 +311,20 @@ def test_a_folder_of_quantised_experts_computes_with_its_dequantised_weights(fol
         assert torch.equal(model(tokens, input_pos, NoCache()), plain(tokens, input_pos, NoCache()))
         sizes = {name: p.nbytes for name, p in load_model(checkpoint, "cpu", torch.float32).named_parameters()}
         assert weight_sizes(checkpoint, "cpu", torch.float32) == sizes
+
+
+@pytest.mark.skipif(not IS_X86, reason="asks what an x86 CPU does")
+def test_an_expert_is_held_for_the_rows_that_it_is_expected_to_see(folder, capsys, monkeypatch):
+    """Half of them here. On this CPU PyTorch's operators win from two rows on."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    path, _ = quantised(capsys, "--checkpoint_path", folder, "--mode", "int8")
+    checkpoint = read_checkpoint(path)
+    for rows, expected in ((1, {"dequantised": 49}), (2, {"int8pack": 13, "dequantised": 36}), (3, {"int8pack": 49})):
+        model = load_model(checkpoint, "cpu", torch.bfloat16, rows)
+        assert kernels(model) == expected
+        sizes = weight_sizes(checkpoint, "cpu", torch.bfloat16, rows)
+        held = [size for name, size in sizes.items() if "feed_forward.w1.3" in name]
+        assert held == [64 * 32 + 2 * 32 if rows == 3 else 2 * 64 * 32] * 3
 
 
 def test_gptq_has_a_hessian_for_each_expert(folder, capsys, monkeypatch):
