@@ -307,9 +307,10 @@ PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
     """Whether to pack the weights for a run of so many decode steps, of so many rows: where the feed-forward ones are
-    large enough, and it is repaid."""
+    large enough, and it is repaid. Experts are most of a mixture, and see their share of the rows."""
     large = args.dim * args.hidden_dim >= SMALLEST
-    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and rows >= PACK_FROM_ROWS[dtype]
+    seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and seen >= PACK_FROM_ROWS[dtype]
 
 
 # Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.
