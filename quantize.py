@@ -283,7 +283,8 @@ def quantise(options: argparse.Namespace) -> Path:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
     found = {name: w for step in with_progress(steps, len(layers)) for name, w in step.items()}
     if rounded:
-        print(f"rounded, since the text gave them too few tokens: {', '.join(rounded)}", file=sys.stderr)
+        why = "rounded, since they saw fewer tokens than they have inputs (more --calibration_sequences may help)"
+        print(f"{why}: {', '.join(rounded)}", file=sys.stderr)
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_quantised(checkpoint, output, quantised_state(state, found), replace(recipe, rounded=tuple(rounded)))
