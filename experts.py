@@ -123,6 +123,8 @@ def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -
                 isinstance(each, nn.Linear) and can(each.weight) for each in child
             ):
                 setattr(parent, name, GroupedLinear(child))
+                del child
+                torch.cuda.empty_cache()  # memory of single experts is in blocks too small for the next one
 
 
 def is_recordable(model: nn.Module) -> bool:
