@@ -17,10 +17,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
+from cache import KVCache, NoCache, Prefill
 from checkpoint import load_model, read_checkpoint
+from experts import is_recordable
 from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
+from layouts import LAYOUTS, Int8Context
 from model import Transformer
 from packed import pack_linears
 from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
@@ -130,7 +132,7 @@ class Engine:
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
             return draw(*network(inputs, cache), sampling)
 
-        return RecordedStep(step) if on_cuda else step
+        return RecordedStep(step) if on_cuda and is_recordable(self.model) else step
 
     @torch.no_grad()
     def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:

@@ -23,11 +23,11 @@ if __name__ == "__main__" and not sys.warnoptions:
 
 import torch
 
-from cache import LAYOUTS
 from chat import Conversation, Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from engine import Engine
 from hub import locate
+from layouts import LAYOUTS
 from plan import (
     Plan,
     available_memory,

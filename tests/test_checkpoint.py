@@ -20,9 +20,9 @@ from checkpoint import (
     weight_sizes,
 )
 from families import args_from_config
+from gptq import quantise_int4, quantise_int8
 from model import Transformer
 from packed import tensors_of
-from quantize import quantise_int4, quantise_int8
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bifurcated_attention as ours
 import cache as caches
-from cache import LAYOUTS, Int8Context, KVCache, Prefill
+from cache import KVCache, Prefill
 from engine import Engine, decode
 from graphs import RecordedStep, StepInput, compiled
+from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer, empty_model
 from samples import Request
 from sampling import Sampling, uniform

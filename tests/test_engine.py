@@ -11,10 +11,11 @@ from conftest import GQA, PROMPT, TINY, Letters, draws, random_model, random_tok
 from torch import Tensor
 
 import engine as road
-from cache import LAYOUTS, KVCache
+from cache import KVCache
 from chat import Conversation
 from engine import Engine, Monitor, bucket, rows_to_keep
 from graphs import StepInput
+from layouts import LAYOUTS
 from report import Stopwatch
 from samples import Piece, Request, Sample, rank
 from sampling import Sampling, draw, uniform

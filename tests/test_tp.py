@@ -22,6 +22,7 @@ from tp_worker import collectives
 from cache import KVCache, NoCache
 from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from engine import Engine
+from experts import Mixture
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
 from ranks import Ranks
@@ -38,7 +39,8 @@ KINDS = {
     "mqa": (replace(BASE, n_kv_head=1), None),
     "tied": (replace(BASE, tied_output=True), None),
     "alibi": (replace(BASE, alibi=True, windows=(None, 4), score_softcap=2.0, post_norms=True), None),
-    "int8": (BASE, "int8"),
+    "experts": (replace(BASE, mixture=Mixture(5, 2, 48, True, shared=32, dense=(1,))), None),
+    "int8": (replace(BASE, mixture=Mixture(3, 2, 48, False)), "int8"),
     "int4": (BASE, "int4"),  # at 4 ranks, attention.wo is cut inside its groups of 32
 }
 
