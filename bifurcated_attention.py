@@ -71,9 +71,10 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     A product of bfloat16 matrices is rounded to bfloat16: a score of 20 is then off by up to 0.06, enough for shared
     and unshared decoding to drift apart. A second product, accumulated onto minus the first, is what that rounding
     lost; kernels accumulate in fp32, so the sum has some 16 bits. Float16 would overflow on the way, so it is widened,
-    as is a single query: compiled, the conversion is fused into a matrix-vector product and costs nothing.
+    as is a single query: compiled, the conversion is fused into a matrix-vector product and costs nothing. So is what
+    asks for gradients: the second product would be differentiated too.
     """
-    if q.dtype != torch.bfloat16 or q.shape[-2] == 1:
+    if q.dtype != torch.bfloat16 or q.shape[-2] == 1 or q.requires_grad:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return q.to(dtype) @ k.to(dtype).mT
     B, G = k.shape[:2]
