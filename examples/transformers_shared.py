@@ -109,6 +109,8 @@ def attend_group(module: Any, query: Tensor, key: Tensor, value: Tensor, attenti
     """Scoring: query [B,H,T+G*R,D], key and value alike -> [B,T+G*R,H,D]. Without a group, transformers' SDPA."""
     group: Group | None = kwargs.pop("group", None)
     if group is None:
+        if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
+            raise ValueError(f"{type(module).__name__} is given no keywords by its model: a group cannot reach it")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     T, scaling = group.length, kwargs.get("scaling")
     first, k, v = (tensor[:, :, :T] for tensor in (query, key, value))
@@ -130,11 +132,9 @@ def empty_context(model: Any) -> DynamicCache:
     config, kind = model.config, type(model).__name__
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{kind} is more than a decoder of text: only such models have a shared form here")
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            f"{kind} has attn_logit_softcapping {softcap}: only attention without it has a shared form here"
-        )
+    asked = [name for name in ("attn_logit_softcapping", "kv_lora_rank") if getattr(config, name, None) is not None]
+    if asked:
+        raise ValueError(f"{kind} has {asked[0]}: only full attention without it has a shared form here")
     try:
         cache = DynamicCache(config=config)
         foreign = {type(layer).__name__ for layer in cache.layers} - {DynamicLayer.__name__}
@@ -260,8 +260,8 @@ def logprobs_shared(
     seen = seen.bool()[:, None, None]  # [B,1,1,T]: of four dimensions, so that transformers hands it on as it is
     fields = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "use_cache": False}
     with attention(model, "shared_prompt"):
-        logits = model(**fields, logits_to_keep=keep, group=make_group(seen, G, R)).logits  # [B,G*R,V]
-    logits = logits.float() / temperature
+        # [B,G*R,V]
+        logits = model(**fields, logits_to_keep=keep, group=make_group(seen, G, R)).logits.float() / temperature
     logprobs = logits.gather(-1, ids[:, T:, None])[..., 0] - logits.logsumexp(-1)  # [B,G*R]
     return logprobs.view(B * G, R).masked_fill(~valid.bool(), 0)
 
@@ -297,15 +297,15 @@ def main() -> int:
         ids = torch.tensor([bos + tokenizer.encode(options.prompt)])
         fields = {"num_return_sequences": options.n, "max_new_tokens": options.max_new_tokens, "do_sample": True}
         runs = []
-        for generate in (model.generate, partial(generate_shared, model)):
+        for generate in (partial(generate_shared, model), model.generate):  # the one that may refuse it first
             torch.manual_seed(0)
             runs.append(timed(generate, ids, attention_mask=torch.ones_like(ids), **fields))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for number, row in enumerate(runs[1][0].tolist(), 1):
+    for number, row in enumerate(runs[0][0].tolist(), 1):
         print(f"[{number}] {tokenizer.decode(row)}")
-    for name, (_, first, step) in zip(("without", "with"), runs, strict=True):
+    for name, (_, first, step) in zip(("with", "without"), runs, strict=True):
         print(f"{name} the shared context: {first * 1e3:.1f} ms to the first token, {step:.1f} ms a step")
     return 0
 

@@ -285,10 +285,11 @@ def windowed(layer_types=None, **fields):
 REFUSED = {
     "DynamicSlidingWindowLayer": windowed,
     "Mistral.*DynamicSlidingWindowLayer": lambda: make("Mistral", sliding_window=8),
-    "Gemma2ForCausalLM has attn_logit_softcapping 50.0": lambda: make("Gemma2", sliding_window=None),
+    "Gemma2ForCausalLM has attn_logit_softcapping: ": lambda: make("Gemma2", sliding_window=None),
     "LinearAttention": lambda: make(
         "Qwen3Next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
     ),
+    "DeepseekV3ForCausalLM has kv_lora_rank": lambda: make("DeepseekV3", num_key_value_heads=4, kv_lora_rank=8),
     "T5ForConditionalGeneration is more than a decoder": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ),
@@ -316,6 +317,15 @@ def test_an_unknown_attention_type_is_refused_by_name():
     model.config.__dict__["layer_types"] = ["full_attention", "spiral_attention", "full_attention"]
     with pytest.raises(ValueError, match="LlamaForCausalLM has layers of the unknown type 'spiral_attention'"):
         generate_shared(model, draw(1, 5), 2)
+
+
+def test_a_model_that_keeps_keywords_from_its_attention_is_refused_by_name():
+    """For scoring, which tells the attention by one; generate needs none."""
+    model, ids = make("StableLm"), draw(1, T)
+    with pytest.raises(ValueError, match="StableLmAttention is given no keywords"):
+        logprobs_shared(model, ids, draw(2, 3))
+    plain = model.generate(ids, **greedy()).sequences
+    assert torch.equal(generate_shared(model, ids, N, **greedy()).sequences, plain.expand(N, -1))
 
 
 def test_what_a_module_asks_of_its_attention_is_refused_by_name(llama):
@@ -408,5 +418,5 @@ def test_the_command():
     assert result.returncode == 0, result.stderr
     assert all(f"[{number}] The cat" in result.stdout for number in (1, 2, 3))
     assert [line.split(":")[0] for line in result.stdout.splitlines()[-2:]] == [
-        "without the shared context", "with the shared context"
+        "with the shared context", "without the shared context"
     ]  # fmt: skip
