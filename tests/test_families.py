@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from conftest import full, positions, prefilled, random_tokens
-from convert_hf_checkpoint import convert
 from safetensors.torch import load_file, save_file
 from test_cache import LAYOUTS
 
 import checkpoint
 from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights
+from convert_hf_checkpoint import convert
 from families import args_from_config
 from model import Transformer
 

@@ -14,6 +14,12 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 MAKE = [line.split("#")[0].split() for line in COMMANDS if line.startswith("make")]
+NETWORKED = [
+    "scripts/prepare.sh",
+    "python scripts/download.py",
+    "python generate.py",
+    "python examples/transformers_shared.py",
+]
 RUNS = [line for line in COMMANDS if "python generate.py" in line and "NAME" not in line and "model_int8" not in line]
 
 
@@ -22,7 +28,7 @@ def checkout(tmp_path):
     """What a user has: the sources, in a folder of their own, so that nothing is written into the repository."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name in ("scripts", "checkpoints"):
+    for name in ("scripts", "examples", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -107,7 +113,7 @@ def test_converting_and_running_another_model(checkout):
     assert "[1] mean log-probability" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["scripts/prepare.sh", "python scripts/download.py", "python generate.py"])
+@pytest.mark.parametrize("script", NETWORKED)
 def test_fetching_without_a_network_is_one_line(script, checkout, monkeypatch):
     """What they do with a hub is tested in test_download.py; here that they are there, under the names given."""
     line = next(line for line in COMMANDS if line.startswith(script) and "OWNER/NAME" in line)
@@ -128,7 +134,7 @@ def test_the_commands_of_the_benchmark(checkout):
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
-    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
+    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--model"}
     of_torchrun = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts - of_torchrun
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
