@@ -25,6 +25,7 @@ import torch
 from cache import LAYOUTS
 from chat import Conversation, Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
+from drafts import Speculation, choose_draft
 from engine import Engine, Request
 from hub import locate
 from plan import (
@@ -106,6 +107,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
     flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
     flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
+    flag("--draft", "prompt, layers:K or medusa PATH proposes tokens", nargs="+", default=[], metavar=("KIND", "PATH"))
+    flag("--draft_checkpoint_path", "a model of the same vocabulary that proposes tokens", metavar="PATH")
+    flag("--speculate_k", "tokens that a draft proposes for a step, or auto; default: 4")
     flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
     flag("--max_memory", "such as 4GB; default: what is free", type=size)
     flag("--plan", "print the memory plan and run nothing", action="store_true")
@@ -200,6 +204,7 @@ class Session:
     request: Request
     available: int
     plan: Plan
+    speculation: Speculation | None
 
 
 def set_up(options: argparse.Namespace) -> Session:
@@ -233,11 +238,17 @@ def set_up(options: argparse.Namespace) -> Session:
     available = available_memory(device) if options.max_memory is None else options.max_memory
     weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, request.num_samples), args)
     work = request.workload(length, options.num_runs)
+    drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
+    speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
+    if speculation is not None:
+        if speculation.draft.weights > weights.total:
+            print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
+        work, weights = speculation.widen(work, args), speculation.heavier(weights)
     plan = plan_run(args, weights, work, device, dtype, available, options.compile)
     if options.synthetic_prompt and not options.plan:
         generator = torch.Generator().manual_seed(request.seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-    return Session(options, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan)
+    return Session(options, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation)
 
 
 def open_engine(session: Session) -> Engine:
@@ -245,6 +256,8 @@ def open_engine(session: Session) -> Engine:
     options = session.options
     model = load_model(session.checkpoint, session.device, session.dtype, options.num_samples)
     engine = Engine(model, session.dialogue.tokenizer, options.compile)
+    if session.speculation is not None:
+        session.speculation.place(engine, options.num_samples)
     engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
     engine.prepare(session.plan)
     if options.compile_prefill:
@@ -278,6 +291,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     recipe = session.checkpoint.recipe
     report = describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
+    report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck:
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)

@@ -191,11 +191,12 @@ class Transformer(nn.Module):
         if self.args.tied_output:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits."""
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
+        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits. layers:
+        stop after so many of them."""
         x = self.tok_embeddings(tokens) * self.embedding_scale  # [N,S,dim]
         cos, sin = self.rotation(input_pos)
-        for layer in self.layers:
+        for layer in list(self.layers)[:layers]:
             x = layer(x, cos, sin, input_pos, cache)
         return x
 
