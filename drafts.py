@@ -198,12 +198,12 @@ def check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
     if draft.folder.resolve() == target.folder.resolve():
         return
     ours, theirs = load_tokenizer(target.folder), load_tokenizer(draft.folder)
-    before = ours.encode("a")[-1:]  # a text's first token may lose its space
+    begun = [each.encode("a")[-1:] for each in (ours, theirs)]  # a text's first token may lose its space
     names = [{id: name for name, id in each.specials.items()} for each in (ours, theirs)]
     for id in range(max(ours.vocab_size, theirs.vocab_size)):
         texts = [
             (each.decode([*before, id]), name.get(id)) if id < each.vocab_size else None
-            for each, name in zip((ours, theirs), names, strict=True)
+            for each, before, name in zip((ours, theirs), begun, names, strict=True)
         ]
         if texts[0] != texts[1]:
             raise ValueError(

@@ -62,10 +62,7 @@ def unescaped(text: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
-
-    parser = OneLineParser(
-        description="Draw N samples of one prompt. The prompt's key/value cache is held once and read once per step.",
-    )
+    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
 
     def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
         default = settings.get("default")

@@ -117,8 +117,8 @@ class Pace:
             self.adapt(mean, plain)
 
     def adapt(self, mean: float, plain: float) -> None:
-        """After so many steps: twice as many proposals where most are accepted, half where few are, unless that has
-        been tried and was slower."""
+        """After so many steps: the k that was fastest, or, from there, twice as many where most are accepted and half
+        where few are, unless that was slower."""
         self.gains.append(mean)
         if len(self.gains) < self.WINDOW:
             return
@@ -126,11 +126,11 @@ class Pace:
         self.gains, rate = [], mean * plain / statistics.median(self.seconds[k])
         self.rates[k] = rate
         want = 2 * k if mean - 1 > 0.7 * k else k // 2 if mean - 1 < 0.4 * k else k
-        want = max(1, min(want, self.longest))
-        if self.rates.get(want, rate) >= rate:
-            self.k = want
+        best, want = max(self.rates, key=lambda each: self.rates[each]), max(1, min(want, self.longest))
+        if self.rates[best] > 1.05 * rate or self.rates.get(want, rate) < rate:
+            self.k, self.rates[want] = best, 1.05 * self.rates.get(want, rate)  # not true for ever
         else:
-            self.rates[want] *= 1.05  # what was measured once is not true for ever
+            self.k = want
 
 
 class Speculating(Decoding):
