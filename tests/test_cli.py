@@ -589,7 +589,7 @@ def test_drafts_that_cannot_be_are_refused_in_one_line(flags):
 
 
 def test_a_draft_larger_than_the_model_is_a_warning(tmp_path):
-    """The model in int8 files, its plain weights as the draft."""
+    """Two layers of the model, the whole as the draft."""
     folder = tmp_path / "small"
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())

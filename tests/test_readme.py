@@ -14,7 +14,8 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 MAKE = [line.split("#")[0].split() for line in COMMANDS if line.startswith("make")]
-RUNS = [line for line in COMMANDS if "python generate.py" in line and "NAME" not in line and "model_int8" not in line]
+OTHERS = ("NAME", "model_int8", "SMALL", "medusa")
+RUNS = [line for line in COMMANDS if "python generate.py" in line and not any(each in line for each in OTHERS)]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(EXAMPLES) == 2 and len(RUNS) == 6 and MAKE == [["make", "generate"], ["make", "test"]]
+    assert len(EXAMPLES) == 2 and len(RUNS) == 8 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -69,6 +70,16 @@ def test_quantising(checkout):
     assert "int8 weights" in result.stderr
     made = {path.name for path in (checkout / "checkpoints" / "tiny").glob("model_*")}
     assert made == {"model_int8.pth", "model_int4.g64.pth", "model_int4-gptq.g32.pth"}
+
+
+def test_heads_that_are_trained_propose(checkout):
+    """As it stands, for two steps of training."""
+    (checkout / "TEXT").write_text("Once upon a time there was a cat. The cat sat on a red mat. " * 40)
+    train, draw = [line for line in COMMANDS if "medusa" in line]
+    assert run(f"{train} --steps 2", checkout).returncode == 0
+    result = run(f"{draw} --max_new_tokens 20", checkout)
+    assert result.returncode == 0, result.stderr
+    assert "draft medusa" in result.stderr
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
@@ -116,7 +127,7 @@ def test_the_commands_of_the_benchmark(checkout):
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
-    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
+    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--text"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))
     assert mentioned <= known
