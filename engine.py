@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from experts import is_recordable
 from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
 from layouts import LAYOUTS, Int8Context
-from model import Transformer
+from model import ModelArgs, Transformer
 from packed import pack_linears
-from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
 from tokenizer import Tokenizer, load_tokenizer
@@ -90,6 +90,7 @@ class Engine:
         self.runs, self.packed = 1, False
         self.hidden = model.hidden
         self.compiled: Step | None = None
+        self.decoder: Decoder | None = None  # None: plain decoding
 
     @classmethod
     def open(cls, path: Path | str, device: str = "auto", dtype: str = "auto", compile: bool | None = None) -> Self:
@@ -113,6 +114,7 @@ class Engine:
     def plan(self, context: int, request: Request) -> Plan:
         """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""
         work = request.workload(context, self.runs)
+        work = work if self.decoder is None else self.decoder.widen(work, self.args)
         return plan_run(self.args, self.weights, work, self.device, self.dtype, self.available, self.compile)
 
     def prepare(self, plan: Plan) -> None:
@@ -215,6 +217,17 @@ class Decoding:
         self.samples, self.one = self.samples[rows], self.one[rows]
 
 
+class Decoder(Protocol):
+    """Makes the Decoding of each wave. `widen`: a workload with what it needs beyond plain decoding. Raises ValueError
+    where it cannot decode for such a network."""
+
+    width: int
+
+    def __call__(self, run: "Run", cache: KVCache, samples: Tensor) -> Decoding: ...
+
+    def widen(self, work: Workload, args: ModelArgs) -> Workload: ...
+
+
 class Run:
     """The samples of one request, which continue one context, in waves of rows that decode together.
 
@@ -235,7 +248,8 @@ class Run:
         self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
-        self.own_slots = request.max_new_tokens + Decoding.width - 1
+        self.decoder = engine.decoder or Decoding
+        self.own_slots = request.max_new_tokens + self.decoder.width - 1
         self.begin = len(history)  # the position of the first token drawn
         self.live = False
         self.kept: dict[int, KVCache] | None = None
@@ -268,7 +282,7 @@ class Run:
         cache = context if self.extends else LAYOUTS[self.request.attention](context, len(rows), 0, self.own_slots)
         base = self.begin - int(cache.start[0])  # slots before the first that is drawn
         samples = torch.tensor([row.sample.index for row in rows], device=device)
-        decoding = Decoding(self, cache, samples)
+        decoding = self.decoder(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
         self.monitor.wave()
         pending = [self.agreed(decoding.first(logits, self.begin))]

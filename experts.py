@@ -172,3 +172,38 @@ def by_token(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """rows [R,dim] in the order of by_expert -> the weighted sum of each token's [M,dim], in the weights' dtype."""
     found = rows[order.argsort()].unflatten(0, weights.shape)  # [M,K,dim]
     return (found * weights[..., None]).sum(1).to(rows.dtype)
+
+
+class MixtureOfExperts(nn.Module):
+    """Gated linear units, of which each token passes those that a router chooses; Jiang et al. 2024
+    (arXiv 2401.04088)."""
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        dim: int,
+        activation: Callable[[Tensor], Tensor],
+        linear: type[nn.Linear],
+        shared: nn.Module | None,
+    ) -> None:
+        """shared: a feed-forward part that every token passes besides."""
+        super().__init__()
+        self.mixture, self.activation = mixture, activation
+        self.router = Router(mixture, dim)
+        enter, leave = (dim, mixture.width), (mixture.width, dim)
+        self.w1, self.w3, self.w2 = (
+            ExpertLinear(linear(*sizes, bias=False) for _ in range(mixture.experts)) for sizes in (enter, enter, leave)
+        )
+        if shared is not None:
+            self.shared, self.shared_gate = shared, Gate(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)  # [M,dim]
+        weights, chosen = self.router(tokens)  # [M,K]
+        order, ends = by_expert(chosen, self.mixture.experts)  # [R] [E]
+        rows = tokens[order // self.mixture.used]  # [R,dim]
+        rows = self.w2(self.activation(self.w1(rows, ends)) * self.w3(rows, ends), ends)  # [R,dim]
+        y = by_token(rows, order, weights)  # [M,dim]
+        if self.mixture.shared:
+            y = y + self.shared_gate(tokens).sigmoid() * self.shared(tokens)
+        return y.view_as(x)  # [N,S,dim]

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts import ExpertLinear, Gate, Mixture, Router, by_expert, by_token
+from experts import Mixture, MixtureOfExperts
 from rotary import RopeScaling, ScoreMod, alibi_slopes, rotary_frequencies, rotate
 
 
@@ -143,41 +143,19 @@ class FeedForward(nn.Module):
         return self.w2(self.activation(self.w1(x)) * self.w3(x))
 
 
-class MixtureOfExperts(nn.Module):
-    """Gated linear units of which each token passes a few, weighted by a router; Jiang et al. 2024 (arXiv 2401.04088).
-
-    Shapes: M tokens, N times S; K experts for each; R = M K rows, sorted by expert (experts.py).
-    """
-
-    def __init__(self, args: ModelArgs, mixture: Mixture) -> None:
-        super().__init__()
-        self.mixture, self.activation = mixture, ACTIVATIONS[args.activation]
-        self.router = Router(mixture, args.dim)
-        enter, leave = (args.dim, mixture.width), (mixture.width, args.dim)
-        self.w1, self.w3, self.w2 = (
-            ExpertLinear(Linear(*sizes, bias=False) for _ in range(mixture.experts)) for sizes in (enter, enter, leave)
-        )
-        if mixture.shared:  # every token passes this one, too
-            self.shared, self.shared_gate = FeedForward(args, mixture.shared), Gate(args.dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, 1)  # [M,dim]
-        weights, chosen = self.router(tokens)  # [M,K]
-        order, ends = by_expert(chosen, self.mixture.experts)  # [R] [E]
-        rows = tokens[order // self.mixture.used]  # [R,dim]
-        rows = self.w2(self.activation(self.w1(rows, ends)) * self.w3(rows, ends), ends)  # [R,dim]
-        y = by_token(rows, order, weights)  # [M,dim]
-        if self.mixture.shared:
-            y = y + self.shared_gate(tokens).sigmoid() * self.shared(tokens)
-        return y.view_as(x)  # [N,S,dim]
+def make_feed_forward(args: ModelArgs, layer: int) -> FeedForward | MixtureOfExperts:
+    mixture = args.mixture
+    if mixture is None or layer in mixture.dense:
+        return FeedForward(args, args.hidden_dim)
+    shared = FeedForward(args, mixture.shared) if mixture.shared else None
+    return MixtureOfExperts(mixture, args.dim, ACTIVATIONS[args.activation], Linear, shared)
 
 
 class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, layer)
-        mixture = None if args.mixture is None or layer in args.mixture.dense else args.mixture
-        self.feed_forward = MixtureOfExperts(args, mixture) if mixture else FeedForward(args, args.hidden_dim)
+        self.feed_forward = make_feed_forward(args, layer)
         self.attention_norm = make_norm(args, args.dim)
         self.ffn_norm = make_norm(args, args.dim)
         self.attention_post_norm, self.ffn_post_norm = (
@@ -227,11 +205,12 @@ class Transformer(nn.Module):
         if self.args.tied_output:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits."""
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
+        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits. layers:
+        stop after so many of them."""
         x = self.tok_embeddings(tokens) * self.embedding_scale  # [N,S,dim]
         cos, sin = self.rotation(input_pos)
-        for layer in self.layers:
+        for layer in list(self.layers)[:layers]:
             x = layer(x, cos, sin, input_pos, cache)
         return x
 

@@ -63,7 +63,9 @@ def rows_of(name: str, args: ModelArgs, rows: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same."""
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same.
+    drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of a token's keys and values
+    in a draft of its own."""
 
     context: int
     num_samples: int
@@ -71,6 +73,8 @@ class Workload:
     attention: str = "bifurcated"
     kv_dtype: str = "auto"
     runs: int = 1
+    drafted: int = 0
+    draft_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -152,19 +156,22 @@ def plan_run(
     ValueError where not even one sample fits into `available` bytes."""
     context, kv_dtype = work.context, work.kv_dtype
     token = args.kv_values_per_token * dtype.itemsize
-    total, decoded = context + work.max_new_tokens, work.max_new_tokens * token
+    own = work.max_new_tokens + work.drafted
+    total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
     # Of one layer: scores in fp32 and in the model's dtype, own keys in fp32, and for the expanded layout all its keys.
-    scores = args.n_head * total * 8 + 4 * work.max_new_tokens * args.n_kv_head * args.head_dim
+    positions = 1 + work.drafted  # of a row in a step
+    scores = args.n_head * total * 8 * positions + 4 * own * args.n_kv_head * args.head_dim
     if work.attention == "expanded":
         scores += total * token // args.n_layer
     # Or the logits of a row, in the model's dtype and in fp32. A recorded step has them in a pool of its own, too.
-    workspace = max(scores, args.vocab_size * 8) * (2 if device.type == "cuda" else 1)
+    workspace = max(scores, args.vocab_size * 8 * positions) * (2 if device.type == "cuda" else 1)
     read = held = context * token  # while the prompt is read, and after that
     widened = 0
     if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
         widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
+    read, held = (size + context * work.draft_token for size in (read, held))
     each = decoded + copied + workspace
     rows = min(work.num_samples, max(0, available - weights.total - held - widened) // each)
     needed = weights.total + max(read, held + widened + each)

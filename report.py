@@ -226,12 +226,17 @@ def summary(report: dict, plan: Plan) -> str:
     waves = f" in {plan.waves} waves" * (plan.waves > 1)
     replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
     processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
+    drafted = ""
+    if report.get("mean_accepted") is not None:
+        off = f", off {report['draft_switched_off']} times" * bool(report["draft_switched_off"])
+        gain = f"{number('speedup_over_plain')} times plain decoding"
+        drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
     return (
         f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
-        f"{number('tokens_per_s', '.0f')} tokens/s\n"
+        f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
         f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"
         f"{copies}; peak {human(report['peak_memory_bytes'])}"
     )

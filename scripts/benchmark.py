@@ -41,10 +41,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cache import KVCache, NoCache, Prefill
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
-from experts import ExpertLinear, Mixture
+from experts import ExpertLinear, Mixture, MixtureOfExperts
 from graphs import Step, StepInput
 from layouts import Int8Context, SDPACache
-from model import MixtureOfExperts, ModelArgs, Transformer, empty_model
+from model import ModelArgs, Transformer, empty_model
 from packed import Quantised, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
     PACK_FROM_ROWS,

@@ -118,3 +118,8 @@ def test_imports_run_downward_in_the_order_of_the_readme():
 
 def test_quantising_is_within_its_own():
     assert code_lines((ROOT / "quantize.py").read_text("utf-8")) <= 250
+
+
+def test_speculation_is_within_its_own():
+    """The rows and their pace; the four drafts, and the flags that name them."""
+    assert all(code_lines((ROOT / name).read_text("utf-8")) <= 200 for name in ("speculate.py", "drafts.py"))

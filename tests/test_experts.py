@@ -31,10 +31,19 @@ import quantize
 from cache import KVCache, NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
 from engine import Engine, decode
-from experts import ExpertLinear, GroupedLinear, Mixture, by_expert, can_group, group_experts, is_recordable
+from experts import (
+    ExpertLinear,
+    GroupedLinear,
+    Mixture,
+    MixtureOfExperts,
+    by_expert,
+    can_group,
+    group_experts,
+    is_recordable,
+)
 from gptq import gptq, quantise_int4
 from graphs import RecordedStep, StepInput
-from model import MixtureOfExperts, empty_model
+from model import empty_model, make_feed_forward
 from packed import IS_X86, can_pack, dequantise, kernels, pack_linears, swap_linears
 from plan import Workload, plan_run, weigh
 from sampling import uniform
@@ -52,7 +61,7 @@ ARGS = replace(GQA, mixture=Mixture(5, 2, 37, True, shared=29, dense=(1,)))
 
 def mixture_of(mixture: Mixture, dtype: torch.dtype = FP64, dim: int = GQA.dim) -> MixtureOfExperts:
     torch.manual_seed(3)
-    made = MixtureOfExperts(replace(GQA, dim=dim), mixture).to(dtype).requires_grad_(False)
+    made = make_feed_forward(replace(GQA, dim=dim, mixture=mixture), 0).to(dtype).requires_grad_(False)
     for parameter in made.parameters():
         parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
     return made

@@ -20,7 +20,8 @@ NETWORKED = [
     "python generate.py",
     "python examples/transformers_shared.py",
 ]
-RUNS = [line for line in COMMANDS if "python generate.py" in line and "NAME" not in line and "model_int8" not in line]
+OTHERS = ("NAME", "model_int8", "SMALL", "medusa")
+RUNS = [line for line in COMMANDS if "python generate.py" in line and not any(each in line for each in OTHERS)]
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(EXAMPLES) == 2 and len(RUNS) == 6 and MAKE == [["make", "generate"], ["make", "test"]]
+    assert len(EXAMPLES) == 2 and len(RUNS) == 8 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -87,6 +88,16 @@ def test_quantising(checkout):
     assert "int8 weights" in result.stderr
     made = {path.name for path in (checkout / "checkpoints" / "tiny").glob("model_*")}
     assert made == {"model_int8.pth", "model_int4.g64.pth", "model_int4-gptq.g32.pth"}
+
+
+def test_heads_that_are_trained_propose(checkout):
+    """As it stands, for two steps of training."""
+    (checkout / "TEXT").write_text("Once upon a time there was a cat. The cat sat on a red mat. " * 40)
+    train, draw = [line for line in COMMANDS if "medusa" in line]
+    assert run(f"{train} --steps 2", checkout).returncode == 0
+    result = run(f"{draw} --max_new_tokens 20", checkout)
+    assert result.returncode == 0, result.stderr
+    assert "draft medusa" in result.stderr
 
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
@@ -134,7 +145,7 @@ def test_the_commands_of_the_benchmark(checkout):
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
     listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
-    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--model"}
+    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--model", "--text"}
     of_torchrun = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts - of_torchrun
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))

@@ -192,7 +192,8 @@ def test_replicas_divide_the_samples():
     on every rank."""
     arguments = tiny("-n", 5, "--temperature", 1.3, "--stop", ".", "--max_new_tokens", 10)
     arguments += ["--selfcheck", "--verbose", "--format", "jsonl"]
-    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2)
+    drafting = ["--draft", "layers:2", "--speculate_k", 2]  # a draft changes no sample, and decides by a clock
+    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2, *drafting)
     mine, theirs = lines_of(run(*arguments[1:])), lines_of(result)
     assert len({line["text"] for line in mine}) == 5 and {line["finish_reason"] for line in mine} == {"stop", "length"}
     names = ("rank", "sample", "text", "tokens", "finish_reason")
