@@ -28,6 +28,13 @@ from sampling import Sampling
 from tokenizer import load_tokenizer
 
 STORY = "Once upon a time, there was a little girl named Lily."
+# A story that stories15M repeats to its end, where it has been told twice and is begun anew.
+TOLD = (
+    "Once upon a time, there was a little girl named Lily. She loved to play with her toys and run around outside. "
+    "One day, Lily's mom asked her to help with the laundry. Lily didn't want to help because she wanted to play. "
+    "But her mom said, \"Lily, it's important to help out.\n"
+)
+COPY = TOLD * 2 + "Once upon a time, there was"
 GREEDY, FREE = Sampling(0), Sampling(1.2, top_k=200)
 
 
@@ -42,19 +49,10 @@ class Case:
     sampling: Sampling
 
 
-def copied(checkpoint: Checkpoint) -> str:
-    """A story of the model's own, told twice and begun anew: it goes on to repeat it."""
-    engine = open_engine(checkpoint, None)
-    request = Request(max_new_tokens=60, sampling=GREEDY)
-    story = f"{STORY}{engine.generate(engine.encode(STORY), request)[0].text}\n"
-    return story * 2 + "Once upon a time, there was"
-
-
-def cases(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Case]:
-    copy = copied(checkpoint)
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     for n in (1, 8):
-        yield Case("copy, prompt look-up", ("prompt",), None, "8", copy, n, GREEDY)
-        yield Case("copy, prompt look-up, auto", ("prompt",), None, "auto", copy, n, GREEDY)
+        yield Case("copy, prompt look-up", ("prompt",), None, "8", COPY, n, GREEDY)
+        yield Case("copy, prompt look-up, auto", ("prompt",), None, "auto", COPY, n, GREEDY)
         yield Case("nothing repeats, prompt look-up", ("prompt",), None, None, STORY, n, FREE)
     yield Case("story, prompt look-up", ("prompt",), None, None, STORY, 1, GREEDY)
     if options.medusa:
@@ -106,6 +104,7 @@ def main() -> int:
     parser.add_argument("--medusa", help="heads made by scripts/train_medusa.py")
     parser.add_argument("--quantised", help="a quantised copy of the model")
     parser.add_argument("--length", type=int, default=120, help="tokens of each run")
+    parser.add_argument("--only", default="", help="lines whose name begins so")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--cpu_time", action="store_true", help="of this process, one thread: for a busy machine")
     options = parser.parse_args()
@@ -117,9 +116,9 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|")
     try:
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
-        for case in cases(options, checkpoint):
+        for case in (each for each in cases(options) if each.name.startswith(options.only)):
             # The copy ends where the text does.
-            length = min(60, options.length) if case.name.startswith("copy") else options.length
+            length = min(72, options.length) if case.name.startswith("copy") else options.length
             print(line(checkpoint, case, length, options.runs), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
