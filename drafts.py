@@ -165,6 +165,8 @@ class MedusaDraft(Draft):
 
     def __init__(self, path: Path, args: ModelArgs) -> None:
         """Maps a medusa_lm_head.pt. Raises ValueError where it is none for a network of this shape."""
+        if not path.exists():
+            raise FileNotFoundError(f"no file at {path}: give a medusa_lm_head.pt")
         state: Any = unpickle(path)
         parts = ("0.linear.weight", "0.linear.bias", "1.weight")
         dim, ids = args.dim, state.get("tokens") if isinstance(state, dict) else None

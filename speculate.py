@@ -68,7 +68,7 @@ class Pace:
     depends on the draft, the clock may decide.
     """
 
-    SETTLE, TIMED, RECENT, PATIENCE, REST, LONGEST_REST, WINDOW = 4, 3, 7, 2.0, 128, 1024, 8
+    SETTLE, TIMED, RECENT, PATIENCE, REST, LONGEST_REST, WINDOW = 4, 3, 7, 3.0, 128, 1024, 8
 
     def __init__(self, k: int | None, longest: int) -> None:
         """k None: adapts, up to `longest`."""

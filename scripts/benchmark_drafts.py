@@ -17,18 +17,28 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch import Tensor
 
+from cache import NoCache
 from checkpoint import Checkpoint, load_model, read_checkpoint
 from drafts import choose_draft
 from engine import Engine, Request
 from hub import locate
+from model import Transformer
 from plan import keep_freed_memory
 from report import OneLineParser, Stopwatch
-from sampling import Sampling
+from sampling import Sampling, candidates
 from tokenizer import load_tokenizer
 
 STORY = "Once upon a time, there was a little girl named Lily."
-GREEDY, FREE = Sampling(0), Sampling(1.2, top_k=200)
+# A story that stories15M repeats to its end, where it has been told twice and is begun anew.
+TOLD = (
+    "Once upon a time, there was a little girl named Lily. She loved to play with her toys and run around outside. "
+    "One day, Lily's mom asked her to help with the laundry. Lily didn't want to help because she wanted to play. "
+    "But her mom said, \"Lily, it's important to help out.\n"
+)
+COPY = TOLD * 2 + "Once upon a time, there was"
+GREEDY, DRAWN, FREE = Sampling(0), Sampling(0.8, top_k=200), Sampling(1.2, top_k=200)
 
 
 @dataclass(frozen=True)
@@ -42,27 +52,49 @@ class Case:
     sampling: Sampling
 
 
-def copied(checkpoint: Checkpoint) -> str:
-    """A story of the model's own, told twice and begun anew: it goes on to repeat it."""
-    engine = open_engine(checkpoint, None)
-    request = Request(max_new_tokens=60, sampling=GREEDY)
-    story = f"{STORY}{engine.generate(engine.encode(STORY), request)[0].text}\n"
-    return story * 2 + "Once upon a time, there was"
-
-
-def cases(options: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[Case]:
-    copy = copied(checkpoint)
+def cases(options: argparse.Namespace) -> Iterator[Case]:
     for n in (1, 8):
-        yield Case("copy, prompt look-up", ("prompt",), None, "8", copy, n, GREEDY)
-        yield Case("copy, prompt look-up, auto", ("prompt",), None, "auto", copy, n, GREEDY)
+        yield Case("copy, prompt look-up", ("prompt",), None, "8", COPY, n, GREEDY)
+        yield Case("copy, prompt look-up, auto", ("prompt",), None, "auto", COPY, n, GREEDY)
         yield Case("nothing repeats, prompt look-up", ("prompt",), None, None, STORY, n, FREE)
     yield Case("story, prompt look-up", ("prompt",), None, None, STORY, 1, GREEDY)
     if options.medusa:
         yield Case("story, Medusa heads", ("medusa", options.medusa), None, None, STORY, 1, GREEDY)
-        yield Case("story, Medusa heads", ("medusa", options.medusa), None, None, STORY, 8, Sampling(0.8, top_k=200))
+        yield Case("story at 0.8, Medusa heads", ("medusa", options.medusa), None, None, STORY, 8, DRAWN)
     if options.quantised:
         yield Case("story, quantised copy", (), options.quantised, None, STORY, 1, GREEDY)
     yield Case("story, layers:4", ("layers:4",), None, None, STORY, 1, GREEDY)
+
+
+def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
+    """What drawing both tokens by one number costs: the mean probability that a proposal is accepted, by the standard
+    rule, the sum of min(p, q), and where draft and target draw by the same number; on samples of the model's own."""
+    engine, sampling = open_engine(checkpoint, None), Sampling(0.8, top_k=200)
+    request = Request(6, 120, sampling, seed=1, eos_ids=frozenset())
+    prompt = engine.encode("Once upon a time")
+    tokens = torch.tensor([prompt + each.tokens for each in engine.generate(prompt, request)])  # [N,S]
+    input_pos = torch.arange(tokens.shape[1]).expand_as(tokens)
+    model = load_model(checkpoint, "cpu", torch.float32)
+
+    def probabilities(network: Transformer, layers: int | None = None) -> Tensor:
+        logits = network.logits(network.hidden(tokens, input_pos, NoCache(), layers)).flatten(0, 1)  # [N*S,V]
+        probs, ids = candidates(logits, sampling)
+        assert ids is not None
+        return torch.zeros_like(logits).scatter(1, ids, probs)
+
+    def row(name: str, q: Tensor) -> str:
+        ends = p.cumsum(1, dtype=torch.float64), q.cumsum(1, dtype=torch.float64)
+        overlap = torch.minimum(*ends) - torch.maximum(ends[0] - p, ends[1] - q)
+        standard, ours = torch.minimum(p, q).sum(1).mean(), overlap.clamp_min(0).sum(1).mean()
+        return f"| {name} | {standard:.3f} | {ours:.3f} |"
+
+    p = probabilities(model)
+    yield "| draft | standard rule | by the same numbers |\n|---|---|---|"
+    if quantised:
+        copy = load_model(read_checkpoint(Path(quantised)), "cpu", torch.float32)
+        yield row(f"quantised copy, {Path(quantised).stem}", probabilities(copy))
+    for layers in range(2, checkpoint.args.n_layer):
+        yield row(f"layers:{layers}", probabilities(model, layers))
 
 
 def open_engine(checkpoint: Checkpoint, case: Case | None) -> Engine:
@@ -100,27 +132,35 @@ def line(checkpoint: Checkpoint, case: Case, length: int, runs: int) -> str:
     )
 
 
+def times(checkpoint: Checkpoint, options: argparse.Namespace) -> Iterator[str]:
+    yield "| what | N | plain, ms a token | with the draft | speed-up | accepted | draft's share | rested |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for case in cases(options):
+        if case.name.startswith(options.only):
+            # The copy ends where the text does.
+            length = min(72, options.length) if case.name.startswith("copy") else options.length
+            yield line(checkpoint, case, length, options.runs)
+
+
 def main() -> int:
     parser = OneLineParser(description="Time speculative decoding against plain decoding.")
     parser.add_argument("--checkpoint_path", required=True)
     parser.add_argument("--medusa", help="heads made by scripts/train_medusa.py")
     parser.add_argument("--quantised", help="a quantised copy of the model")
-    parser.add_argument("--length", type=int, default=120, help="tokens of each run")
+    parser.add_argument("--length", type=int, default=200, help="tokens of each run")
+    parser.add_argument("--only", default="", help="lines whose name begins so")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--price", action="store_true", help="acceptance by the standard rule, and by ours")
     parser.add_argument("--cpu_time", action="store_true", help="of this process, one thread: for a busy machine")
     options = parser.parse_args()
     keep_freed_memory()
     if options.cpu_time:
         torch.set_num_threads(1)
         time.perf_counter = time.process_time  # which the stopwatch and the pace read
-    print("| what | N | plain, ms a token | with the draft | speed-up | accepted | draft's share | rested |")
-    print("|---|---|---|---|---|---|---|---|")
     try:
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
-        for case in cases(options, checkpoint):
-            # The copy ends where the text does.
-            length = min(60, options.length) if case.name.startswith("copy") else options.length
-            print(line(checkpoint, case, length, options.runs), flush=True)
+        for each in price(checkpoint, options.quantised) if options.price else times(checkpoint, options):
+            print(each, flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

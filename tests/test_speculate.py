@@ -404,6 +404,7 @@ PLACE = (torch.device("cpu"), torch.float32, 1)
         (["layers:5"], None, None, "K from 1 to 4"),
         (["layers"], None, None, "--draft layers: give"),
         (["medusa"], None, None, "--draft medusa: give"),
+        (["medusa", "nothing.pt"], None, None, "no file at nothing.pt"),
         (["prompt", "more"], None, None, "--draft prompt more: give"),
         (["sideways"], None, None, "--draft sideways: give"),
     ],
