@@ -266,8 +266,8 @@ class SDPACache(KVCache):
 
 
 class Prefill:
-    """A cache while the same slots of every row, `length` from `begin` on, are written: causal attention over what is
-    there by then, in the cache and its ancestors.
+    """A cache of one row while `length` slots from `begin` on are written: causal attention over what is there by then,
+    in the cache and its ancestors.
 
     The visible keys are known on the host, so that SDPA applies: without a mask for the first chunk, with one for those
     after it. On CUDA, where SDPA has no fast kernel for a mask, and where there are ancestors, the chunk and what came
@@ -275,7 +275,7 @@ class Prefill:
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
-        assert not isinstance(cache, Int8Context), "prefill is of rows that can be written"
+        assert cache.rows == 1 and not isinstance(cache, Int8Context), "prefill is of one row that can be written"
         self.cache, self.begin, self.end = cache, begin, begin + length
         like = cache.k[0]
         fused = has_fused(like.device, like.dtype, like.shape[-1])

@@ -31,7 +31,6 @@ from checkpoint import read_checkpoint
 from engine import SILENT, Engine, Request, Run
 from generate import unescaped
 from hub import locate
-from packed import can_pack, pack_linears
 from plan import keep_freed_memory
 from report import Bar, OneLineParser
 from samples import Sample
@@ -182,7 +181,8 @@ class Evaluator:
         for number, (context, given) in enumerate(requests):
             numbers.setdefault((context, Drawing.parse(given)), []).append(number)
         groups = list(numbers)
-        leaves = [Node(tuple(self.cut_prompt(*each)), 1, (at,)) for at, each in enumerate(groups)]
+        # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
+        leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
         self.start(len(requests))
         self.engine.runs = max(1, len(groups))
         found = [""] * len(requests)
@@ -347,9 +347,6 @@ def open_evaluator(options: argparse.Namespace) -> Evaluator:
     """The model, ready for requests."""
     checkpoint = read_checkpoint(locate(options.checkpoint_path))
     engine = Engine.open(options.checkpoint_path, options.device, options.dtype, options.compile)
-    if can_pack(engine.device, engine.dtype) and not engine.packed:  # what is scored is many rows: it pays at once
-        pack_linears(engine.model)
-        engine.packed = True
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed)
@@ -550,7 +547,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dtype", "auto is bfloat16 where the device has instructions for it", choices=dtypes, default="auto")
     drawn = "the decode step of texts that are drawn (generate_until, --samples); default: where it pays"
     flag("--compile", drawn, action=argparse.BooleanOptionalAction)
-    flag("--batch_tokens", "that are scored at once; fewer need less memory", type=int, default=4096)
+    flag("--batch_tokens", "that are scored at once; fewer need less memory", type=int, default=16384)
     group = parser.add_argument_group("tasks of the EleutherAI harness (pip install lm_eval)")
     flag("--tasks", "names or patterns", nargs="+", metavar="TASK")
     flag("--include_path", "a folder with tasks of your own", type=Path, metavar="DIR")

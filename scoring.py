@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens after given contexts; what several of them begin with is read once.
 
-The sequences form a prefix tree: the preamble that many items share, the context of an item, its endings. Nodes that
-run together are rows of one cache, which continue rows of the cache above (KVCache.branch). Their tokens lie end to end
-in one row of the network, so that none is padding; attention alone sees them as rows.
+The sequences form a prefix tree: the preamble that many items share, the context of an item, its endings. Large nodes
+are links of a chain of caches. Small subtrees, such as an item with its endings, run together as rows: a row holds a
+whole subtree, and a token sees those before it on its own branch. The rows lie end to end in one row of the network, so
+that none of its positions is padding; attention alone sees them as rows.
 
 Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads, G key/value heads, D head dimension,
 K positions that are scored, V vocabulary.
@@ -14,13 +15,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cache import KVCache, Prefill
+from bifurcated_attention import merge_partials, shared_attention
+from cache import KVCache, Link, Prefill, sdpa
 from model import Transformer
 from rotary import ScoreMod
 
-SHORTEST = 8  # tokens that are a node of their own: reading fewer again costs less than a further link of the chain
-CHUNK = 512  # tokens of a single row that are read at a time
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
+SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
+SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
+CHUNK = 512  # tokens of a large node that are read at a time
+PADDED = 4  # times the tokens of a batch: what its rows may be once they are padded for attention
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -33,49 +37,89 @@ class Scored:
 
 @dataclass
 class Node:
-    """tokens: what is read here, after all that the nodes above have read. row: of the cache above, the row that it
-    continues. At a leaf, ends: the sequences that end here, by number; scored: positions, the last ones, whose logits
-    they ask for."""
+    """tokens: what is read here, after all that the nodes above have read. At a leaf, ends: the sequences that end
+    here, by number; scored: their last positions, whose logits they ask for. All of these are here, but perhaps the
+    first, which may be the last one above."""
 
     tokens: Sequence[int]
     scored: int = 0
     ends: Sequence[int] = ()
     children: list["Node"] = field(default_factory=list)
-    row: int = 0
 
     @property
-    def below(self) -> int:
-        """Tokens of all nodes under this one."""
-        return sum(len(child.tokens) + child.below for child in self.children)
+    def size(self) -> int:
+        """Tokens of this node and of all under it."""
+        return len(self.tokens) + sum(child.size for child in self.children)
 
 
-class Packed:
-    """Rows of ragged length, end to end in one row of the network, at the beginning of a cache of as many rows."""
+# What sequences ask for: the number of each, and the places of its scored positions.
+Asked = list[tuple[int, list[int]]]
 
-    def __init__(self, cache: KVCache, lengths: Sequence[int]) -> None:
-        device, S = cache.start.device, max(lengths)
-        slots = torch.arange(S, device=device)
-        self.inside = (slots < torch.tensor(lengths, device=device)[:, None]).nonzero(as_tuple=True)  # [T] twice
-        # Where each position of a row lies; past its end that of some other token, which no position before it sees.
-        self.place = torch.zeros(len(lengths), S, dtype=torch.long, device=device)  # [N,S]
-        self.place[self.inside] = torch.arange(sum(lengths), device=device)
-        self.positions = cache.start[:, None] + slots  # [N,S]
-        self.input_pos = self.positions[self.inside][None]  # [1,T]
-        self.rows = Prefill(cache, 0, S)
+
+class Rows:
+    """Subtrees, each a row, end to end, that continue what the links hold.
+
+    asked: places count from 1 at the first token; 0 is the last token before all of them.
+    """
+
+    def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], device: torch.device) -> None:
+        """begin: the position of the rows' first tokens."""
+        self.links = links
+        self.asked: Asked = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []  # of each token, where its node's subtree ends
+
+        def lay(node: Node, position: int, before: int) -> None:
+            first, count = len(tokens), len(node.tokens)
+            tokens.extend(node.tokens)
+            positions.extend(range(position, position + count))
+            ends.extend([0] * count)
+            places = [before, *range(first + 1, first + count + 1)]
+            self.asked.extend((number, places[-node.scored :]) for number in node.ends)
+            for child in node.children:
+                lay(child, position + count, places[-1])
+            ends[first : first + count] = [len(tokens)] * count
+
+        starts = [0]
+        for node in nodes:
+            lay(node, begin, 0)
+            starts.append(len(tokens))
+        self.tokens, self.input_pos = (torch.tensor([each], device=device) for each in (tokens, positions))  # [1,T]
+        first = torch.tensor(starts, device=device)
+        lengths = first.diff()[:, None]  # [N,1]
+        slots = torch.arange(int(lengths.max()), device=device)  # [S]
+        inside = slots < lengths  # [N,S]
+        # Where each position of a row lies. Past its end that of the first token, which only other padding sees.
+        self.place = (first[:-1, None] + slots).masked_fill(~inside, 0)
+        end = (torch.tensor(ends, device=device)[self.place] - first[:-1, None]).masked_fill(~inside, len(slots))
+        self.visible = ((slots[:, None] >= slots) & (slots[:, None] < end[:, None]))[:, None]  # [N,1,S,S]
+        self.positions = self.input_pos[0][self.place]  # [N,S]
+        self.inside = inside.flatten().nonzero()[:, 0]  # [T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
         """q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]."""
-        q, k, v = (tensor[0].transpose(0, 1)[self.place].transpose(1, 2) for tensor in (q, k, v))  # [N,H or G,S,D]
-        out = self.rows.attend(layer, q, k, v, self.positions, mod)  # [N,H,S,D]
-        rows, slots = self.inside
-        return out[rows, :, slots].transpose(0, 1)[None]  # [T,H,D] -> [1,H,T,D]
+        rows = (tensor[0].transpose(0, 1)[self.place].transpose(1, 2) for tensor in (q, k, v))
+        q_rows, k_rows, v_rows = rows  # [N,H,S,D], [N,G,S,D] twice
+        mask = self.visible if mod is None else mod.mask(self.visible, self.positions, self.positions)
+        softcap = None if mod is None else mod.softcap
+        if not self.links:
+            return self.end_to_end(sdpa(q_rows, k_rows, v_rows, mask, softcap))
+        out, lse = shared_attention(q_rows, k_rows, v_rows, mask, softcap)
+        partials = [(self.end_to_end(out), self.end_to_end(lse))]
+        partials += [link.attend(layer, q, input_pos, mod) for link in self.links]
+        return merge_partials(partials)[0].to(q.dtype)
+
+    def end_to_end(self, tensor: Tensor) -> Tensor:
+        """[N,H,S,...] -> [1,H,T,...]."""
+        return tensor.transpose(1, 2).flatten(0, 1)[self.inside].transpose(0, 1)[None]
 
 
 class Scorer:
     """Scores sequences with one network.
 
-    batch_tokens: what runs at once has at most so many tokens, or is one row. done: is told how many more sequences
-    have been scored. asked, read: tokens of all sequences so far, and those that the network has read for them.
+    batch_tokens: rows that run together have at most so many tokens. done: is told how many more sequences have been
+    scored. asked, read: tokens of all sequences so far, and those that the network has read for them.
     """
 
     def __init__(
@@ -89,7 +133,7 @@ class Scorer:
         # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
         self.alone = scaling is not None and scaling.kind == "dynamic"
         self.asked = self.read = 0
-        self.wanted: list[list[int]] = []  # of each sequence, the tokens that are scored
+        self.wanted: list[Sequence[int]] = []  # of each sequence, the tokens that are scored
         self.found: list[Scored] = []
 
     @torch.no_grad()
@@ -102,63 +146,60 @@ class Scorer:
             if continuation:  # the last token is only predicted
                 leaves.setdefault(((*context, *continuation[:-1]), len(continuation)), []).append(number)
         self.asked += sum(len(tokens) * len(ends) for (tokens, _), ends in leaves.items())
-        self.wanted = [list(continuation) for _, continuation in sequences]
+        self.wanted = [continuation for _, continuation in sequences]
         self.found = [Scored([], True)] * len(sequences)
         nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
-        self.descend(nodes if self.alone else tree(nodes), None, None)
+        self.descend(nodes if self.alone else tree(nodes), None, self.like.new_zeros(1, self.model.args.dim), 0)
         return self.found
 
-    def descend(self, nodes: Sequence[Node], above: KVCache | None, length: Tensor | None) -> None:
-        """Reads nodes that continue the cache above, of which `length` [its rows] slots are written; None: all."""
-        for batch in batches(nodes, 1 if self.alone else self.batch_tokens):
-            lengths = [len(node.tokens) for node in batch]
+    def descend(self, nodes: Sequence[Node], above: KVCache | None, before: Tensor, begin: int) -> None:
+        """Reads nodes that continue the cache above, at the position `begin`. before [1,dim]: the last layer's output
+        at the position before it."""
+        small = [] if self.alone else [node for node in nodes if node.size <= SMALL]
+        links = () if above is None else KVCache.fork(above, 1, 0).links
+        for batch in batches(small, self.batch_tokens):
+            rows = Rows(batch, begin, links, self.like.device)
+            hidden = self.model.hidden(rows.tokens, rows.input_pos, rows)[0] if rows.tokens.numel() else before[:0]
+            self.read += len(hidden)
+            self.note(rows.asked, torch.cat([before, hidden]))
+        for node in nodes if self.alone else [node for node in nodes if node.size > SMALL]:
+            count = len(node.tokens)
             if above is None:
-                cache = KVCache.empty(self.model.args, len(batch), max(lengths), self.like)
+                cache = KVCache.empty(self.model.args, 1, count, self.like)
             else:
-                cache = KVCache.branch(above, [node.row for node in batch], max(lengths), length=length)
-            self.read += sum(lengths)
-            self.note(batch, self.run_one(batch[0], cache) if len(batch) == 1 else self.run_many(batch, cache))
-            children = []
-            for row, node in enumerate(batch):
-                for child in node.children:
-                    child.row = row
-                    children.append(child)
-            ragged = min(lengths) < max(lengths)
-            self.descend(children, cache, torch.tensor(lengths, device=self.like.device) if ragged else None)
+                cache = KVCache.fork(above, 1, count)
+            hidden = torch.cat([before, self.run(node, cache)])  # [1 + K,dim]
+            self.read += count
+            places = list(range(len(hidden)))[len(hidden) - node.scored :]
+            self.note([(number, places) for number in node.ends], hidden)
+            self.descend(node.children, cache, hidden[-1:], begin + count)
 
-    def run_one(self, node: Node, cache: KVCache) -> Tensor:
-        """Reads a node in chunks -> the last layer's output [K,dim] where it is scored."""
+    def run(self, node: Node, cache: KVCache) -> Tensor:
+        """Reads a node into a cache of its own -> the last layer's output [K,dim] where it is scored, or at its end."""
         tokens, found = torch.tensor([node.tokens], device=self.like.device), []
         size = tokens.shape[1] if self.alone else CHUNK
-        begin = tokens.shape[1] - node.scored
+        scored = tokens.shape[1] - min(tokens.shape[1], max(1, node.scored))
         for first, part in enumerate(tokens.split(size, 1)):
             slots = first * size + torch.arange(part.shape[1], device=tokens.device)
             prefill = Prefill(cache, first * size, part.shape[1])
             hidden = self.model.hidden(part, cache.start[:, None] + slots, prefill)
-            found.append(hidden[0, max(0, begin - first * size) :])
+            found.append(hidden[0, max(0, scored - first * size) :])
         return torch.cat(found)
 
-    def run_many(self, batch: Sequence[Node], cache: KVCache) -> Tensor:
-        """Reads nodes together -> the last layer's output [K,dim] where they are scored."""
-        packed = Packed(cache, [len(node.tokens) for node in batch])
-        tokens = torch.tensor([[token for node in batch for token in node.tokens]], device=self.like.device)  # [1,T]
-        hidden = self.model.hidden(tokens, packed.input_pos, packed)
-        scored = [at >= len(node.tokens) - node.scored for node in batch for at in range(len(node.tokens))]
-        return hidden[0, torch.tensor(scored, device=hidden.device)]
-
-    def note(self, batch: Sequence[Node], hidden: Tensor) -> None:
-        """Keeps what the sequences that end in these nodes ask for. hidden [K,dim]."""
-        asked = [(number, first) for node, first in zip(batch, starts(batch), strict=True) for number in node.ends]
+    def note(self, asked: Asked, hidden: Tensor) -> None:
+        """Keeps what sequences ask for at their places in hidden [...,dim]."""
         if not asked:
             return
-        at = torch.tensor([first + i for number, first in asked for i in range(len(self.wanted[number]))])
-        tokens = torch.tensor([token for number, _ in asked for token in self.wanted[number]])
-        at, tokens = at.to(hidden.device), tokens.to(hidden.device)
-        logprobs, greedy = self.lookup(hidden, at, tokens)
-        for number, _ in asked:
-            count = len(self.wanted[number])
-            self.found[number] = Scored(logprobs[:count], all(greedy[:count]))
-            logprobs, greedy = logprobs[count:], greedy[count:]
+        unique = sorted({place for _, places in asked for place in places})
+        index = {place: at for at, place in enumerate(unique)}
+        at = torch.tensor([index[place] for _, places in asked for place in places], device=hidden.device)
+        tokens = torch.tensor([token for number, _ in asked for token in self.wanted[number]], device=hidden.device)
+        logprobs, greedy = self.lookup(hidden[torch.tensor(unique, device=hidden.device)], at, tokens)
+        first = 0
+        for number, places in asked:
+            last = first + len(places)
+            self.found[number] = Scored(logprobs[first:last], all(greedy[first:last]))
+            first = last
         self.done(len(asked))
 
     def lookup(self, hidden: Tensor, at: Tensor, tokens: Tensor) -> tuple[list[float], list[bool]]:
@@ -169,18 +210,13 @@ class Scorer:
         for first in range(0, len(hidden), size):
             here = ((at >= first) & (at < first + size)).nonzero()[:, 0]
             logits = self.model.logits(hidden[None, first : first + size])[0].to(logprobs.dtype)  # [k,V]
-            chosen = logits[at[here] - first, tokens[here]]
-            logprobs[here] = chosen - logits.logsumexp(-1)[at[here] - first]
-            greedy[here] = logits.argmax(-1)[at[here] - first] == tokens[here]
+            places, chosen = at[here] - first, tokens[here]
+            # On a CPU an argmax takes longer than a log_softmax: it is asked only where a maximum was chosen.
+            likely = logits[places, chosen] == logits.amax(-1)[places]
+            greedy[here] = likely
+            greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
+            logprobs[here] = logits.log_softmax(-1)[places, chosen]
         return logprobs.tolist(), greedy.tolist()
-
-
-def starts(batch: Sequence[Node]) -> Iterator[int]:
-    """Where the scored positions of each node begin, among those of all."""
-    first = 0
-    for node in batch:
-        yield first
-        first += node.scored
 
 
 def tree(
@@ -189,7 +225,7 @@ def tree(
     """Leaves in order of their tokens, of which the first `depth` have been read, under nodes of what they share, which
     are of at least `shortest` tokens.
 
-    common: how many tokens each leaf shares with the next; None: to be counted. What is scored is never shared.
+    common: how many tokens each leaf shares with the next; None: to be counted.
     """
     if common is None:
         common = [shared(one, other) for one, other in zip(leaves, leaves[1:])]  # noqa: B905
@@ -209,8 +245,8 @@ def tree(
 
 
 def shared(one: Node, other: Node) -> int:
-    """Tokens that two sequences begin with alike, before what is scored of either."""
-    low, high = 0, min(len(one.tokens) - one.scored, len(other.tokens) - other.scored)
+    """Tokens that two sequences begin with alike, within the contexts of both."""
+    low, high = 0, min(len(one.tokens) - one.scored, len(other.tokens) - other.scored) + 1
     while low < high:  # the first `low` are alike, the first `high + 1` are not
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one.tokens[low:middle] == other.tokens[low:middle] else (low, middle - 1)
@@ -218,16 +254,15 @@ def shared(one: Node, other: Node) -> int:
 
 
 def batches(nodes: Sequence[Node], limit: int) -> Iterator[list[Node]]:
-    """Nodes that run together, the longest first: at most `limit` tokens, padded, and as many in what is below them; or
-    one node."""
+    """Subtrees that run together: of like sizes, with at most `limit` tokens; or one."""
     batch: list[Node] = []
-    below = 0
-    for node in sorted(nodes, key=lambda node: -len(node.tokens)):
-        under = node.below
-        if batch and ((len(batch) + 1) * len(batch[0].tokens) > limit or below + under > limit):
+    tokens = 0
+    for node in sorted(nodes, key=lambda node: -node.size):
+        padded = (len(batch) + 1) * batch[0].size if batch else 0
+        if batch and (tokens + node.size > limit or padded > PADDED * limit):
             yield batch
-            batch, below = [], 0
+            batch, tokens = [], 0
         batch.append(node)
-        below += under
+        tokens += node.size
     if batch:
         yield batch
