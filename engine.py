@@ -17,7 +17,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from cache import KVCache, NoCache, Prefill
+from cache import KVCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from experts import is_recordable
 from graphs import RecordedStep, Step, StepInput, compiled
@@ -28,6 +28,7 @@ from packed import pack_linears
 from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
+from scoring import Scored, Scorer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import WHOLE, Shard
 
@@ -165,14 +166,9 @@ class Engine:
         run.live = True
         return run.pieces()
 
-    @torch.no_grad()
-    def rescore(self, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """Log-probability of each token after `context`, from one forward pass over the whole without any cache."""
-        whole = torch.tensor([[*context, *tokens]], device=self.device)  # [1,S]
-        input_pos = torch.arange(whole.shape[1], device=self.device)[None]
-        hidden = self.model.hidden(whole, input_pos, NoCache())
-        logits = self.model.logits(hidden[:, len(context) - 1 : -1]).float()  # [1,tokens,V]
-        return logits.log_softmax(-1).gather(-1, whole[:, len(context) :, None])[0, :, 0].tolist()
+    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
+        """Log-probabilities of the tokens of each continuation. The context, at least one token, is read once."""
+        return Scorer(self.model, args=self.args).score([(context, each) for each in continuations])
 
 
 def decode(

@@ -174,12 +174,12 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck:
+        drawn = [each.sample for each in ranked]
+        scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
-            for sample in (each.sample for each in ranked)
-            for decoded, scored in zip(
-                sample.logprobs, engine.rescore(session.prompt_tokens, sample.tokens), strict=True
-            )
+            for sample, score in zip(drawn, scores, strict=True)
+            for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
         )
     if options.verbose:
         print_report(report)

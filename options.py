@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
     flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
     flag("--profile", "write a chrome trace of the run to this file", type=Path)
-    flag("--selfcheck", "score the printed samples again without a cache", action="store_true")
+    flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
     flag("--quiet", "no progress and no report on stderr", action="store_true")
     return parser
 

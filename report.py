@@ -59,6 +59,25 @@ class Stopwatch(Monitor):
         self.finished.append(sample)
 
 
+class Bar:
+    """A progress bar on stderr, where that is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.stands = False  # on the screen
+
+    def show(self, share: float, note: str, seconds: float) -> None:
+        if self.shown:
+            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
+            print(bar, end="", file=sys.stderr, flush=True)
+            self.stands = True
+
+    def clear(self) -> None:
+        if self.stands:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.stands = False
+
+
 class Console(Stopwatch):
     """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
 
@@ -78,13 +97,12 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams = self.options.num_samples == 1 and self.options.format == "text"
-        self.bar = not self.options.quiet and sys.stderr.isatty()
+        self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
-        self.barred = False  # whether a bar stands on the screen
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
-        self.progress(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
+        self.bar.show(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
 
     def prefilled(self) -> None:
         release_freed_memory(self.device)  # decoding needs blocks of other sizes
@@ -101,25 +119,14 @@ class Console(Stopwatch):
             in_wave = len(self.step_s) - self.begun
             left = length - in_wave + length * (self.plan.waves - self.waves)
             note = f"{in_wave} steps, {finished}/{total} samples finished"
-            self.progress(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
-
-    def progress(self, share: float, note: str, seconds: float) -> None:
-        if self.bar:
-            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
-            print(bar, end="", file=sys.stderr, flush=True)
-            self.barred = True
-
-    def clear(self) -> None:
-        if self.barred:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.barred = False
+            self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
     def show_live(self, pieces: Iterable[Piece]) -> None:
         """Runs to the end, and prints the text as it comes where there is one sample."""
         if self.streams and self.options.echo:
             print(self.prompt, end="", flush=True)
         for piece in pieces:
-            self.clear()
+            self.bar.clear()
             if self.streams and piece.text:
                 print(piece.text, end="", flush=True)
 
@@ -132,7 +139,7 @@ class Console(Stopwatch):
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.clear()
+        self.bar.clear()
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
         if kind is KeyboardInterrupt:
