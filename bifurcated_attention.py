@@ -110,7 +110,8 @@ def partial_attention(
     differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if boolean and softcap is None and not differentiated and has_fused(q.device, q.dtype, D):
         return fused_partial(q, k, v, mask)  # whose log-sum-exp has no gradient
-    attend = partial(checkpoint, attend_heads, use_reentrant=False) if differentiated else attend_heads
+    again = partial(checkpoint, attend_heads, use_reentrant=False, preserve_rng_state=False)
+    attend = again if differentiated else attend_heads
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
         return attend(q, k, v, mask, softcap)

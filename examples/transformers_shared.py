@@ -260,8 +260,8 @@ def logprobs_shared(
     seen = seen.bool()[:, None, None]  # [B,1,1,T]: of four dimensions, so that transformers hands it on as it is
     fields = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "use_cache": False}
     with attention(model, "shared_prompt"):
-        # [B,G*R,V]
-        logits = model(**fields, logits_to_keep=keep, group=make_group(seen, G, R)).logits.float() / temperature
+        logits = model(**fields, logits_to_keep=keep, group=make_group(seen, G, R)).logits.float()  # [B,G*R,V]
+    logits = logits if temperature == 1 else logits / temperature
     logprobs = logits.gather(-1, ids[:, T:, None])[..., 0] - logits.logsumexp(-1)  # [B,G*R]
     return logprobs.view(B * G, R).masked_fill(~valid.bool(), 0)
 
