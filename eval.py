@@ -27,16 +27,16 @@ from typing import Any
 import torch
 
 from cache import KVCache
-from checkpoint import read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run
 from hub import locate
 from options import unescaped
-from plan import keep_freed_memory
+from plan import choose_device, choose_dtype, keep_freed_memory
 from report import Bar, OneLineParser
 from samples import Request, Sample
 from sampling import Sampling
 from scoring import Node, Scorer, tree
-from tokenizer import read_metadata
+from tokenizer import load_tokenizer, read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
@@ -102,17 +102,13 @@ class Drawing:
         until = values.pop("until", None) or []
         until = [until] if isinstance(until, str) else until
         temperature, sample = float(values.pop("temperature", 0.0)), values.pop("do_sample", None)
-        filters = {name: values.pop(name, None) for name in ("top_k", "top_p", "min_p")}
+        top_k, top_p, min_p = (values.pop(name, None) for name in ("top_k", "top_p", "min_p"))
         if values:
             raise ValueError(f"generation_kwargs {', '.join(sorted(values))} are not known here: leave them out")
         if sample and temperature == 0:
             raise ValueError("generation_kwargs have do_sample and no temperature above 0: give one")
-        sampling = Sampling(0.0 if sample is False else temperature, filters["top_k"] or None, **dict_without(filters))
+        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p)
         return cls(tuple(filter(None, until)), int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling)
-
-
-def dict_without(filters: dict[str, Any], name: str = "top_k") -> dict[str, Any]:
-    return {key: value for key, value in filters.items() if key != name}
 
 
 class Evaluator:
@@ -177,22 +173,23 @@ class Evaluator:
     def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """requests: context, generation_kwargs. Equal ones are samples of one prompt; one, where nothing is drawn at
         random."""
-        numbers: dict[tuple[str, Drawing], list[int]] = {}
+        places: dict[tuple[str, Drawing], list[int]] = {}
         for number, (context, given) in enumerate(requests):
-            numbers.setdefault((context, Drawing.parse(given)), []).append(number)
-        groups = list(numbers)
+            places.setdefault((context, Drawing.parse(given)), []).append(number)
+        groups = list(places)
         # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
         leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
         self.start(len(requests))
         self.engine.runs = max(1, len(groups))
         found = [""] * len(requests)
         for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
-            drawing, places = groups[at][1], numbers[groups[at]]
-            count = len(places) if drawing.sampling.temperature else 1
+            drawing, asking = groups[at][1], places[groups[at]]
+            count = len(asking) if drawing.sampling.temperature else 1
             drawn = [self.text(each, drawing) for each in self.draw(history, tokens, above, drawing, count)]
-            for place, text in zip(places, drawn * (len(places) // count), strict=True):
+            for place, text in zip(asking, drawn * (len(asking) // count), strict=True):
                 found[place] = text
-            self.done(len(places))
+            self.asked += len(history) * len(asking)
+            self.done(len(asking))
         self.bar.clear()
         return found
 
@@ -237,7 +234,7 @@ class Evaluator:
         context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
         logits = self.engine.prefill(context, tokens, request.prefill_chunk, SILENT)
         deque(run.draw(context, logits), maxlen=0)
-        self.asked, self.read = self.asked + len(history), self.read + len(tokens)
+        self.read += len(tokens)
         self.drawn += sum(len(sample.tokens) for sample in run.samples)
         return run.samples
 
@@ -343,10 +340,11 @@ def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
         )
 
 
-def open_evaluator(options: argparse.Namespace) -> Evaluator:
-    """The model, ready for requests."""
-    checkpoint = read_checkpoint(locate(options.checkpoint_path))
-    engine = Engine.open(options.checkpoint_path, options.device, options.dtype, options.compile)
+def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
+    """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
+    checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
+    model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
+    engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed)
@@ -407,7 +405,7 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
 def run_samples(options: argparse.Namespace) -> None:
     """--samples: -n samples of each problem, a line for each, in the order of the file and of the draws."""
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
-    evaluator = open_evaluator(options)
+    evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
     stops = tuple(options.stop) if options.stop else STOPS

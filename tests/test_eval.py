@@ -21,6 +21,7 @@ from conftest import ALIBI, GQA, PROMPT, TINY, WINDOW, full, random_model, rando
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import eval as evaluation
+import quantize
 import scoring
 from checkpoint import read_checkpoint
 from engine import Engine
@@ -60,9 +61,10 @@ def test_scores_are_those_of_one_pass_however_sequences_are_grouped(args, monkey
     sequences.append((PROMPT, model_greedy(model, PROMPT, 5)))
     expected = [one_pass(model, *each) for each in sequences]
     assert expected[-1].greedy and not expected[0].greedy
-    for batch_tokens, shortest, chunk in ((1, 8, 512), (90, 1, 512), (90, 8, 10), (4096, 1, 512), (4096, 999, 512)):
-        monkeypatch.setattr(scoring, "SHORTEST", shortest)
-        monkeypatch.setattr(scoring, "CHUNK", chunk)
+    ways = ((1, 8, 512, 256), (90, 1, 512, 60), (90, 8, 10, 0), (4096, 1, 512, 9999), (4096, 999, 7, 30))
+    for batch_tokens, shortest, chunk, small in ways:
+        for name, value in (("SHORTEST", shortest), ("CHUNK", chunk), ("SMALL", small)):
+            monkeypatch.setattr(scoring, name, value)
         monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", {"cpu": 5 * args.vocab_size})
         for found, one in zip(Scorer(model, batch_tokens).score(sequences), expected, strict=True):
             assert found.logprobs == pytest.approx(one.logprobs, abs=1e-9) and found.greedy == one.greedy
@@ -357,6 +359,23 @@ def test_perplexity_is_that_of_plain_loops(folder, ours, tmp_path):
         assert report["perplexity"] == pytest.approx(math.exp(nats / len(tokens)), rel=1e-4)
         assert report["nats_per_token"] == pytest.approx(nats / len(tokens), rel=1e-5)
         assert "bits_per_byte" in out
+
+
+def test_a_quantised_model_is_evaluated(tmp_path):
+    """Oracle: the dequantised network's one pass."""
+    (tmp_path / "text").write_text("Once upon a time there was a little dog.", "utf-8")
+    model = tmp_path / "model" / "int8.pth"
+    model.parent.mkdir()
+    assert quantize.main(["--checkpoint_path", str(TINY), "--mode", "int8", "--output", str(model)]) == 0
+    output = tmp_path / "out.json"
+    status, _, err = run(
+        "--checkpoint_path", model, "--dtype", "float32", "--perplexity", tmp_path / "text", "--output", output
+    )  # fmt: skip
+    assert status == 0, err
+    engine = Engine.open(model, "cpu", "float32", compile=False)
+    bos, *tokens = engine.encode("Once upon a time there was a little dog.")
+    expected = -sum(one_pass(engine.model, [bos], tokens).logprobs) / len(tokens)
+    assert json.loads(output.read_text("utf-8"))["nats_per_token"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_samples_are_lines_that_a_scorer_reads(tmp_path):

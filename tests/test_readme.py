@@ -100,6 +100,21 @@ def test_heads_that_are_trained_propose(checkout):
     assert "draft medusa" in result.stderr
 
 
+def test_evaluating(checkout):
+    """As it stands, but for the tasks (test_eval.py), with a text and problems of a few words."""
+    (checkout / "TEXT").write_text("Once upon a time there was a cat. " * 20)
+    (checkout / "PROBLEMS").write_text('{"task_id": "A", "prompt": "Once upon a time"}\n')
+    lines = [line for line in COMMANDS if line.startswith("python eval.py") and "--tasks" not in line]
+    assert len(lines) == 3
+    for line in lines:
+        result = run(line.replace("-n 20", "-n 11 --max_new_tokens 5"), checkout)
+        assert result.returncode == 0, result.stderr
+        if "--samples" in line:  # what the scorer does
+            samples = (checkout / "samples.jsonl").read_text().replace('"count"', '"passed": true, "count"')
+            (checkout / "samples.jsonl_results.jsonl").write_text(samples)
+    assert "pass@10  1.0000" in result.stdout
+
+
 @pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
 def test_python_examples(code, checkout):
     if "from bifurcated_attention" in code:  # needs torch and nothing else
@@ -144,7 +159,7 @@ def test_the_commands_of_the_benchmark(checkout):
 
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
-    listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
+    listed = "".join(run(f"python {name}.py --help", ROOT).stdout for name in ("generate", "quantize", "eval"))
     of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--model", "--text"}
     of_torchrun = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts - of_torchrun
