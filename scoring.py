@@ -154,7 +154,9 @@ class Scorer:
         self.wanted = [continuation for _, continuation in sequences]
         self.found = [Scored([], True)] * len(sequences)
         nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
-        self.descend(nodes if self.alone else tree(nodes), None, self.like.new_zeros(1, self.model.args.dim), 0)
+        self.descend(
+            nodes if self.alone else tree(nodes, SHORTEST), None, self.like.new_zeros(1, self.model.args.dim), 0
+        )
         return self.found
 
     def descend(self, nodes: Sequence[Node], above: KVCache | None, before: Tensor, begin: int) -> None:
@@ -224,9 +226,7 @@ class Scorer:
         return logprobs.tolist(), greedy.tolist()
 
 
-def tree(
-    leaves: Sequence[Node], shortest: int = SHORTEST, depth: int = 0, common: Sequence[int] | None = None
-) -> list[Node]:
+def tree(leaves: Sequence[Node], shortest: int, depth: int = 0, common: Sequence[int] | None = None) -> list[Node]:
     """Leaves in order of their tokens, of which the first `depth` have been read, under nodes of what they share, which
     are of at least `shortest` tokens.
 
