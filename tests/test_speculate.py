@@ -259,7 +259,7 @@ def test_a_draft_that_loses_rests_and_is_tried_again():
     pace = Pace(4, 4)
     chosen = steps(pace, 5000, 1, {None: 1.0, 4: 2.0})
     lost = chosen.count(4)
-    assert pace.switched_off >= 4 and lost <= 4 * pace.switched_off
+    assert pace.switched_off >= 4 and lost <= 4 * (pace.switched_off + 1), "four steps a try, the one under way too"
     assert 5000 / (5000 + lost) > 0.98, "never slower for long"
     begins = [at for at, each in enumerate(chosen) if each == 4 and chosen[at - 1] is None]
     rests = [b - a for a, b in itertools.pairwise(begins)]
