@@ -14,9 +14,11 @@ T context length, L slots of decoded keys, D head dimension; R rows of keys, eac
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Partial = tuple[Tensor, Tensor]
 
@@ -69,9 +71,10 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     A product of bfloat16 matrices is rounded to bfloat16: a score of 20 is then off by up to 0.06, enough for shared
     and unshared decoding to drift apart. A second product, accumulated onto minus the first, is what that rounding
     lost; kernels accumulate in fp32, so the sum has some 16 bits. Float16 would overflow on the way, so it is widened,
-    as is a single query: compiled, the conversion is fused into a matrix-vector product and costs nothing.
+    as is a single query: compiled, the conversion is fused into a matrix-vector product and costs nothing. So is what
+    asks for gradients: the second product would be differentiated too.
     """
-    if q.dtype != torch.bfloat16 or q.shape[-2] == 1:
+    if q.dtype != torch.bfloat16 or q.shape[-2] == 1 or q.requires_grad:
         dtype = torch.promote_types(q.dtype, torch.float32)
         return q.to(dtype) @ k.to(dtype).mT
     B, G = k.shape[:2]
@@ -94,8 +97,8 @@ def partial_attention(
 
     On CUDA, a fused kernel. Else matrix products and a softmax: on a CPU, compiled, faster
     than the fused kernels (BENCHMARKS.md). Eagerly, large scores are made some heads at a time: no key is read twice,
-    and at most SCORES_AT_ONCE scores, or one head's, are held. They are overwritten in place, so this is for inference:
-    it does not support autograd.
+    and at most SCORES_AT_ONCE scores, or one head's, are held. Where q, k or v asks for gradients, both results have
+    them: by the matrix products everywhere, whose scores are made again in the backward pass and not kept for it.
     """
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -104,34 +107,39 @@ def partial_attention(
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
     boolean = mask is None or mask.dtype == torch.bool  # a bias would be rounded to q's dtype
-    if boolean and softcap is None and has_fused(q.device, q.dtype, D):
-        return fused_partial(q, k, v, mask)
+    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if boolean and softcap is None and not differentiated and has_fused(q.device, q.dtype, D):
+        return fused_partial(q, k, v, mask)  # whose log-sum-exp has no gradient
+    again = partial(checkpoint, attend_heads, use_reentrant=False, preserve_rng_state=False)
+    attend = again if differentiated else attend_heads
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
-        return attend_heads(q, k, v, mask, softcap)
+        return attend(q, k, v, mask, softcap)
     heads = max(1, at_once // max(1, B * Q * k.shape[-2]))
     out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty((B, G, Q, 1), dtype=dtype)
     for first in range(0, G, heads):
         part = slice(first, first + heads)
         own = mask[:, part] if mask is not None and mask.shape[1] > 1 else mask
-        out[:, part], lse[:, part] = attend_heads(q[:, part], k[:, part], v[:, part], own, softcap)
+        out[:, part], lse[:, part] = attend(q[:, part], k[:, part], v[:, part], own, softcap)
     return out, lse
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Partial:
-    """partial_attention over all heads at once, of at least one key."""
+    """partial_attention over all heads at once, of at least one key. Differentiable: nothing that autograd reads again
+    is overwritten, and the peak is a constant to it, as the results do not depend on it."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = raw_scores(q, k).mul_(1 / math.sqrt(q.shape[-1]))  # [B,G,Q,L]
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores = scores.div_(softcap).tanh_()
+        scores = scores * softcap if scores.requires_grad else scores.mul_(softcap)
     if mask is not None:
         scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
-    # A finite floor keeps (-inf) - (-inf) = nan out of rows that see nothing.
-    peak = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(dtype).min)  # [B,G,Q,1]
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)  # [B,G,Q,1]
+    peak = scores.detach().amax(-1, keepdim=True)  # [B,G,Q,1]
+    # A finite floor keeps (-inf) - (-inf) = nan out of rows that see nothing. In all others the peak itself counts 1.
+    weights = scores.sub_(peak.clamp_min(torch.finfo(dtype).min)).exp_()
+    total = weights.sum(-1, keepdim=True).clamp_min(1)  # [B,G,Q,1]
     v = v if v.dtype == torch.bfloat16 else v.to(dtype)  # float16 would overflow in the sum over the keys
-    out = (weights.to(v.dtype) @ v).to(dtype) / total.clamp_min(torch.finfo(dtype).tiny)  # [B,G,Q,D]
+    out = (weights.to(v.dtype) @ v).to(dtype) / total  # [B,G,Q,D]
     return out, peak + total.log()
 
 
@@ -144,11 +152,11 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
     if len(partials) == 1:
         return partials[0]
     lses = torch.stack([lse for _, lse in partials])  # [parts,...,1]
-    peak = lses.amax(0).clamp_min(torch.finfo(lses.dtype).min)
-    weights = (lses - peak).exp()  # [parts,...,1]
-    total = weights.sum(0)
+    peak = lses.detach().amax(0)  # a constant to autograd, and floored, as in attend_heads
+    weights = (lses - peak.clamp_min(torch.finfo(lses.dtype).min)).exp()  # [parts,...,1]
+    total = weights.sum(0).clamp_min(1)
     out = sum(out * weight for (out, _), weight in zip(partials, weights, strict=True))
-    return out / total.clamp_min(torch.finfo(lses.dtype).tiny), peak + total.log()
+    return out / total, peak + total.log()
 
 
 def shared_attention(

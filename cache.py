@@ -1,4 +1,4 @@
-"""Keys and values: the chain of caches that samples decode from, the baselines, prefill, a context in int8.
+"""Keys and values: the chain of caches that samples decode from, and prefill.
 
 A cache is forked into others that read it without a copy. A chain of one is plain decoding, of two bifurcated
 attention, of more a prefix tree. The network knows none of this: it calls `attend`.
@@ -7,8 +7,8 @@ Shapes: N rows, S positions in this call, H query heads, G key/value heads, T co
 D head dimension; R rows of an ancestor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, Self
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class KVCache:
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
-        self.over_chain = attend_by_kernel if kernels.takes(like.device, like.dtype, head_dim) else attend_by_torch
+        self.over_chain = kernels.choose_attention(like, head_dim) or attend_by_torch
         # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
         self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
@@ -168,10 +168,6 @@ class KVCache:
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[:, :, end:] = theirs[:, :, :length]
 
-    def held(self, layer: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys and values of a layer as they are held, [N,G,L,D] each, and the scales of what is int8, [N,G,L,1]."""
-        return self.k[layer], self.v[layer], None, None
-
     def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
         """Stores k, v [N,G,S,D] at input_pos [N,S]."""
         slot = input_pos - self.start[:, None]  # [N,S]
@@ -207,14 +203,6 @@ def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mo
     partials = [cache.partial(layer, q, cache.visible(input_pos), input_pos, mod)]
     partials += [link.attend(layer, q, input_pos, mod) for link in cache.links]
     return merge_partials(partials)[0].to(q.dtype)
-
-
-def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """The same by one operator."""
-    parts = [kernels.Part(*cache.held(layer), cache.start)]
-    for link in cache.links:
-        parts.append(kernels.Part(*link.cache.held(layer), link.cache.start, link.index, link.length))
-    return kernels.attend(q, parts, input_pos, mod)[0]
 
 
 class Link:
@@ -267,27 +255,6 @@ class Link:
         return out[self.place], lse[self.place]
 
 
-class SDPACache(KVCache):
-    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
-
-    Without ancestors (`SDPACache.copy`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
-    context is held once, but expanded by reference and concatenated with the row's own keys at every step.
-    """
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        self.write(layer, k, v, input_pos)
-        mask = self.visible(input_pos)  # [N,1,S,L]
-        k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
-        for link in self.links:
-            visible = link.visible()
-            visible = mask.new_ones(link.cache.rows, 1, 1, link.cache.slots) if visible is None else visible
-            mask = torch.cat([link.expand(visible, len(q)).expand(-1, -1, mask.shape[2], -1), mask], -1)
-            positions = torch.cat([link.expand(link.cache.positions(), len(q)), positions], 1)
-            parent_k, parent_v = (link.expand(tensor, len(q)) for tensor in link.cache.read(layer))  # [N,G,T,D]
-            k, v = torch.cat([parent_k, k], 2), torch.cat([parent_v, v], 2)
-        return sdpa(q, k, v, mask) if mod is None else sdpa(q, k, v, mod.mask(mask, input_pos, positions), mod.softcap)
-
-
 class Prefill:
     """A cache of one row while `length` slots from `begin` on are written: causal attention over what is there by then,
     in the cache and its ancestors.
@@ -298,12 +265,12 @@ class Prefill:
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
-        assert cache.rows == 1 and not isinstance(cache, Int8Context), "prefill is of one row that can be written"
+        assert cache.rows == 1 and cache.k[0].is_floating_point(), "prefill is of one row that can be written"
         self.cache, self.begin, self.end = cache, begin, begin + length
         like = cache.k[0]
         fused = has_fused(like.device, like.dtype, like.shape[-1])
         self.in_parts = fused and begin > 0 or bool(cache.links) and (fused or like.device.type == "cpu")
-        self.as_chain = cache.over_chain is attend_by_kernel or bool(cache.links) and not self.in_parts
+        self.as_chain = cache.over_chain is not attend_by_torch or bool(cache.links) and not self.in_parts
         masked = begin > 0 and not self.in_parts and not self.as_chain
         self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
 
@@ -330,56 +297,3 @@ class Prefill:
         partials += [shared_attention(q, *past)] if self.begin else []
         partials += [link.attend(layer, q, input_pos, None) for link in self.cache.links]
         return merge_partials(partials)[0].to(q.dtype)
-
-
-class Int8Context(KVCache):
-    """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
-
-    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127. In
-    float16, numbers beyond 65,000 would not come back. What the samples decode stays in the dtype of the network.
-    """
-
-    def __init__(self, context: KVCache) -> None:
-        """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
-
-        def taken(views: list[Tensor], buffers: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-            while views:
-                buffers.pop(0)
-                yield quantized(views.pop(0))
-
-        self.start, self.links, self.like = context.start, context.links, context.like
-        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0]), strict=True))
-        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1]), strict=True))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return self.k + self.v + self.k_scale + self.v_scale
-
-    def held(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k[layer], self.v[layer], self.k_scale[layer], self.v_scale[layer]
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        scales = self.k_scale[layer], self.v_scale[layer]  # [N,G,L,1]
-        k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
-        return k, v
-
-    def refuse(self, *_: object) -> NoReturn:
-        raise TypeError("a context in int8 is only read: fork it, and write to the fork")
-
-    resize = keep = append = row = write = refuse  # type: ignore[assignment]
-
-
-def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[N,G,L,D] -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype; what was all 0 stays so."""
-    scale = tensor.abs().amax(-1, keepdim=True) / 127  # rounded to the dtype, so that rounding is not lost twice
-    divisor = scale.float().masked_fill(scale == 0, 1.0)
-    return (tensor.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale
-
-
-# How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
-# copy for each row, and expanded, which copies at each step, are baselines.
-LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = {
-    "bifurcated": KVCache.fork,
-    "contiguous": SDPACache.copy,
-    "expanded": SDPACache.fork,
-}

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
+from experts import group_experts
 from families import (
     args_from_config,
     from_tinyllamas,
@@ -28,6 +29,7 @@ from families import (
 )
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from plan import rows_of
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
@@ -38,7 +40,8 @@ class Recipe:
     """How the weights of a checkpoint were quantised; stored in its file.
 
     layers: of each quantised linear layer, "int8" or "int4". groupsize: of int4, 0 where no layer is that. kept: those
-    that groupsize does not divide, in 16 bits. The calibration fields are None where no text was read.
+    that groupsize does not divide, in 16 bits. rounded: experts that a calibration text gave too few tokens. The
+    calibration fields are None where no text was read.
     """
 
     mode: str
@@ -50,6 +53,7 @@ class Recipe:
     calibration_sequences: int | None = None
     calibration_seq_length: int | None = None
     act_order: bool = False
+    rounded: tuple[str, ...] = ()
     torch_version: str = str(torch.__version__)
     version: int = RECIPE_VERSION
 
@@ -288,10 +292,12 @@ def load_model(
         if (cut := shard.cut(name, args)) is not None:
             weight = weight.narrow(*cut)
         weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
-        return make_linear(weight, bias, torch.device(device), dtype, rows).eval()
+        seen = rows_of(name, args, rows)
+        return make_linear(weight, bias, torch.device(device), dtype, seen).eval()
 
     model.tie_output()
     swap_linears(model, make)
+    group_experts(model)
     model.place_constants()
     shard.attach(model)
     return model
@@ -309,7 +315,7 @@ def weight_sizes(
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
         cut = shard.cut(layer, args)
         held = weight if cut is None else weight.narrow(*cut)
-        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, rows)
+        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, rows_of(layer, args, rows))
     return sizes
 
 

@@ -12,20 +12,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from cache import LAYOUTS, Int8Context, KVCache, NoCache, Prefill
+from cache import KVCache, Prefill
 from checkpoint import load_model, read_checkpoint
+from experts import is_recordable
 from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
-from model import Transformer
+from layouts import LAYOUTS, Int8Context
+from model import ModelArgs, Transformer
 from packed import pack_linears
-from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
+from scoring import Scored, Scorer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import WHOLE, Shard
 
@@ -76,7 +79,7 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
-        self.args, self.device, self.dtype = model.args, weight.device, weight.dtype
+        self.args, self.device, self.dtype = shard.local(model.args), weight.device, weight.dtype
         # A model trained on texts that BOS alone separates ends one by beginning the next.
         self.eos_ids = (
             frozenset()
@@ -88,6 +91,7 @@ class Engine:
         self.runs, self.packed = 1, False
         self.hidden = model.hidden
         self.compiled: Step | None = None
+        self.decoder: Decoder | None = None  # None: plain decoding
 
     @classmethod
     def open(cls, path: Path | str, device: str = "auto", dtype: str = "auto", compile: bool | None = None) -> Self:
@@ -111,6 +115,7 @@ class Engine:
     def plan(self, context: int, request: Request) -> Plan:
         """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""
         work = request.workload(context, self.runs)
+        work = work if self.decoder is None else self.decoder.widen(work, self.args)
         return plan_run(self.args, self.weights, work, self.device, self.dtype, self.available, self.compile)
 
     def prepare(self, plan: Plan) -> None:
@@ -130,7 +135,7 @@ class Engine:
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
             return draw(*network(inputs, cache), sampling)
 
-        return RecordedStep(step) if on_cuda else step
+        return RecordedStep(step) if on_cuda and is_recordable(self.model) else step
 
     @torch.no_grad()
     def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:
@@ -161,14 +166,9 @@ class Engine:
         run.live = True
         return run.pieces()
 
-    @torch.no_grad()
-    def rescore(self, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
-        """Log-probability of each token after `context`, from one forward pass over the whole without any cache."""
-        whole = torch.tensor([[*context, *tokens]], device=self.device)  # [1,S]
-        input_pos = torch.arange(whole.shape[1], device=self.device)[None]
-        hidden = self.model.hidden(whole, input_pos, NoCache())
-        logits = self.model.logits(hidden[:, len(context) - 1 : -1]).float()  # [1,tokens,V]
-        return logits.log_softmax(-1).gather(-1, whole[:, len(context) :, None])[0, :, 0].tolist()
+    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
+        """Log-probabilities of the tokens of each continuation. The context, at least one token, is read once."""
+        return Scorer(self.model, args=self.args).score([(context, each) for each in continuations])
 
 
 def decode(
@@ -213,6 +213,17 @@ class Decoding:
         self.samples, self.one = self.samples[rows], self.one[rows]
 
 
+class Decoder(Protocol):
+    """Makes the Decoding of each wave. `widen`: a workload with what it needs beyond plain decoding. Raises ValueError
+    where it cannot decode for such a network."""
+
+    width: int
+
+    def __call__(self, run: "Run", cache: KVCache, samples: Tensor) -> Decoding: ...
+
+    def widen(self, work: Workload, args: ModelArgs) -> Workload: ...
+
+
 class Run:
     """The samples of one request, which continue one context, in waves of rows that decode together.
 
@@ -233,7 +244,8 @@ class Run:
         self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
-        self.own_slots = request.max_new_tokens + Decoding.width - 1
+        self.decoder = engine.decoder or Decoding
+        self.own_slots = request.max_new_tokens + self.decoder.width - 1
         self.begin = len(history)  # the position of the first token drawn
         self.live = False
         self.kept: dict[int, KVCache] | None = None
@@ -266,7 +278,7 @@ class Run:
         cache = context if self.extends else LAYOUTS[self.request.attention](context, len(rows), 0, self.own_slots)
         base = self.begin - int(cache.start[0])  # slots before the first that is drawn
         samples = torch.tensor([row.sample.index for row in rows], device=device)
-        decoding = Decoding(self, cache, samples)
+        decoding = self.decoder(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
         self.monitor.wave()
         pending = [self.agreed(decoding.first(logits, self.begin))]
@@ -298,6 +310,8 @@ class Run:
 
     def agreed(self, drawn: Drawn) -> Drawn:
         """The same for all ranks that hold a part of the network."""
+        if self.engine.shard.world == 1:
+            return drawn
         tokens, logprobs, count = drawn
         both = self.engine.shard.agree(torch.cat([tokens, count[:, None]], 1))  # [N,k+1]
         return both[:, :-1], logprobs, both[:, -1]

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts import Mixture
 from model import ModelArgs
 from rotary import RopeScaling
 
@@ -21,7 +22,8 @@ NEUTRAL = frozenset(
     attention_dropout attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward do_sample
     dtype embd_pdrop eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_llama_config
     keys_to_ignore_at_inference label2id max_length max_sequence_length model_max_length model_type
-    pad_token_id pretraining_tp problem_type resid_pdrop return_dict sep_token_id task_specific_params temperature
+    output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
+    router_jitter_noise sep_token_id task_specific_params temperature
     tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
     unsloth_version use_cache z_loss_weight""".split()
 )
@@ -141,6 +143,37 @@ def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
+def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()) -> Mixture:
+    """width: the field that holds an expert's. Either of two fields tells how many they are."""
+    experts = fields.integer("num_experts", fields.get("num_local_experts"))
+    used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
+    return Mixture(experts, used, size, renormalised, fields.get("shared_expert_intermediate_size", 0), dense)
+
+
+def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
+    # A softmax over the chosen experts alone, which is renormalising.
+    seen = windows(fields, layers, None, lambda layer: True)
+    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True)}
+
+
+def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
+    fields.only("use_sliding_window", False)
+    fields.only("attention_bias", False)
+    fields.unread -= {"sliding_window", "layer_types", "max_window_layers"}
+    step, plain = fields.integer("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    dense = tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step)
+    renormalised = fields.switch("norm_topk_prob", False)
+    return {"mixture": mixture(fields, layers, "moe_intermediate_size", renormalised, dense)}
+
+
+def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
+    fields.only("attention_bias", False)
+    fields.only("clip_qkv", None)
+    renormalised = fields.switch("norm_topk_prob", False)
+    experts = mixture(fields, layers, "intermediate_size", renormalised)
+    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True}
+
+
 def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
     # The 7B models turn queries and keys and say for how many positions; the 13B models weigh distance instead.
     return {"alibi": "max_position_embeddings" not in fields.config}
@@ -153,6 +186,12 @@ FAMILIES: dict[str, Callable[[Fields, int], dict[str, Any]]] = {
     "Qwen3ForCausalLM": lambda fields, layers: qwen(fields, layers) | {"qk_norm": True},
     "GemmaForCausalLM": gemma,
     "Gemma2ForCausalLM": gemma2,
+    "MixtralForCausalLM": mixtral,
+    "Qwen2MoeForCausalLM": lambda fields, layers: (
+        qwen_moe(fields, layers) | {"qkv_bias": fields.switch("qkv_bias", True)}
+    ),
+    "Qwen3MoeForCausalLM": lambda fields, layers: qwen_moe(fields, layers) | {"qk_norm": True},
+    "OlmoeForCausalLM": olmoe,
     "BaichuanForCausalLM": baichuan,
     "BaiChuanForCausalLM": baichuan,
 }
@@ -162,8 +201,6 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture == "MixtralForCausalLM":
-        raise ValueError("the experts of MixtralForCausalLM are not supported yet; its attention is that of Mistral")
     if architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     fields = Fields(config)
@@ -257,6 +294,12 @@ HF_NAMES = {
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.up_proj": "feed_forward.w3",
     "mlp.down_proj": "feed_forward.w2",
+    "mlp.shared_expert.gate_proj": "feed_forward.shared.w1",
+    "mlp.shared_expert.up_proj": "feed_forward.shared.w3",
+    "mlp.shared_expert.down_proj": "feed_forward.shared.w2",
+    "mlp.shared_expert_gate": "feed_forward.shared_gate",
+    "mlp.gate": "feed_forward.router",
+    "block_sparse_moe.gate": "feed_forward.router",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
@@ -266,6 +309,8 @@ HF_NAMES_POST_NORMS = HF_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
+# Of one expert; in one tensor for all, gate_up_proj is w1 above w3.
+HF_EXPERT = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 HF_TOP = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
@@ -284,9 +329,14 @@ def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name.endswith("rotary_emb.inv_freq"):
             continue
+        if architecture == "OlmoeForCausalLM" and re.search(r"self_attn\.[qk]_norm", name):  # of all heads as one
+            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+            tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
         if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 ours[f"layers.{layer[1]}.attention.w{part}.{layer[3]}"] = piece
+        elif expert := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", name):
+            ours |= expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
         elif layer and layer[2] in names:
             ours[f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}"] = tensor
         elif name == "lm_head.weight" and normalised_head:
@@ -294,6 +344,21 @@ def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         else:
             ours[HF_TOP.get(name, name)] = tensor
     return ours
+
+
+def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A matrix of one expert ("3.w1.weight") or those of all ("gate_up_proj" [E,2 width,dim], "down_proj"), under our
+    names; parts of a tensor are views of it. An unknown name is kept."""
+    one = re.fullmatch(r"(\d+)\.(\w+)\.weight", name)
+    if one and one[2] in HF_EXPERT:
+        return {f"{prefix}.{HF_EXPERT[one[2]]}.{one[1]}.weight": tensor}
+    matrices = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(name, ())
+    found = {
+        f"{prefix}.{matrix}.{number}.weight": part
+        for number, whole in enumerate(tensor)
+        for matrix, part in zip(matrices, whole.chunk(max(1, len(matrices))), strict=True)
+    }
+    return found or {f"{prefix}.experts.{name}": tensor}
 
 
 def is_tinyllamas(found: object) -> bool:

@@ -8,7 +8,6 @@ Samples go to stdout, everything else to stderr.
 import argparse
 import json
 import os
-import re
 import secrets
 import sys
 import warnings
@@ -16,175 +15,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__" and not sys.warnoptions:
     warnings.simplefilter("ignore")  # before torch is imported, which warns where NumPy is not installed
 
 import torch
 
-from cache import LAYOUTS
 from chat import Conversation, Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
+from drafts import Speculation, choose_draft
 from engine import Engine
 from hub import locate
+from options import build_parser, check_inputs_stay, check_options, read_prompt
 from plan import (
     Plan,
     available_memory,
     choose_device,
     choose_dtype,
     keep_freed_memory,
-    parse_size,
     plan_run,
     weigh_sizes,
 )
-from ranks import Ranks, join, leave, lost_rank
-from report import Console, OneLineParser, Stopwatch, describe, measure, print_report, summary
+from ranks import Listener, Ranks, join, lost_rank
+from report import Console, Stopwatch, describe, measure, print_report, summary
 from samples import Ranked, Request, Sample, rank
 from sampling import Sampling
 from tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent
-STORY = "Once upon a time"
-
-
-def size(text: str) -> int:
-    """parse_size, its refusal in argparse's form."""
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def unescaped(text: str) -> str:
-    r"""The text with \n, \t, \r and \\ as the characters that they stand for."""
-    return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Every flag and every default of the command line."""
-
-    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is held and read once.")
-
-    def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    group = parser.add_argument_group("model")
-    tiny = ROOT / "checkpoints" / "tiny" / "model.pth"
-    where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
-    flag("--checkpoint_path", where, default=str(tiny))
-    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
-    dtypes = ("auto", "bfloat16", "float16", "float32")
-    precision = "auto is bfloat16 where the device has instructions for it, else float32"
-    flag("--dtype", precision, choices=dtypes, default="auto")
-    group = parser.add_argument_group("prompt")
-    flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
-    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
-    flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
-    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
-    chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
-    flag("--chat", chat, action=argparse.BooleanOptionalAction)
-    flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
-    flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
-    group = parser.add_argument_group("sampling")
-    drawn = Request()
-    flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
-    flag("--top", "print the so many best; default: all", type=int)
-    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
-    flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
-    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
-    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
-    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
-    flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
-    stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
-    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
-    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
-    group = parser.add_argument_group("execution")
-    flag("--attention", "how the samples hold the context", choices=tuple(LAYOUTS), default=drawn.attention)
-    flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
-    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
-    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
-    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
-    flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
-    flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
-    flag("--plan", "print the memory plan and run nothing", action="store_true")
-    group = parser.add_argument_group("output")
-    flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
-    flag("--echo", "print the prompt before each sample", action="store_true")
-    flag("--report", "write the report as JSON to this file", type=Path)
-    flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
-    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
-    flag("--profile", "write a chrome trace of the run to this file", type=Path)
-    flag("--selfcheck", "score the printed samples again without a cache", action="store_true")
-    flag("--quiet", "no progress and no report on stderr", action="store_true")
-    return parser
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError where flags do not go together, or a file could not be written in the end."""
-    for name in ("num_runs", "top", "synthetic_prompt"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
-    if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
-        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
-    if options.kv_dtype == "int8" and options.interactive:
-        raise ValueError("--kv_dtype int8 is for one prompt: leave it out of --interactive")
-    if options.pick and not options.interactive:
-        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
-    if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
-        raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
-    if options.interactive and options.verbose:
-        raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
-    if options.synthetic_prompt and (options.chat or options.interactive):
-        raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
-    given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
-    check_outputs(options)
-
-
-def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError where --report or --profile cannot be written."""
-    outputs = [path for path in (options.report, options.profile) if path is not None]
-    for path in outputs:
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
-
-
-def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
-    """Raises ValueError where --report or --profile would replace the prompt, or what lies with the model."""
-    prompt = Path(options.prompt_file or "").resolve()
-    for path in (options.report, options.profile):
-        full = path and path.resolve()
-        if full and (full == prompt or (full.exists() and full.parent == folder.resolve())):
-            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
-
-
-def read_prompt(options: argparse.Namespace) -> str | None:
-    """The prompt's text; None for a synthetic one, and in --interactive without one. Raises ValueError where it is
-    empty or not UTF-8."""
-    text, name = options.prompt, options.prompt_file
-    if name is None and (text is not None or options.synthetic_prompt or options.interactive):
-        if text == "":
-            raise ValueError("the prompt is empty: give some text")
-        return text
-    if name is None and sys.stdin.isatty():
-        return STORY
-    try:
-        data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
-        text = data.decode("utf-8").removesuffix("\n")  # which echo and editors add
-    except OSError as error:
-        raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
-    except UnicodeDecodeError as error:
-        source = "stdin" if name in (None, "-") else name
-        raise ValueError(f"the prompt in {source} is not UTF-8 (byte {error.start}): convert it") from error
-    if text == "" and name is not None:
-        raise ValueError("the prompt is empty: give some text")
-    return text or STORY
 
 
 @dataclass(frozen=True)
@@ -203,6 +59,7 @@ class Session:
     request: Request
     available: int
     plan: Plan
+    speculation: Speculation | None
 
 
 def decide(options: argparse.Namespace) -> tuple[str | None, int, torch.dtype]:
@@ -243,18 +100,29 @@ def set_up(
         request.check_length(args, length)
     weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, len(mine), shard), args)
     work = request.workload(length, options.num_runs)
+    drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
+    speculation = choose_draft(*drafting, checkpoint, (device, dtype, len(mine)))
+    if speculation is not None:
+        if speculation.draft.weights > weights.total:
+            print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
+        work, weights = speculation.widen(work, args), speculation.heavier(weights)
     plan = plan_run(local, weights, work, device, dtype, available, options.compile)
     if options.synthetic_prompt and not options.plan:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-    return Session(options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan)
+    return Session(
+        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation
+    )
+
+
+def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
+    return options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
 
 
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
     text, seed, dtype = ranks.share(lambda: decide(options))
-    own = options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
-    available = min(ranks.all(own))
+    available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
     session = ranks.agree(lambda: set_up(options, ranks, text, seed, dtype, available))
     return replace(session, plan=ranks.share(lambda: session.plan))
@@ -265,7 +133,10 @@ def open_engine(session: Session) -> Engine:
     options = session.options
     shard = session.ranks.shard
     model = load_model(session.checkpoint, session.device, session.dtype, session.request.num_samples, shard)
-    engine = Engine(model, session.dialogue.tokenizer, options.compile, shard)
+    compile = options.compile if session.ranks.control is None else session.plan.compiled
+    engine = Engine(model, session.dialogue.tokenizer, compile, shard)
+    if session.speculation is not None:
+        session.speculation.place(engine, session.request.num_samples)
     engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
     engine.prepare(session.plan)
     if options.compile_prefill:
@@ -301,13 +172,14 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     report = describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
     report |= session.ranks.describe(report)
+    report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck:
+        drawn = [each.sample for each in ranked]
+        scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
-            for sample in (each.sample for each in ranked)
-            for decoded, scored in zip(
-                sample.logprobs, engine.rescore(session.prompt_tokens, sample.tokens), strict=True
-            )
+            for sample, score in zip(drawn, scores, strict=True)
+            for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
         )
     if options.verbose:
         print_report(report)
@@ -325,7 +197,7 @@ def interact(session: Session, engine: Engine) -> None:
         print(f"seed {session.request.seed}", file=sys.stderr)
     line: str | None = session.prompt_text
     tokens = session.prompt_tokens
-    while tokens or (line := ranks.share(lambda: ask("> "))) is not None:
+    while tokens or (line := ranks.ask(partial(ask, "> "))) is not None:
         line = line or ""
         if not (tokens or line):
             continue
@@ -343,7 +215,7 @@ def interact(session: Session, engine: Engine) -> None:
         else:
             ranked = rank(ranks.gather(console.finished))[: options.top]
             console.show(ranked)
-            reply = ranks.share(partial(pick, ranked)) if options.pick else ranked[0].sample
+            reply = ranks.ask(partial(pick, ranked)) if options.pick else ranked[0].sample
             conversation.keep(reply)
             dialogue.keep(line, reply.text or "")
         tokens = []
@@ -366,6 +238,8 @@ def pick(ranked: Sequence[Ranked]) -> Sample:
 def run(options: argparse.Namespace) -> None:
     """Everything between the parsed flags and the exit status. Raises ValueError or OSError."""
     ranks = join(options.tp, choose_device(options.device))
+    if ranks.control is not None:
+        sys.stdout = Listener(sys.stdout)
     if not ranks.leads:  # runs the same, and says nothing
         options.quiet, options.verbose, options.report, options.profile = True, False, None, None
         sys.stdout = open(os.devnull, "w")
@@ -381,7 +255,7 @@ def run(options: argparse.Namespace) -> None:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
     if plan.compiled:
         keep_freed_memory()
-    engine = open_engine(session)
+    engine = ranks.agree(lambda: open_engine(session))
     go = interact if options.interactive else run_once
     if options.profile:
         with torch.profiler.profile() as profile:
@@ -416,7 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {lost}", file=sys.stderr)
         return 2
-    leave()
     return 0
 
 

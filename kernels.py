@@ -21,10 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -133,6 +133,34 @@ def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | 
     window, softcap = mod.window or 0, mod.softcap or 0.0
     sides = (list(side) for side in zip(*parts, strict=True))
     return torch.ops.bifurcated.attend(q, *sides, input_pos, mod.slopes, window, softcap)
+
+
+class Chain(Protocol):
+    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales, of every layer; each
+    of links has a cache, for each row the index of the row that it continues, and how much of that is written."""
+
+    k: list[Tensor]
+    start: Tensor
+    links: Sequence[Any]
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+
+def part(cache: Chain, layer: int, rows: Tensor | None = None, length: Tensor | None = None) -> Part:
+    k, v, k_scale, v_scale = (*cache.tensors[layer :: len(cache.k)], None, None)[:4]
+    return Part(k, v, k_scale, v_scale, cache.start, rows, length)  # type: ignore[arg-type]
+
+
+def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+    """Attention of q [N,H,S,D] at input_pos [N,S] to a cache and all that it continues -> [N,H,S,D]."""
+    ancestors = [part(link.cache, layer, link.index, link.length) for link in cache.links]
+    return attend(q, [part(cache, layer), *ancestors], input_pos, mod)[0]
+
+
+def choose_attention(like: Tensor, head_dim: int) -> Callable[..., Tensor] | None:
+    """What attends to a chain whose tensors are of the dtype and on the device of `like`; None: PyTorch does."""
+    return attend_chain if takes(like.device, like.dtype, head_dim) else None
 
 
 def address(tensor: Tensor | None) -> int:

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts import Mixture, MixtureOfExperts
 from rotary import RopeScaling, ScoreMod, alibi_slopes, rotary_frequencies, rotate
 
 
@@ -26,7 +27,8 @@ class ModelArgs:
 
     windows: per layer, how many positions back a position sees, itself included; None: all. () is None for every layer.
     alibi: positions weigh by distance instead of turning queries and keys. norm_offset: what is added to the weight of
-    every norm. post_norms: a norm also after attention and after the feed-forward part, before each is added.
+    every norm. post_norms: a norm also after attention and after the feed-forward part, before each is added. qk_norm:
+    of each head's queries and keys; qk_norm_whole: of all heads' as one. mixture: of experts, as feed-forward parts.
     """
 
     dim: int
@@ -45,12 +47,14 @@ class ModelArgs:
     alibi: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     activation: str = "silu"
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
     post_norms: bool = False
     score_softcap: float | None = None
     logit_softcap: float | None = None
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
@@ -74,7 +78,7 @@ class Attend(Protocol):
 class OffsetRMSNorm(nn.RMSNorm):
     """RMSNorm whose weight is stored less `offset`, and applied in fp32 (Gemma)."""
 
-    def __init__(self, size: int, eps: float, offset: float) -> None:
+    def __init__(self, size: tuple[int, ...], eps: float, offset: float) -> None:
         super().__init__(size, eps)
         self.offset = offset
 
@@ -82,7 +86,7 @@ class OffsetRMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 
-def make_norm(args: ModelArgs, size: int) -> nn.RMSNorm:
+def make_norm(args: ModelArgs, *size: int) -> nn.RMSNorm:
     return OffsetRMSNorm(size, args.norm_eps, args.norm_offset) if args.norm_offset else nn.RMSNorm(size, args.norm_eps)
 
 
@@ -112,11 +116,14 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
         self.wv = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
         self.wo = Linear(args.n_head * args.head_dim, args.dim, bias=False)
-        self.q_norm, self.k_norm = (make_norm(args, args.head_dim) if args.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            make_norm(args, *[heads] * args.qk_norm_whole, args.head_dim) if args.qk_norm else nn.Identity()
+            for heads in (args.n_head, args.n_kv_head)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = self.q_norm(q), self.k_norm(k)  # [N,H,S,D] [N,G,S,D]
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # [N,H,S,D] [N,G,S,D] twice
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = cache.attend(self.layer, q, k, v, input_pos, self.score_mod)  # [N,H,S,D]
@@ -126,22 +133,29 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """A gated linear unit; Shazeer 2020 (arXiv 2002.05202)."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, width: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[args.activation]
-        self.w1 = Linear(args.dim, args.hidden_dim, bias=False)
-        self.w3 = Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = Linear(args.hidden_dim, args.dim, bias=False)
+        self.w1, self.w3 = (Linear(args.dim, width, bias=False) for _ in range(2))
+        self.w2 = Linear(width, args.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)) * self.w3(x))
+
+
+def make_feed_forward(args: ModelArgs, layer: int) -> FeedForward | MixtureOfExperts:
+    mixture = args.mixture
+    if mixture is None or layer in mixture.dense:
+        return FeedForward(args, args.hidden_dim)
+    shared = FeedForward(args, mixture.shared) if mixture.shared else None
+    return MixtureOfExperts(mixture, args.dim, ACTIVATIONS[args.activation], Linear, shared)
 
 
 class Block(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.attention = Attention(args, layer)
-        self.feed_forward = FeedForward(args)
+        self.feed_forward = make_feed_forward(args, layer)
         self.attention_norm = make_norm(args, args.dim)
         self.ffn_norm = make_norm(args, args.dim)
         self.attention_post_norm, self.ffn_post_norm = (
@@ -191,11 +205,12 @@ class Transformer(nn.Module):
         if self.args.tied_output:
             self.output.weight = self.tok_embeddings.weight
 
-    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits."""
+    def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
+        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits. layers:
+        stop after so many of them."""
         x = self.tok_embeddings(tokens) * self.embedding_scale  # [N,S,dim]
         cos, sin = self.rotation(input_pos)
-        for layer in self.layers:
+        for layer in list(self.layers)[:layers]:
             x = layer(x, cos, sin, input_pos, cache)
         return x
 

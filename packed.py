@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from experts import GroupedLinear
 from kernels import multiplies
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
@@ -67,7 +68,7 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
 
 def kernels(model: nn.Module) -> dict[str, int]:
     """How many linear layers each kernel multiplies, by its name."""
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear))
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear | GroupedLinear))
     return dict(Counter(getattr(linear, "kernel", "plain") for linear in linears))
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bifurcated_attention import has_fused
+from experts import Mixture
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16
 
@@ -21,10 +23,16 @@ from packed import SMALLEST, can_pack, multiplies_bfloat16
 @dataclass(frozen=True)
 class Weights:
     """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
-    is not the output too."""
+    is not the output too. experts: those among them of which it reads but what its rows choose."""
 
     total: int
     per_step: int
+    experts: int = 0
+
+    def read(self, mixture: Mixture | None, rows: int) -> int:
+        """What a step of so many rows is expected to read, were every expert equally likely."""
+        unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
+        return self.per_step - round(unread)
 
 
 def weigh(model: Transformer) -> Weights:
@@ -36,12 +44,28 @@ def weigh(model: Transformer) -> Weights:
 def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
     """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
-    return Weights(total, total if args.tied_output else total - sizes["tok_embeddings.weight"])
+    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if is_expert(name, args.mixture))
+    return Weights(total, total if args.tied_output else total - sizes["tok_embeddings.weight"], experts)
+
+
+def is_expert(name: str, mixture: Mixture) -> bool:
+    """Whether that tensor belongs to an expert, of which a step reads those that are chosen."""
+    found = re.match(r"layers\.(\d+)\.feed_forward\.w\d", name)
+    return found is not None and int(found[1]) not in mixture.dense
+
+
+def rows_of(name: str, args: ModelArgs, rows: int) -> int:
+    """How many rows that layer multiplies in a step of so many: of an expert, how many are expected."""
+    if args.mixture is None or not is_expert(name, args.mixture):
+        return rows
+    return max(1, round(rows * args.mixture.used / args.mixture.experts))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same."""
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same.
+    drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of a token's keys and values
+    in a draft of its own."""
 
     context: int
     num_samples: int
@@ -49,6 +73,8 @@ class Workload:
     attention: str = "bifurcated"
     kv_dtype: str = "auto"
     runs: int = 1
+    drafted: int = 0
+    draft_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,7 @@ class Plan:
 
     workload: Workload
     weights: Weights
+    mixture: Mixture | None
     context: int
     context_while_read: int
     decoded_per_sample: int
@@ -91,7 +118,15 @@ class Plan:
     @property
     def per_step(self) -> int:
         """What a decode step must read, halfway: weights, the context's keys and values once, half of the decoded."""
-        return self.weights.per_step + self.context + self.decoded // 2
+        return self.weights.read(self.mixture, self.rows_at_once) + self.context + self.decoded // 2
+
+    @property
+    def experts_read(self) -> str:
+        """In words: of how many experts that is."""
+        if self.mixture is None:
+            return ""
+        number = self.mixture.expected(self.rows_at_once)
+        return f", of {number:.1f} of {self.mixture.experts} experts a layer, were all equally likely"
 
     def __str__(self) -> str:
         return "\n".join(
@@ -101,6 +136,7 @@ class Plan:
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
                 f"scores, logits, copies      {human(self.workspace):>10}",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
+                f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
                 f"available                   {human(self.available):>10}",
                 f"waves                       {self.waves:>10}",
             )
@@ -120,19 +156,22 @@ def plan_run(
     ValueError where not even one sample fits into `available` bytes."""
     context, kv_dtype = work.context, work.kv_dtype
     token = args.kv_values_per_token * dtype.itemsize
-    total, decoded = context + work.max_new_tokens, work.max_new_tokens * token
+    own = work.max_new_tokens + work.drafted
+    total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
     # Of one layer: scores in fp32 and in the model's dtype, own keys in fp32, and for the expanded layout all its keys.
-    scores = args.n_head * total * 8 + 4 * work.max_new_tokens * args.n_kv_head * args.head_dim
+    positions = 1 + work.drafted  # of a row in a step
+    scores = args.n_head * total * 8 * positions + 4 * own * args.n_kv_head * args.head_dim
     if work.attention == "expanded":
         scores += total * token // args.n_layer
     # Or the logits of a row, in the model's dtype and in fp32. A recorded step has them in a pool of its own, too.
-    workspace = max(scores, args.vocab_size * 8) * (2 if device.type == "cuda" else 1)
+    workspace = max(scores, args.vocab_size * 8 * positions) * (2 if device.type == "cuda" else 1)
     read = held = context * token  # while the prompt is read, and after that
     widened = 0
     if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
         widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
+    read, held = (size + context * work.draft_token for size in (read, held))
     each = decoded + copied + workspace
     rows = min(work.num_samples, max(0, available - weights.total - held - widened) // each)
     needed = weights.total + max(read, held + widened + each)
@@ -144,12 +183,13 @@ def plan_run(
     waves = -(-work.num_samples // rows)
     rows = -(-work.num_samples // waves)  # waves of one size
     steps = work.runs * waves * work.max_new_tokens
-    step_bytes = weights.per_step + held + decoded * rows // 2
+    step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, context + work.max_new_tokens / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
     return Plan(
         workload=work,
         weights=weights,
+        mixture=args.mixture,
         context=held,
         context_while_read=read,
         decoded_per_sample=decoded,
@@ -278,9 +318,10 @@ PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
     """Whether to pack the weights for a run of so many decode steps, of so many rows: where the feed-forward ones are
-    large enough, and it is repaid."""
+    large enough, and it is repaid. Experts are most of a mixture, and see their share of the rows."""
     large = args.dim * args.hidden_dim >= SMALLEST
-    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and rows >= PACK_FROM_ROWS[dtype]
+    seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and seen >= PACK_FROM_ROWS[dtype]
 
 
 # Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
@@ -293,7 +334,8 @@ COMPILING_SAVES = 0.25  # of a step
 def step_operations(args: ModelArgs, context: float, rows: int) -> float:
     """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
     attention = args.n_head * args.head_dim
-    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * args.hidden_dim)
+    width = args.mixture.used * args.mixture.width + args.mixture.shared if args.mixture else args.hidden_dim
+    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * width)
     weights = args.n_layer * per_layer + args.dim * args.vocab_size
     return 2 * rows * (weights + 2 * args.n_layer * attention * context)
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -41,110 +41,66 @@ from checkpoint import (
     unpickle,
     write_whole,
 )
+from experts import ExpertLinear
+from gptq import gptq, quantise_int4, quantise_int8
 from model import Transformer, empty_model
-from packed import Int4Weight, Int8Weight, Quantised, dequantise, tensors_of
+from packed import Int4Weight, Quantised, dequantise, tensors_of
 from report import OneLineParser
 from tokenizer import load_tokenizer
 
 MODES = ("int8", "int4", "int4-gptq")
-# What a calibrated block quantises together, in the order of its computation: layers with the same input.
+# What a calibrated block quantises together, in the order of its computation: layers with the same input, or experts.
 STAGES = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("attention.wo",),
     ("feed_forward.w1", "feed_forward.w3"),
     ("feed_forward.w2",),
+    ("feed_forward.shared.w1", "feed_forward.shared.w3"),
+    ("feed_forward.shared.w2",),
 )
-COLUMNS = 128  # a multiple of every groupsize; GPTQ corrects the columns after these once for all of them
 TOKENS_AT_ONCE = 2048  # of calibration text, in one pass through a block
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a group of zeros
-
-
-def quantise_int8(weight: Tensor) -> Int8Weight:
-    """weight [out,in] -> its nearest int8 weight; no number is off by more than half its channel's scale."""
-    weight = weight.float()
-    scales = (weight.abs().amax(1) / 127).clamp_min(SMALLEST_SCALE).bfloat16()
-    return Int8Weight((weight / scales.float()[:, None]).round_().to(torch.int8), scales)
-
-
-def int4_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """groups fp32 [...,groupsize] -> scales, zeros bfloat16 [...], such that no number of a group is further than half
-    a scale from the nearest of the 16 values: a scale also covers what rounding the zero to bfloat16 may shift."""
-    low, high = groups.amin(-1), groups.amax(-1)
-    scales = torch.maximum((high - low) / 15, torch.maximum(-low, high) / 240).clamp_min(SMALLEST_SCALE).bfloat16()
-    return scales, ((low + high + scales.float()) / 2).bfloat16()
-
-
-def int4_codes(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The nearest codes, 0 to 15, in fp32. Any shapes that broadcast."""
-    return ((weight - zeros.float()) / scales.float() + 8).round_().clamp_(0, 15)
-
-
-def quantise_int4(weight: Tensor, groupsize: int) -> Int4Weight:
-    """weight [out,in] -> its nearest int4 weight in groups of `groupsize` inputs."""
-    groups = weight.float().unflatten(1, (-1, groupsize))  # [out,groups,groupsize]
-    scales, zeros = int4_grid(groups)
-    codes = int4_codes(groups, scales[..., None], zeros[..., None])
-    return Int4Weight.from_codes(codes.flatten(1).to(torch.uint8), scales, zeros)
-
-
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Hessian [in,in]; damped more where that is not definite."""
-    damping = (0.01 * hessian.diagonal().mean()).clamp_min(1e-12)  # also where all inputs are 0
-    for _ in range(8):
-        lower, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian)))
-        upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not (failed or failed_too):
-            return upper
-        damping *= 10
-    raise ValueError("the calibration text gives activations that are not finite: quantise with --mode int4")
-
-
-def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = False) -> Int4Weight:
-    """weight fp32 [out,in], hessian fp32 [in,in]: the sum of x x^T over the inputs x -> the int4 weight whose products
-    with them are near to those of the weight. Frantar et al. 2022 (arXiv 2210.17323), algorithm 1.
-
-    A column is rounded, and what that changes is made up for in the columns after it. act_order: those of the largest
-    inputs first; the grid of a group is then taken from the weight as it was. The column of an input that is always 0
-    is rounded plainly: the damping alone makes it independent of all others.
-    """
-    by_size = hessian.diagonal().argsort(descending=True, stable=True)
-    order = by_size if act_order else torch.arange(len(hessian))
-    scales, zeros = int4_grid(weight.unflatten(1, (-1, groupsize)))  # [out,groups]
-    upper = inverse_factor(hessian[order][:, order])
-    columns = weight.t()[order].contiguous()  # [in,out]
-    codes = torch.empty(columns.shape, dtype=torch.uint8)
-    for begin in range(0, len(columns), COLUMNS):
-        end = min(begin + COLUMNS, len(columns))
-        errors = torch.empty_like(columns[begin:end])
-        for i in range(begin, end):
-            group = int(order[i]) // groupsize
-            if not act_order and i % groupsize == 0:
-                scales[:, group], zeros[:, group] = int4_grid(columns[i : i + groupsize].t())
-            scale, zero = scales[:, group].float(), zeros[:, group].float()
-            code = int4_codes(columns[i], scale, zero)
-            errors[i - begin] = (columns[i] - ((code - 8) * scale + zero)) / upper[i, i]
-            columns[i + 1 : end] -= upper[i, i + 1 : end, None] * errors[i - begin]
-            codes[order[i]] = code.to(torch.uint8)
-        columns[end:] -= upper[begin:end, end:].t() @ errors
-    return Int4Weight.from_codes(codes.t(), scales, zeros)
 
 
 class Reached(Exception):
     """Ends a pass through a block where the layer that it was made for has its input."""
 
 
-def input_hessian(run: Callable[[], object], linear: nn.Module) -> Tensor:
-    """The sum of x x^T over all inputs that `linear` is given by `run`, fp32 [in,in]. run ends at that layer."""
-    hessian = torch.zeros([linear.get_parameter("weight").shape[1]] * 2)
+@dataclass
+class Inputs:
+    """All inputs x of a linear layer: the sum of x x^T, fp32 [in,in], and how many they are."""
+
+    hessian: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()  # [tokens,in]
+        self.hessian.addmm_(x.t(), x)
+        self.tokens += len(x)
+
+
+def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
+    """What `run` gives a linear layer, or each of its experts. run ends at that layer."""
+    linears = layer if isinstance(layer, ExpertLinear) else [layer]
+    found = [Inputs(torch.zeros([linear.get_parameter("weight").shape[1]] * 2)) for linear in linears]
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].flatten(0, -2).float()  # [N*S,in]
-        hessian.addmm_(x.t(), x)
+        x, *ends = inputs  # the rows of each expert end there
+        parts = x.tensor_split(ends[0][:-1].tolist()) if ends else [x]
+        for each, part in zip(found, parts, strict=True):
+            each.add(part)
         raise Reached
 
-    with linear.register_forward_pre_hook(add):
+    with layer.register_forward_pre_hook(add):
         run()
-    return hessian
+    return found
+
+
+@dataclass
+class Block:
+    """The int4 layers of a block, by name, and which of them were rounded."""
+
+    layers: dict[str, Int4Weight]
+    rounded: list[str]
 
 
 class Calibration:
@@ -165,17 +121,25 @@ class Calibration:
                 if keep:
                     part.copy_(output)
 
-    def quantise(self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool) -> dict[str, Int4Weight]:
-        """Those layers of the block: each sees what the layers before it make of the text once they are quantised."""
+    def quantise(self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool) -> Block:
+        """Those layers of the block: each sees what the layers before it make of the text once they are quantised. An
+        expert that saw fewer tokens than it has inputs is rounded: its Hessian says too little."""
         found: dict[str, Int4Weight] = {}
+        rounded: list[str] = []
         for stage in STAGES:
-            if names := [name for name in stage if name in layers]:
-                hessian = input_hessian(lambda: self.run(block), block.get_submodule(names[0]))
-                new = {n: gptq(block.get_parameter(f"{n}.weight"), hessian, groupsize, act_order) for n in names}
-                hold(block, new)
-                found |= new
+            names = [name for name in layers if name in stage or name.rpartition(".")[0] in stage]
+            inputs = inputs_of(lambda: self.run(block), block.get_submodule(stage[0])) if names else []
+            for name in names:
+                weight, expert = block.get_parameter(f"{name}.weight"), name.rpartition(".")[2]
+                seen = inputs[int(expert)] if expert.isdecimal() else inputs[0]
+                if expert.isdecimal() and seen.tokens < weight.shape[1]:
+                    rounded.append(name)
+                    found[name] = quantise_int4(weight, groupsize)
+                else:
+                    found[name] = gptq(weight, seen.hessian, groupsize, act_order)
+            hold(block, {name: found[name] for name in names})
         assert found.keys() == set(layers), "a layer that has no stage"
-        return found
+        return Block(found, rounded)
 
 
 def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
@@ -183,10 +147,14 @@ def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
         block.get_parameter(f"{name}.weight").copy_(dequantise(weight, torch.float32))
 
 
-def calibrated(model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path) -> Iterator[dict[str, Quantised]]:
-    """The int4 layers of one block after another. What is done is kept in `folder`, and found there by the next run.
+def calibrated(
+    model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path, rounded: list[str]
+) -> Iterator[dict[str, Quantised]]:
+    """The int4 layers of one block after another; `rounded` gets the names of those that were rounded. What is done is
+    kept in `folder`, and found there by the next run.
 
-    Memory: the mapped model, one block in fp32, the inputs of a block, and one Hessian with its factors.
+    Memory: the mapped model, one block in fp32, the inputs of a block, and one Hessian with its factors, or those of
+    all experts.
     """
     calibration = Calibration(model, tokens)
     for number, layer in enumerate(model.layers):
@@ -194,13 +162,16 @@ def calibrated(model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path)
         names = [name.removeprefix(prefix) for name in recipe.layers if name.startswith(prefix)]
         block = deepcopy(layer).float()
         if path.exists():
-            found = {name: Int4Weight(**tensors) for name, tensors in unpickle(path).items()}
-            hold(block, found)
+            saved = unpickle(path)
+            done = Block({name: Int4Weight(**each) for name, each in saved["layers"].items()}, saved["rounded"])
+            hold(block, done.layers)
         else:
-            found = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
-            write_whole({name: tensors_of(weight) for name, weight in found.items()}, path)
+            done = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
+            tensors = {name: tensors_of(weight) for name, weight in done.layers.items()}
+            write_whole({"layers": tensors, "rounded": done.rounded}, path)
         calibration.run(block, keep=True)
-        yield {prefix + name: weight for name, weight in found.items()}
+        rounded += [prefix + name for name in done.rounded]
+        yield {prefix + name: weight for name, weight in done.layers.items()}
 
 
 def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -265,7 +236,8 @@ def with_progress(steps: Iterable[dict[str, Quantised]], layers: int) -> Iterato
 
 def quantised_state(state: dict[str, Tensor], found: dict[str, Quantised]) -> dict[str, Tensor]:
     """The tensors to write: those matrices that are not quantised in 16 bits."""
-    new = {name: t.bfloat16() if t.dim() == 2 and t.itemsize > 2 else t for name, t in state.items()}
+    wide = {name for name, tensor in state.items() if tensor.dim() == 2 and tensor.itemsize > 2}
+    new = {name: t.bfloat16() if name in wide and "norm" not in name else t for name, t in state.items()}
     for layer, weight in found.items():
         del new[f"{layer}.weight"]
         new |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
@@ -300,19 +272,22 @@ def quantise(options: argparse.Namespace) -> Path:
     layers, kept = choose_layers(empty_model(checkpoint.args), mode, options.groupsize)
     recipe, state, folder = Recipe(mode, layers, kept, groupsize), read_weights(checkpoint), None
     check_weights(empty_model(checkpoint.args), state)
-    steps = plain_layers(recipe, state)
+    steps, rounded = plain_layers(recipe, state), list[str]()
     if text is not None:
         ids, sha = calibration_tokens(options, checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()
         recipe = Recipe(mode, layers, kept, groupsize, text.name, sha, len(ids), len(ids[0]), options.act_order)
         folder = blocks_folder(output, recipe, checkpoint)
         model = load_model(checkpoint, "cpu", state["tok_embeddings.weight"].dtype)
-        steps = chain(plain_layers(recipe, state), calibrated(model, recipe, ids, folder))
+        steps = chain(plain_layers(recipe, state), calibrated(model, recipe, ids, folder, rounded))
     if kept:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
     found = {name: w for step in with_progress(steps, len(layers)) for name, w in step.items()}
+    if rounded:
+        why = "rounded, since they saw fewer tokens than they have inputs (more --calibration_sequences may help)"
+        print(f"{why}: {', '.join(rounded)}", file=sys.stderr)
     if checkpoint.args.tied_output:
         del state["output.weight"]
-    save_quantised(checkpoint, output, quantised_state(state, found), recipe)
+    save_quantised(checkpoint, output, quantised_state(state, found), replace(recipe, rounded=tuple(rounded)))
     if folder is not None:
         shutil.rmtree(folder)
     return output

@@ -5,12 +5,14 @@ decides from a clock, a terminal, free memory or chance, rank 0 decides for all.
 everything here gives back what it is given.
 """
 
+import atexit
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,9 @@ from tp import WHOLE, Shard
 
 T = TypeVar("T")
 
-# How long a rank waits for the others inside a run: as long as one may compile. A process that died is noticed at once.
+# How long a rank waits for the others: as long as one may compile. A process that died is noticed at once.
 PATIENCE = timedelta(minutes=10)
-# Between runs, the others wait for what a person writes.
+# And for what a person writes.
 CONVERSATION = timedelta(days=1)
 FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
@@ -29,7 +31,8 @@ FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 @dataclass(frozen=True)
 class Ranks:
     """This process among all. shard: its part of the network. local: its place, and neighbours: how many there are, on
-    its machine. control: the group that speaks of the run itself; None: this process is alone."""
+    its machine. control: the group that speaks of the run itself, and patient: where a person may take their time;
+    None: this process is alone."""
 
     rank: int = 0
     replica: int = 0
@@ -38,6 +41,7 @@ class Ranks:
     local: int = 0
     neighbours: int = 1
     control: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -74,9 +78,25 @@ class Ranks:
         """What `make` gives on rank 0, on all."""
         return self.all(self.agree(lambda: make() if self.leads else None))[0]  # type: ignore[return-value]
 
+    def ask(self, make: Callable[[], T]) -> T:
+        """`share`, of what a person is asked for."""
+
+        def wait() -> T | None:
+            try:
+                return make() if self.leads else None
+            finally:
+                if self.patient is not None:
+                    dist.barrier(self.patient)
+
+        return self.all(self.agree(wait))[0]  # type: ignore[return-value]
+
     def samples(self, total: int) -> range:
-        """The indices of the samples that this replica draws."""
-        return range(self.replica * total // self.replicas, (self.replica + 1) * total // self.replicas)
+        """The indices of the samples that this replica draws; the first draw the most. Raises ValueError where there is
+        not one for each."""
+        if 0 < total < self.replicas:
+            raise ValueError(f"-n {total} is less than one for each of {self.replicas} replicas: give a larger --tp")
+        begin, end = (-(-replica * total // self.replicas) for replica in (self.replica, self.replica + 1))
+        return range(begin, end)
 
     def describe(self, report: dict[str, Any]) -> dict[str, Any]:
         """What the report of rank 0 says of all."""
@@ -91,9 +111,32 @@ class Ranks:
         return [each for part in self.all(list(drawn))[:: self.shard.world] for each in part]
 
 
+class Listener:
+    """stdout of the one rank that writes. Where its reader has left, the run goes on, since others take part in it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(BrokenPipeError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.stream = open(os.devnull, "w")
+
+
 def join(tp: int | None, device: torch.device) -> Ranks:
     """Joins the processes that torchrun started. tp: ranks that hold one network; None: those of a machine. Raises
-    ValueError where the number of processes is not a multiple of it."""
+    ValueError where they cannot be divided so, or where there are fewer devices on a machine."""
+    if tp is not None and tp < 1:
+        raise ValueError(f"tp {tp} must be at least 1")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if tp not in (None, 1):
             raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
@@ -101,33 +144,44 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     rank, world, local, neighbours = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    from torch.distributed.device_mesh import init_device_mesh  # a run alone need not wait for it
-
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    if device.type == "cuda":
-        torch.cuda.set_device(local)
-    control = dist.new_group(backend="gloo", timeout=CONVERSATION)
-    each = Ranks(rank, control=control).agree(lambda: group_size(tp, world, neighbours))
-    mesh = init_device_mesh(device.type, (world // each, each), mesh_dim_names=("replica", "tp"))
+    atexit.register(leave)
+    control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (PATIENCE, CONVERSATION))
+    alone = Ranks(rank, control=control)
+    machines = alone.all(neighbours)
+    each = alone.agree(lambda: group_size(tp, world, machines))
+    alone.agree(lambda: take_device(device, local))
+    group, _ = dist.new_subgroups(each, timeout=PATIENCE)
     # A network that is whole needs no sums; where it is all there is, they are made all the same, as a check.
-    group = mesh.get_group("tp").group_name if each > 1 or world == 1 else ""
-    return Ranks(rank, rank // each, world // each, Shard(rank % each, each, group), local, neighbours, control)
+    shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
+    return Ranks(rank, rank // each, world // each, shard, local, neighbours, control, patient)
 
 
-def group_size(tp: int | None, world: int, neighbours: int) -> int:
-    """The ranks that hold one network: those of a machine, unless asked otherwise."""
-    each = neighbours if tp is None else tp
-    if each < 1 or world % each:
+def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
+    """The ranks that hold one network: those of a machine, unless asked otherwise. machines: of each rank's."""
+    each = machines[0] if tp is None else tp
+    if world % each or (tp is None and len(set(machines)) > 1):
         raise ValueError(f"{world} processes cannot be divided into groups of {each}: give another --tp")
     return each
 
 
+def take_device(device: torch.device, local: int) -> None:
+    """On CUDA, each process of a machine takes a device of its own."""
+    if device.type != "cuda":
+        return
+    if device.index is not None or local >= torch.cuda.device_count():
+        raise ValueError(
+            f"{device} for process {local} of {torch.cuda.device_count()} devices: one each, --device cuda"
+        )
+    torch.cuda.set_device(local)
+
+
 def lost_rank(error: RuntimeError) -> str | None:
     """What a failed collective means to the user; None where the error is another."""
-    if not dist.is_initialized():
+    known = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+    if not dist.is_initialized() or not known:
         return None
-    why = str(error).splitlines()[0][:120]
-    return f"rank {dist.get_rank()} lost another, which has ended or cannot be reached: {why}"
+    return f"rank {dist.get_rank()} lost another, which has ended or cannot be reached"
 
 
 def leave() -> None:

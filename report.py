@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,7 +23,8 @@ class OneLineParser(argparse.ArgumentParser):
     """Refuses in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
+        told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
+        self.exit(2, f"error: {message}; see --help\n" if told else None)
 
 
 class Stopwatch(Monitor):
@@ -58,6 +60,25 @@ class Stopwatch(Monitor):
         self.finished.append(sample)
 
 
+class Bar:
+    """A progress bar on stderr, where that is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.stands = False  # on the screen
+
+    def show(self, share: float, note: str, seconds: float) -> None:
+        if self.shown:
+            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
+            print(bar, end="", file=sys.stderr, flush=True)
+            self.stands = True
+
+    def clear(self) -> None:
+        if self.stands:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.stands = False
+
+
 class Console(Stopwatch):
     """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
 
@@ -77,13 +98,12 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams = self.options.num_samples == 1 and self.options.format == "text"
-        self.bar = not self.options.quiet and sys.stderr.isatty()
+        self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
-        self.barred = False  # whether a bar stands on the screen
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
-        self.progress(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
+        self.bar.show(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
 
     def prefilled(self) -> None:
         release_freed_memory(self.device)  # decoding needs blocks of other sizes
@@ -96,29 +116,18 @@ class Console(Stopwatch):
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
         if self.step_s and not self.streams:
-            finished, total, length = len(self.finished), self.options.num_samples, self.options.max_new_tokens
+            finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
             in_wave = len(self.step_s) - self.begun
             left = length - in_wave + length * (self.plan.waves - self.waves)
             note = f"{in_wave} steps, {finished}/{total} samples finished"
-            self.progress(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
-
-    def progress(self, share: float, note: str, seconds: float) -> None:
-        if self.bar:
-            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
-            print(bar, end="", file=sys.stderr, flush=True)
-            self.barred = True
-
-    def clear(self) -> None:
-        if self.barred:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.barred = False
+            self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
     def show_live(self, pieces: Iterable[Piece]) -> None:
         """Runs to the end, and prints the text as it comes where there is one sample."""
         if self.streams and self.options.echo:
             print(self.prompt, end="", flush=True)
         for piece in pieces:
-            self.clear()
+            self.bar.clear()
             if self.streams and piece.text:
                 print(piece.text, end="", flush=True)
 
@@ -131,7 +140,7 @@ class Console(Stopwatch):
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        self.clear()
+        self.bar.clear()
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
         if kind is KeyboardInterrupt:
@@ -224,12 +233,19 @@ def summary(report: dict, plan: Plan) -> str:
     held = report["quantised"] or "packed" * report["packed_weights"]
     packed = f", {held} weights" if held else ""
     waves = f" in {plan.waves} waves" * (plan.waves > 1)
+    replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
+    processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
+    drafted = ""
+    if report.get("mean_accepted") is not None:
+        off = f", off {report['draft_switched_off']} times" * bool(report["draft_switched_off"])
+        gain = f"{number('speedup_over_plain')} times plain decoding"
+        drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
     return (
         f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
-        f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}\n"
+        f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
-        f"{number('tokens_per_s', '.0f')} tokens/s\n"
+        f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
         f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"
         f"{copies}; peak {human(report['peak_memory_bytes'])}"
     )

@@ -6,7 +6,7 @@ Nothing here draws a token: how that is done (plain steps, drafts, another repli
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cache import LAYOUTS
+from layouts import LAYOUTS
 from model import ModelArgs
 from plan import Workload
 from sampling import Sampling

@@ -72,21 +72,26 @@ def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
 
 
 class UniformBlocks:
-    """`uniform` for rows that are all at one position, made for a block of positions at a time: uncompiled, Philox is
-    some 150 small operations, for one number as for a thousand."""
+    """`uniform`, made for a block of positions of each row at a time: uncompiled, Philox is some 150 small operations,
+    for one number as for a thousand."""
 
     BLOCK = 32
 
     def __init__(self) -> None:
-        self.samples, self.block, self.first = torch.empty(0), torch.empty(0), 0
+        self.samples, self.block, self.first = torch.empty(0), torch.empty(0), torch.empty(0)
 
     def __call__(self, seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """seed scalar, sample [N], position [N] -> [N]. As long as `sample` is the same tensor, so must be the seed."""
-        at = int(position[0])
-        if sample is not self.samples or not self.first <= at < self.first + self.BLOCK:
-            positions = position[:, None] + torch.arange(self.BLOCK, device=position.device)  # [N,BLOCK]
-            self.samples, self.block, self.first = sample, uniform(seed, sample[:, None], positions), at
-        return self.block[:, at - self.first]
+        """seed scalar, sample [N], position [N] or [N,S], rising -> the same. As long as `sample` is the same tensor,
+        so must be the seed."""
+        where = position.view(len(sample), -1)  # [N,S]
+        if sample is not self.samples or not self.hold(where):
+            self.samples, self.first = sample, where[:, :1]
+            ahead = torch.arange(max(self.BLOCK, where.shape[1]), device=position.device)
+            self.block = uniform(seed, sample[:, None], self.first + ahead)  # [N,BLOCK]
+        return self.block.gather(1, where - self.first).view_as(position)
+
+    def hold(self, where: Tensor) -> bool:
+        return bool(((where >= self.first) & (where < self.first + self.block.shape[1])).all())
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:

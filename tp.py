@@ -8,6 +8,7 @@ the sums are hooks on its modules. The collectives are functional, so a compiled
 Shapes: N rows, S positions, k tokens that a step may give a row, V vocabulary.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from experts import ExpertLinear
 from model import Embedding, ModelArgs, Transformer
 
 COLLECTIVES = torch.ops._c10d_functional
@@ -28,6 +30,12 @@ TABLE = {
     "feed_forward.w1": (0, "hidden_dim"),
     "feed_forward.w3": (0, "hidden_dim"),
     "feed_forward.w2": (1, "hidden_dim"),
+    "feed_forward.w1.*": (0, "width"),  # of every expert
+    "feed_forward.w3.*": (0, "width"),
+    "feed_forward.w2.*": (1, "width"),
+    "feed_forward.shared.w1": (0, "shared"),
+    "feed_forward.shared.w3": (0, "shared"),
+    "feed_forward.shared.w2": (1, "shared"),
     "tok_embeddings": (0, "vocab_size"),
     "output": (0, "vocab_size"),
 }
@@ -45,20 +53,27 @@ class Shard:
     def local(self, args: ModelArgs) -> ModelArgs:
         """The shape of this rank's part: of heads and feed-forward width; the vocabulary stays whole. Raises ValueError
         where they cannot be divided."""
-        heads, groups, width = args.n_head, args.n_kv_head, args.hidden_dim
-        if heads % self.world or width % self.world or (groups % self.world and self.world % groups):
+        world, mixture = self.world, args.mixture
+        heads, groups, widths = args.n_head, args.n_kv_head, [args.hidden_dim]
+        if mixture is not None:
+            widths += [mixture.width, mixture.shared]
+            mixture = replace(mixture, width=mixture.width // world, shared=mixture.shared // world)
+        if any(size % world for size in (heads, *widths)) or (groups % world and world % groups):
             raise ValueError(
-                f"{heads} heads, {groups} for keys, and a feed-forward width of {width} cannot be divided among "
-                f"{self.world} ranks: give another --tp"
+                f"{heads} heads, {groups} for keys, and feed-forward widths of {', '.join(map(str, widths))} cannot be "
+                f"divided among {world} ranks: give another --tp"
             )
-        world = self.world
-        return replace(args, n_head=heads // world, n_kv_head=max(1, groups // world), hidden_dim=width // world)
+        if args.qk_norm_whole and world > 1:
+            raise ValueError("queries that are normalised over all heads cannot be divided: give --tp 1")
+        each = replace(args, n_head=heads // world, n_kv_head=max(1, groups // world), mixture=mixture)
+        return replace(each, hidden_dim=args.hidden_dim // world)
 
     def cut(self, module: str, args: ModelArgs) -> tuple[int, int, int] | None:
         """(dimension, begin, end) of this rank's part of a module's weight; None: the whole. Where there are fewer
         heads of keys than ranks, each is held by several."""
-        dim, divided = TABLE.get(module.split(".", 2)[-1] if module.startswith("layers.") else module, (0, ""))
-        count = getattr(args, divided, 0)
+        name = re.sub(r"\.\d+$", ".*", re.sub(r"^layers\.\d+\.", "", module))
+        dim, divided = TABLE.get(name, (0, ""))
+        count = (vars(args) | (vars(args.mixture) if args.mixture else {})).get(divided, 0)
         if self.world == 1 or count == 0 or (divided == "vocab_size" and count % self.world):
             return None
         size = args.head_dim if divided in ("n_head", "n_kv_head") else 1
@@ -79,18 +94,22 @@ class Shard:
         return tensor.narrow(dim, begin, end - begin).clone(memory_format=torch.contiguous_format)
 
     def attach(self, model: Transformer) -> None:
-        """Makes a network whose weights are this rank's parts compute what the whole one does."""
-        whole, model.args = model.args, self.local(model.args)
-        heads = slice(self.rank * model.args.n_head, (self.rank + 1) * model.args.n_head)
+        """Makes a network whose weights are this rank's parts compute what the whole one does. Its args stay those of
+        the whole; a cache for it is of the `local` shape."""
+        args, heads = model.args, self.local(model.args).n_head
         for block in model.layers:
             mod = block.attention.score_mod
             if mod is not None and mod.slopes is not None:
-                block.attention.score_mod = replace(mod, slopes=mod.slopes[heads])
-            for module in (block.attention, block.feed_forward):
+                own = mod.slopes[self.rank * heads : (self.rank + 1) * heads]
+                block.attention.score_mod = replace(mod, slopes=own)
+            for module in (block.attention, block.feed_forward) if self.group else ():
                 module.register_forward_hook(lambda module, inputs, output: self.sum(output))
-        if self.cut("output", whole) is not None:
+        for name, module in model.named_modules():
+            if isinstance(module, ExpertLinear) and (cut := self.cut(f"{name}.0", args)) is not None and cut[0] == 0:
+                module.features = cut[2] - cut[1]
+        if self.cut("output", args) is not None:
             model.output.register_forward_hook(lambda module, inputs, output: self.gather(output))
-        if (cut := self.cut("tok_embeddings", whole)) is not None:
+        if (cut := self.cut("tok_embeddings", args)) is not None:
             model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, cut[1], self)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -109,7 +128,7 @@ class Shard:
 
     def agree(self, tokens: Tensor) -> Tensor:
         """Rank 0's tokens, for all: another kind of CPU may round a draw to the other side."""
-        if not self.group or self.world == 1:
+        if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
 

@@ -13,6 +13,7 @@ measured rate of a matrix product, whichever takes longer.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -32,17 +33,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cache import Int8Context, KVCache, NoCache, Prefill, SDPACache, attend_by_kernel, attend_by_torch
+from cache import KVCache, NoCache, Prefill, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
+from experts import ExpertLinear, Mixture, MixtureOfExperts
 from graphs import Step, StepInput
+from kernels import attend_chain
+from layouts import Int8Context, SDPACache
 from model import ModelArgs, Transformer, empty_model
 from packed import Quantised, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
+    PACK_FROM_ROWS,
     Plan,
     Workload,
     available_memory,
@@ -177,6 +183,7 @@ PRESETS = {
     "quantised": Preset(("stories110M", "tinyllama-1.1b"), (128,), (1, 8, 64), (), steps=12),
     "kernels": Preset(("stories110M",), (2048,), (1, 8, 16, 64), (), steps=9),
     "tp": Preset(("tinyllama-1.1b",), (128,), (1, 8, 64), (), steps=8),
+    "moe": Preset(("stories110M",), (256,), (1, 64), ("bifurcated", "bifurcated, compiled")),
     "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
     "decode": Preset(
         ("stories110M",),
@@ -567,7 +574,7 @@ def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> 
         operations = 4 * rows * args.n_layer * args.n_head * args.head_dim * context / rates.operations
         for name, root in (("context", plain), ("context in int8", int8)):
             cache = KVCache.fork(root, rows, 0)
-            sides = (partial(all_layers, way, cache, q, where) for way in (attend_by_kernel, attend_by_torch))
+            sides = (partial(all_layers, way, cache, q, where) for way in (attend_chain, attend_by_torch))
             limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)
             yield in_turns(f"{name}, {context} tokens", rows, limit, *sides)
         steps = [step_over(options, args, model, way(plain, rows, 8), context) for way in (share, by_torch)]
@@ -603,11 +610,98 @@ def step_over(
     return partial(step, StepInput(tokens, tokens + position, torch.arange(rows), torch.tensor(0)), cache)
 
 
+class EveryExpert(nn.Module):
+    """A mixture that computes all experts for all tokens and weighs them: for timing."""
+
+    def __init__(self, mixture: MixtureOfExperts) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixture, tokens = self.mixture, x.flatten(0, 1)  # [M,dim]
+        weights, chosen = mixture.router(tokens)
+        weights = weights.new_zeros(len(tokens), mixture.mixture.experts).scatter(1, chosen, weights)  # [M,E]
+        y = torch.zeros_like(tokens)
+        for number, (w1, w3, w2) in enumerate(zip(mixture.w1, mixture.w3, mixture.w2, strict=True)):
+            y += weights[:, number, None].to(x.dtype) * w2(mixture.activation(w1(tokens)) * w3(tokens))
+        return y.view_as(x)
+
+
+def experts_read(model: Transformer, nbytes: dict[str, int], run: Callable[[], object]) -> tuple[float, float]:
+    """(how many experts of a mixture, how many bytes of all) a step of `run` reads, on average, counted as they are
+    multiplied by, without the first step, whose rows are alike. nbytes: of each parameter, by name, before it was
+    packed."""
+    read: list[str] = []
+    ends: list[int] = []  # of each step
+    hooks = [model.norm.register_forward_pre_hook(lambda norm, inputs: ends.append(len(read)))]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
+    for prefix, experts in linears.items():
+        for number, linear in enumerate(experts):
+            name = f"{prefix}.{number}.weight"
+            hooks.append(linear.register_forward_pre_hook(lambda linear, inputs, name=name: read.append(name)))
+    run()
+    for hook in hooks:
+        hook.remove()
+    read, steps = read[ends[0] :], len(ends) - 1
+    return len(read) / len(linears) / steps, sum(nbytes[name] for name in read) / steps
+
+
+MOE_COLUMNS = (
+    "context", "N", "chosen experts, compiled", "chosen experts", "all experts", "ratio", "experts read a layer",
+    "expected", "bytes of experts read", "of all",
+)  # fmt: skip
+
+
+@torch.no_grad()
+def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """A step of a mixture, by its chosen experts and by all, eager and in turns, in milliseconds, and their ratio; and
+    what a step reads of the experts, counted, and as the plan expects it; as Markdown. The shape's feed-forward parts
+    are eight experts each of their width, of which a token passes two."""
+    mixture = Mixture(8, 2, args.hidden_dim, True)
+    args = replace(args, mixture=mixture)
+    torch.manual_seed(0)
+    model = random_model(args, options.device, options.dtype)
+    weights, nbytes = weigh(model), {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    engine, plan = Engine(model), plan_of(options, args, model, 1, 1, COLUMNS["bifurcated"])
+    eager = engine.step(Sampling(0.8, top_k=200), plan)
+    fused = None
+    if "bifurcated, compiled" in options.columns:
+        engine.prepare(replace(plan, compiled=True, packed=False))
+        fused = engine.step(Sampling(0.8, top_k=200), replace(plan, compiled=True))
+    own: list[Any] = [block.feed_forward for block in model.layers]
+    yield f"| {' | '.join(MOE_COLUMNS)} |\n" + "|---" * len(MOE_COLUMNS) + "|"
+
+    def install(parts: Iterable[nn.Module]) -> None:
+        for block, part in zip(model.layers, parts, strict=True):
+            block.feed_forward = part  # type: ignore
+
+    for context, rows in itertools.product(options.context, options.num_samples):
+        root = random_context(args, context, model.norm.weight)
+        if options.pack and rows >= PACK_FROM_ROWS[options.dtype]:  # as generate.py does, and for all that follow
+            pack_linears(model)
+
+        def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
+            return 1000 * time_decode(step, share(root, rows, MOST_SLOTS), root.slots, options.steps, options.budget)
+
+        compiled, chosen, every = "" if fused is None else f"{ms(fused):.1f}", [], []
+        for _ in range(2):
+            chosen.append(ms(eager))
+            install(map(EveryExpert, own))
+            every.append(ms(eager))
+            install(own)
+        touched, size = experts_read(model, nbytes, partial(ms, eager))
+        ours, theirs = statistics.mean(chosen), statistics.mean(every)
+        times = f"{compiled} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f}"
+        read = f"{touched:.2f} | {mixture.expected(rows):.2f} | {human(size)} | {size / weights.experts:.0%}"
+        yield f"| {context} | {rows} | {times} | {read} |"
+
+
 TABLES = {
     "prefill": prefill_table,
     "load": load_table,
-    "quantised": quantised_table,
     "kernels": kernel_table,
+    "moe": moe_table,
+    "quantised": quantised_table,
     "tp": tp_table,
 }
 

@@ -163,6 +163,31 @@ def test_no_keys_at_all_is_nothing():
     assert out.dtype == torch.float32 and (out == 0).all() and (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("at_once", [1, 10**6])
+def test_gradients(monkeypatch, at_once):
+    """Oracle: finite differences in fp64 (gradcheck). Two contexts, grouped heads, a row that sees none of its own
+    keys; all heads at once and one by one; with a soft cap; and where nothing at all is seen, zeros."""
+    monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(4, 4, 1, 2), (2, 2, 3, 2), (2, 2, 3, 2), (4, 2, 2, 2), (4, 2, 2, 2)]
+    q, *keys = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    mask = torch.tensor([[1, 1], [0, 0], [1, 0], [0, 1]], dtype=torch.bool)[:, None, None]  # [4,1,1,2]
+    assert torch.autograd.gradcheck(lambda *inputs: bifurcated_attention(*inputs, mask), (q, *keys))
+    assert torch.autograd.gradcheck(lambda *inputs: shared_attention(*inputs, softcap=0.7), (q, *keys[:2]))
+    shared_attention(q, *keys[2:], torch.zeros_like(mask))[0].sum().backward()
+    assert all((tensor.grad == 0).all() for tensor in (q, *keys[2:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_results_with_gradients_are_those_without(dtype):
+    """To the last bit, but for scores of bfloat16, which are made in fp32 where they are differentiated."""
+    inputs = draw(5, 2, 64, 129, 7, S=2, dtype=dtype)
+    expected = bifurcated_attention(*inputs)
+    actual = bifurcated_attention(*(tensor.requires_grad_() for tensor in inputs))
+    assert actual.requires_grad
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2**-7 if dtype == torch.bfloat16 else 0)
+
+
 def test_merging_with_nothing_changes_nothing():
     q, _, _, k, v = draw(3, 2, 64, 1, 15, S=2, dtype=torch.float32)
     something = shared_attention(q, k, v)

@@ -51,6 +51,10 @@ def test_the_command_line_is_within_its_budget():
     assert code_lines((ROOT / "generate.py").read_text("utf-8")) <= COMMAND_LINE
 
 
+def test_the_example_is_within_its_budget():
+    assert code_lines((ROOT / "examples" / "transformers_shared.py").read_text("utf-8")) <= 220
+
+
 def functions(source: str) -> Iterator[tuple[str, int]]:
     """Every function and its lines, from its first decorator to its end."""
     for node in ast.walk(ast.parse(source)):
@@ -65,7 +69,7 @@ def test_functions_are_counted_with_all_their_lines():
 
 
 def test_no_function_is_long():
-    paths = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    paths = [path for folder in ("", "scripts", "examples") for path in (ROOT / folder).glob("*.py")]
     found = [(path.name, *function) for path in paths for function in functions(path.read_text("utf-8"))]
     assert len(paths) > 15 and not [each for each in found if each[2] > LONGEST]
 
@@ -114,3 +118,8 @@ def test_imports_run_downward_in_the_order_of_the_readme():
 
 def test_quantising_is_within_its_own():
     assert code_lines((ROOT / "quantize.py").read_text("utf-8")) <= 250
+
+
+def test_speculation_is_within_its_own():
+    """The rows and their pace; the four drafts, and the flags that name them."""
+    assert all(code_lines((ROOT / name).read_text("utf-8")) <= 200 for name in ("speculate.py", "drafts.py"))

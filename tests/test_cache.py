@@ -23,9 +23,10 @@ from conftest import (
 from torch import Tensor
 
 import engine as road
-from cache import Int8Context, KVCache, Prefill, SDPACache, quantized
+from cache import KVCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
+from layouts import Int8Context, SDPACache, quantized
 from model import ModelArgs, Transformer
 from plan import Weights, Workload, plan_run
 from samples import Request

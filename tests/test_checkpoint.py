@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from conftest import GQA, ROOT, STORIES, TINY, needs_stories, random_model
-from convert_hf_checkpoint import convert
 from safetensors.torch import save_file
 
 from checkpoint import (
@@ -19,10 +18,11 @@ from checkpoint import (
     save_quantised,
     weight_sizes,
 )
+from convert_hf_checkpoint import convert
 from families import args_from_config
+from gptq import quantise_int4, quantise_int8
 from model import Transformer
 from packed import tensors_of
-from quantize import quantise_int4, quantise_int8
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

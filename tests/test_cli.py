@@ -23,7 +23,7 @@ import generate
 from chat import Dialogue, choose_chat
 from checkpoint import load_model, read_checkpoint
 from engine import Engine
-from generate import STORY, build_parser
+from options import STORY, build_parser
 from samples import Request
 from sampling import Sampling
 from tokenizer import load_tokenizer
@@ -546,3 +546,59 @@ def test_a_newline_at_the_end_of_a_file_is_not_a_part_of_the_prompt():
 
 def test_the_plan_names_the_context_limit():
     assert re.search(r"context limit +320  tokens", run("--plan", "--synthetic_prompt", 5000).stdout)
+
+
+def test_drafts_change_no_sample_and_are_told_in_the_report(tmp_path):
+    """Every kind, on a prompt that repeats; heads that another script made. Oracle: the same without a draft."""
+    heads = tmp_path / "medusa_lm_head.pt"
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. The cat sat on a red mat and saw a big dog. " * 40)
+    train = [ROOT / "scripts" / "train_medusa.py", "--checkpoint_path", TINY, "--text", text, "--out", heads]
+    made = subprocess.run(
+        [sys.executable, *train, "--steps", "2", "--heads", "2", "--vocabulary", "99"], env=ENVIRONMENT
+    )
+    assert made.returncode == 0
+    prompt = "The cat sat on the mat. The cat sat on the mat. The cat sat"
+    base = ["--prompt", prompt, "--seed", 1, "-n", 3, "--max_new_tokens", 30, "--format", "jsonl", "--dtype", "float32"]
+    expected = [row["tokens"] for row in lines_of(run(*base))]
+    drafts = (
+        ["--draft", "prompt"], ["--draft", "layers:4", "--speculate_k", "auto"], ["--draft", "medusa", heads],
+        ["--draft_checkpoint_path", TINY, "--speculate_k", 2],
+    )  # fmt: skip
+    for flags in drafts:
+        result = run(*base, *flags, "--report", tmp_path / "r.json")
+        assert [row["tokens"] for row in lines_of(result)] == expected, flags
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert len(report["accept_histogram"]) == {"--draft": 5}.get(flags[0], 3) or flags[-1] in ("auto", heads)
+        assert report["drafted_steps"] + report["plain_steps"] >= 9 and report["draft_switched_off"] >= 0
+        assert report["plain_ms_per_step"] > 0 and 0 < report["draft_share"] < 1 and report["speedup_over_plain"] > 0
+        assert f"draft {report['draft']}" in result.stderr
+        assert "draft" not in run(*base).stderr
+
+
+def test_a_plan_has_the_draft(tmp_path):
+    base = ["--plan", "-n", 8, "--synthetic_prompt", 99, "--max_memory", "1GB", "--dtype", "float32"]
+    without, with_one = (run(*base, *more).stdout for more in ([], ["--draft_checkpoint_path", TINY]))
+    weights = [float(re.search(r"weights +([\d.]+) MB", text)[1]) for text in (without, with_one)]
+    assert weights[1] == pytest.approx(2 * weights[0], rel=0.01)
+
+
+@pytest.mark.parametrize("flags", [["--draft", "sideways"], ["--draft", "prompt", "--speculate_k", "0"]])
+def test_drafts_that_cannot_be_are_refused_in_one_line(flags):
+    result = run(*PROMPT, *flags)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_draft_larger_than_the_model_is_a_warning(tmp_path):
+    """Two layers of the model, the whole as the draft."""
+    folder = tmp_path / "small"
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    state = torch.load(folder / "model.pth")
+    torch.save(
+        {name: each for name, each in state.items() if not re.match(r"layers\.[234]\.", name)}, folder / "model.pth"
+    )
+    result = run(*PROMPT, "--checkpoint_path", folder, "--draft_checkpoint_path", TINY, "--max_new_tokens", 9)
+    assert result.returncode == 0 and result.stderr.startswith("warning: the draft is larger than the model")

@@ -9,9 +9,10 @@ from conftest import ALIBI, GQA, MQA, random_model, random_tokens, request
 from torch import Tensor
 
 import engine as road
-from cache import Int8Context, KVCache
+from cache import KVCache
 from engine import Engine
 from graphs import StepInput, compiled
+from layouts import Int8Context
 from model import ModelArgs, Transformer
 from report import Stopwatch
 from sampling import Sampling, uniform

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bifurcated_attention as ours
 import cache as caches
-from cache import LAYOUTS, Int8Context, KVCache, Prefill
+from cache import KVCache, Prefill
 from engine import Engine, decode
 from graphs import RecordedStep, StepInput, compiled
+from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer, empty_model
 from samples import Request
 from sampling import Sampling, uniform
+from tp import Shard
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPE = ModelArgs(
@@ -277,3 +279,18 @@ def test_recorded_steps_are_the_plain_steps_on_a_gpu(compile):
                 found, expected = (step(inputs, KVCache.fork(context, 17, 8)) for step in (recorded, plain))
                 assert ((found[0] - expected[0]).float().norm() / expected[0].float().norm()).item() < 0.02
                 assert torch.equal(found[1], expected[1])
+
+
+@needs_gpu
+def test_a_group_of_one_over_nccl_draws_the_same():
+    model = random_model(SHAPE, torch.float32).cuda()
+    engine = Engine(model, compile=False)
+    wanted = draws(engine.generate([1, 2, 3], Request(3, 9, seed=1)))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        shard = Shard(0, 1, torch.distributed.group.WORLD.group_name)
+        shard.attach(model)
+        assert draws(Engine(model, compile=False, shard=shard).generate([1, 2, 3], Request(3, 9, seed=1))) == wanted
+    finally:
+        torch.distributed.destroy_process_group()

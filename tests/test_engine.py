@@ -11,10 +11,11 @@ from conftest import GQA, PROMPT, TINY, Letters, draws, random_model, random_tok
 from torch import Tensor
 
 import engine as road
-from cache import LAYOUTS, KVCache
+from cache import KVCache
 from chat import Conversation
 from engine import Engine, Monitor, bucket, rows_to_keep
 from graphs import StepInput
+from layouts import LAYOUTS
 from report import Stopwatch
 from samples import Piece, Request, Sample, rank
 from sampling import Sampling, draw, uniform
@@ -44,7 +45,7 @@ def test_all_layouts_draw_the_same_tokens(n):
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_logprobs_equal_those_of_one_forward_pass(engine, length):
     for each in engine.generate(PROMPT, request(5, length)):
-        assert each.logprobs == pytest.approx(engine.rescore(PROMPT, each.tokens), abs=1e-6)
+        assert each.logprobs == pytest.approx(engine.score(PROMPT, [each.tokens])[0].logprobs, abs=1e-6)
 
 
 def test_how_many_slots_a_step_reads_changes_nothing(engine, monkeypatch):
@@ -180,7 +181,7 @@ def test_greedy_is_the_most_likely_token_at_every_step(engine):
     (greedy,) = engine.generate(PROMPT, request(1, 12, Sampling(0)))
     tokens = list(PROMPT)
     for token in greedy.tokens:
-        scores = [engine.rescore(tokens, [other])[0] for other in range(GQA.vocab_size)]
+        scores = [each.logprobs[0] for each in engine.score(tokens, [[id] for id in range(GQA.vocab_size)])]
         assert token == max(range(GQA.vocab_size), key=scores.__getitem__)
         tokens.append(token)
 

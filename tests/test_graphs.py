@@ -8,9 +8,10 @@ from conftest import GQA, PROMPT, draws, random_model, random_tokens, request
 from torch import Tensor
 
 import engine as road
-from cache import KVCache, SDPACache
+from cache import KVCache
 from engine import Engine
 from graphs import RecordedStep, Recording, Step, StepInput
+from layouts import SDPACache
 from sampling import Sampling, draw, uniform
 
 Drawn = tuple[Tensor, Tensor]

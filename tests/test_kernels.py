@@ -30,9 +30,10 @@ from torch import Tensor
 
 import cache as caches
 import kernels
-from cache import Int8Context, KVCache, attend_by_kernel, attend_by_torch
+from cache import KVCache, attend_by_torch
 from engine import Engine
-from kernels import Part, attend
+from kernels import Part, attend, attend_chain
+from layouts import Int8Context
 from packed import Int4Weight, Int8Weight, Quantised, dequantise
 from rotary import ScoreMod, alibi_slopes
 from samples import Request
@@ -202,7 +203,7 @@ def test_a_context_in_int8_is_that_of_its_rounded_numbers(dtype, n, D):
         side.float() * scale.float() for side, scale in ((held.k[0], held.k_scale[0]), (held.v[0], held.v_scale[0]))
     )
     own = torch.randn(2, n, 2, 5, D).to(dtype)
-    parts = [Part(*own, None, None, torch.full((n,), 150)), Part(*held.held(0), zeros(1), zeros(n))]
+    parts = [Part(*own, None, None, torch.full((n,), 150)), Part(*held.tensors, zeros(1), zeros(n))]
     out, _ = attend(q, parts, torch.full((n, 1), 154), None)
     expected, _ = oracle(q, side_by_side(k.double(), own[0].double()), side_by_side(v.double(), own[1].double()))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-2)
@@ -233,8 +234,8 @@ def test_products_with_quantised_weights(kind, dtype, most, threads):
 def test_a_model_gives_the_logits_of_the_torch_path(args, monkeypatch):
     """Prefill in chunks into a context and a fork of it, then steps of one and of three tokens."""
     model, both = random_model(args, torch.float32), []
-    for kind in (attend_by_kernel, attend_by_torch):
-        monkeypatch.setattr(kernels, "takes", lambda *_, kind=kind: kind is attend_by_kernel)
+    for kind in (attend_chain, attend_by_torch):
+        monkeypatch.setattr(kernels, "takes", lambda *_, kind=kind: kind is attend_chain)
         context = prefilled(model, random_tokens(args, 1, 70), 33)
         question = KVCache.fork(context, 1, 9)
         part = random_tokens(args, 1, 9, seed=4)

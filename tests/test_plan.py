@@ -7,6 +7,7 @@ import torch
 from conftest import GQA, MHA, random_model
 
 from cache import KVCache
+from experts import Mixture
 from model import ModelArgs, empty_model
 from packed import IS_X86, can_pack
 from plan import (
@@ -156,6 +157,9 @@ def test_weights_are_packed_where_it_is_repaid():
     assert not choose_packing(CPU, torch.float32, GQA, 20, 4), "small weights"
     assert not choose_packing(CPU, torch.float16, large, 20, 4), "not measured"
     assert not choose_packing(torch.device("cuda"), torch.bfloat16, large, 20, 4), "not a CPU"
+    mixture = replace(large, mixture=Mixture(8, 2, 512, True))
+    assert choose_packing(CPU, torch.float32, mixture, 20, 16)
+    assert not choose_packing(CPU, torch.float32, mixture, 20, 15), "few rows of an expert"
 
 
 def test_compiling_pays_for_long_runs_only():

@@ -15,8 +15,9 @@ from test_checkpoint import CONFIG
 import quantize
 from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, save_model
+from gptq import gptq, inverse_factor, quantise_int4, quantise_int8
 from packed import dequantise, kernels
-from quantize import gptq, input_hessian, inverse_factor, main, quantise_int4, quantise_int8
+from quantize import inputs_of, main
 from tokenizer import load_tokenizer
 
 CPU, FP64 = torch.device("cpu"), torch.float64
@@ -124,9 +125,10 @@ def test_the_hessian_is_the_direct_sum():
             with pytest.raises(quantize.Reached):
                 linear(part)
 
-    found = input_hessian(run, linear)
+    (found,) = inputs_of(run, linear)
     expected = sum(torch.outer(x, x) for part in parts for x in part.double().flatten(0, 1))
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.hessian.double(), expected, rtol=1e-5, atol=1e-5)
+    assert found.tokens == 17
     assert linear(parts[0]).shape == (3, 5, 9)  # the hook is gone
 
 

@@ -14,7 +14,14 @@ BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
 EXAMPLES = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 MAKE = [line.split("#")[0].split() for line in COMMANDS if line.startswith("make")]
-RUNS = [line for line in COMMANDS if "python generate.py" in line and "NAME" not in line and "model_int8" not in line]
+NETWORKED = [
+    "scripts/prepare.sh",
+    "python scripts/download.py",
+    "python generate.py",
+    "python examples/transformers_shared.py",
+]
+OTHERS = ("NAME", "model_int8", "SMALL", "medusa")
+RUNS = [line for line in COMMANDS if "python generate.py" in line and not any(each in line for each in OTHERS)]
 
 
 @pytest.fixture
@@ -22,7 +29,7 @@ def checkout(tmp_path):
     """What a user has: the sources, in a folder of their own, so that nothing is written into the repository."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name in ("scripts", "checkpoints"):
+    for name in ("scripts", "examples", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -36,7 +43,7 @@ def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(EXAMPLES) == 2 and len(RUNS) == 6 and MAKE == [["make", "generate"], ["make", "test"]]
+    assert len(EXAMPLES) == 2 and len(RUNS) == 8 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -83,6 +90,31 @@ def test_quantising(checkout):
     assert made == {"model_int8.pth", "model_int4.g64.pth", "model_int4-gptq.g32.pth"}
 
 
+def test_heads_that_are_trained_propose(checkout):
+    """As it stands, for two steps of training."""
+    (checkout / "TEXT").write_text("Once upon a time there was a cat. The cat sat on a red mat. " * 40)
+    train, draw = [line for line in COMMANDS if "medusa" in line]
+    assert run(f"{train} --steps 2", checkout).returncode == 0
+    result = run(f"{draw} --max_new_tokens 20", checkout)
+    assert result.returncode == 0, result.stderr
+    assert "draft medusa" in result.stderr
+
+
+def test_evaluating(checkout):
+    """As it stands, but for the tasks (test_eval.py), with a text and problems of a few words."""
+    (checkout / "TEXT").write_text("Once upon a time there was a cat. " * 20)
+    (checkout / "PROBLEMS").write_text('{"task_id": "A", "prompt": "Once upon a time"}\n')
+    lines = [line for line in COMMANDS if line.startswith("python eval.py") and "--tasks" not in line]
+    assert len(lines) == 3
+    for line in lines:
+        result = run(line.replace("-n 20", "-n 11 --max_new_tokens 5"), checkout)
+        assert result.returncode == 0, result.stderr
+        if "--samples" in line:  # what the scorer does
+            samples = (checkout / "samples.jsonl").read_text().replace('"count"', '"passed": true, "count"')
+            (checkout / "samples.jsonl_results.jsonl").write_text(samples)
+    assert "pass@10  1.0000" in result.stdout
+
+
 @pytest.mark.parametrize("code", EXAMPLES, ids=["engine", "attention alone"])
 def test_python_examples(code, checkout):
     if "from bifurcated_attention" in code:  # needs torch and nothing else
@@ -107,7 +139,7 @@ def test_converting_and_running_another_model(checkout):
     assert "[1] mean log-probability" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["scripts/prepare.sh", "python scripts/download.py", "python generate.py"])
+@pytest.mark.parametrize("script", NETWORKED)
 def test_fetching_without_a_network_is_one_line(script, checkout, monkeypatch):
     """What they do with a hub is tested in test_download.py; here that they are there, under the names given."""
     line = next(line for line in COMMANDS if line.startswith(script) and "OWNER/NAME" in line)
@@ -127,8 +159,8 @@ def test_the_commands_of_the_benchmark(checkout):
 
 
 def test_every_flag_of_the_readme_exists_and_every_flag_is_in_it():
-    listed = run("python generate.py --help", ROOT).stdout + run("python quantize.py --help", ROOT).stdout
-    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells"}
+    listed = "".join(run(f"python {name}.py --help", ROOT).stdout for name in ("generate", "quantize", "eval"))
+    of_scripts = {"--checkpoint_dir", "--out", "--help", "--preset", "--cells", "--model", "--text"}
     of_torchrun = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
     mentioned = set(re.findall(r"--[a-z][a-z_-]*[a-z]", TEXT)) - of_scripts - of_torchrun
     known = set(re.findall(r"--[a-z][a-z_-]*[a-z]", listed))

@@ -106,6 +106,16 @@ def test_blocks_of_numbers_are_the_numbers():
             position = position + 1
 
 
+def test_blocks_of_numbers_serve_rows_that_move_by_themselves():
+    """Several positions at once, and rows that are further apart at every step."""
+    seed, blocks, samples = torch.tensor(7), UniformBlocks(), torch.tensor([5, 2**35, 0])
+    position = torch.full((3, 1), 2**33)
+    for step in range(40):
+        where = position + torch.arange(1 + step % 5)  # [N,S]
+        assert torch.equal(blocks(seed, samples, where), uniform(seed, samples[:, None], where))
+        position = position + torch.tensor([[1], [2], [5]])
+
+
 def chi_square(counts: numpy.ndarray, expected: numpy.ndarray) -> tuple[float, float]:
     """Pearson's statistic, and the bound that a right one passes but once in a million times (Wilson-Hilferty)."""
     freedom = counts.size - 1

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import benchmark
 import pytest
 import torch
 from conftest import ROOT, SHARED, TINY
+
+import benchmark
 
 BENCHMARKS = (ROOT / "BENCHMARKS.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]

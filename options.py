@@ -1,0 +1,157 @@
+"""The flags of the command line, every default once, and the checks that need nothing but them."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from layouts import LAYOUTS
+from plan import parse_size
+from report import OneLineParser
+from samples import Request
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
+STORY = "Once upon a time"
+
+
+def size(text: str) -> int:
+    """parse_size, its refusal in argparse's form."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def unescaped(text: str) -> str:
+    r"""The text with \n, \t, \r and \\ as the characters that they stand for."""
+    return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag and every default of the command line."""
+    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
+
+    def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    group = parser.add_argument_group("model")
+    where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
+    flag("--checkpoint_path", where, default=str(TINY))
+    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    precision = "auto is bfloat16 where the device has instructions for it, else float32"
+    flag("--dtype", precision, choices=dtypes, default="auto")
+    group = parser.add_argument_group("prompt")
+    flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
+    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
+    flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
+    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
+    chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
+    flag("--chat", chat, action=argparse.BooleanOptionalAction)
+    flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
+    flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
+    group = parser.add_argument_group("sampling")
+    drawn = Request()
+    flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
+    flag("--top", "print the so many best; default: all", type=int)
+    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
+    flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
+    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
+    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
+    flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
+    stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
+    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
+    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
+    group = parser.add_argument_group("execution")
+    flag("--attention", "how the samples hold the context", choices=tuple(LAYOUTS), default=drawn.attention)
+    flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
+    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
+    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
+    flag("--draft", "prompt, layers:K or medusa PATH proposes tokens", nargs="+", default=[], metavar=("KIND", "PATH"))
+    flag("--draft_checkpoint_path", "a model of the same vocabulary that proposes tokens", metavar="PATH")
+    flag("--speculate_k", "tokens that a draft proposes for a step, or auto; default: 4")
+    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
+    flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
+    flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
+    flag("--plan", "print the memory plan and run nothing", action="store_true")
+    group = parser.add_argument_group("output")
+    flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    flag("--echo", "print the prompt before each sample", action="store_true")
+    flag("--report", "write the report as JSON to this file", type=Path)
+    flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
+    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
+    flag("--profile", "write a chrome trace of the run to this file", type=Path)
+    flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
+    flag("--quiet", "no progress and no report on stderr", action="store_true")
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError where flags do not go together, or a file could not be written in the end."""
+    for name in ("num_runs", "top", "synthetic_prompt"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
+    if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
+        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+    if options.kv_dtype == "int8" and options.interactive:
+        raise ValueError("--kv_dtype int8 is for one prompt: leave it out of --interactive")
+    if options.pick and not options.interactive:
+        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
+    if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
+        raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
+    if options.interactive and options.verbose:
+        raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
+    if options.synthetic_prompt and (options.chat or options.interactive):
+        raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
+    given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+    check_outputs(options)
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError where --report or --profile cannot be written."""
+    outputs = [path for path in (options.report, options.profile) if path is not None]
+    for path in outputs:
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
+
+
+def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
+    """Raises ValueError where --report or --profile would replace the prompt, or what lies with the model."""
+    prompt = Path(options.prompt_file or "").resolve()
+    for path in (options.report, options.profile):
+        full = path and path.resolve()
+        if full and (full == prompt or (full.exists() and full.parent == folder.resolve())):
+            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
+
+
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """The prompt's text; None for a synthetic one, and in --interactive without one. Raises ValueError where it is
+    empty or not UTF-8."""
+    text, name = options.prompt, options.prompt_file
+    if name is None and (text is not None or options.synthetic_prompt or options.interactive):
+        if text == "":
+            raise ValueError("the prompt is empty: give some text")
+        return text
+    if name is None and sys.stdin.isatty():
+        return STORY
+    try:
+        data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
+        text = data.decode("utf-8").removesuffix("\n")  # which echo and editors add
+    except OSError as error:
+        raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
+    except UnicodeDecodeError as error:
+        source = "stdin" if name in (None, "-") else name
+        raise ValueError(f"the prompt in {source} is not UTF-8 (byte {error.start}): convert it") from error
+    if text == "" and name is not None:
+        raise ValueError("the prompt is empty: give some text")
+    return text or STORY

@@ -1,0 +1,273 @@
+"""Log-probabilities of given tokens after given contexts; what several of them begin with is read once.
+
+The sequences form a prefix tree: the preamble that many items share, the context of an item, its endings. Large nodes
+are links of a chain of caches. Small subtrees, such as an item with its endings, run together as rows: a row holds a
+whole subtree, and a token sees those before it on its own branch. The rows lie end to end in one row of the network, so
+that none of its positions is padding; attention alone sees them as rows.
+
+Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads, G key/value heads, D head dimension,
+K positions that are scored, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bifurcated_attention import merge_partials, shared_attention
+from cache import KVCache, Link, Prefill, sdpa
+from model import ModelArgs, Transformer
+from rotary import ScoreMod
+
+SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
+SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
+CHUNK = 512  # tokens of a large node that are read at a time
+PADDED = 4  # times the tokens of a batch: what its rows may be once they are padded for attention
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A continuation. logprobs: of each token. greedy: whether every token was the likeliest."""
+
+    logprobs: list[float]
+    greedy: bool
+
+
+@dataclass
+class Node:
+    """tokens: what is read here, after all that the nodes above have read. At a leaf, ends: the sequences that end
+    here, by number; scored: their last positions, whose logits they ask for. All of these are here, but perhaps the
+    first, which may be the last one above."""
+
+    tokens: Sequence[int]
+    scored: int = 0
+    ends: Sequence[int] = ()
+    children: list["Node"] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Tokens of this node and of all under it."""
+        return len(self.tokens) + sum(child.size for child in self.children)
+
+
+# What sequences ask for: the number of each, and the places of its scored positions.
+Asked = list[tuple[int, list[int]]]
+
+
+class Rows:
+    """Subtrees, each a row, end to end, that continue what the links hold.
+
+    asked: places count from 1 at the first token; 0 is the last token before all of them.
+    """
+
+    def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], device: torch.device) -> None:
+        """begin: the position of the rows' first tokens."""
+        self.links = links
+        self.asked: Asked = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        ends: list[int] = []  # of each token, where its node's subtree ends
+
+        def lay(node: Node, position: int, before: int) -> None:
+            first, count = len(tokens), len(node.tokens)
+            tokens.extend(node.tokens)
+            positions.extend(range(position, position + count))
+            ends.extend([0] * count)
+            places = [before, *range(first + 1, first + count + 1)]
+            self.asked.extend((number, places[-node.scored :]) for number in node.ends)
+            for child in node.children:
+                lay(child, position + count, places[-1])
+            ends[first : first + count] = [len(tokens)] * count
+
+        starts = [0]
+        for node in nodes:
+            lay(node, begin, 0)
+            starts.append(len(tokens))
+        self.tokens, self.input_pos = (torch.tensor([each], device=device) for each in (tokens, positions))  # [1,T]
+        first = torch.tensor(starts, device=device)
+        lengths = first.diff()[:, None]  # [N,1]
+        slots = torch.arange(int(lengths.max()), device=device)  # [S]
+        inside = slots < lengths  # [N,S]
+        # Where each position of a row lies. Past its end that of the first token, which only other padding sees.
+        self.place = (first[:-1, None] + slots).masked_fill(~inside, 0)
+        end = (torch.tensor(ends, device=device)[self.place] - first[:-1, None]).masked_fill(~inside, len(slots))
+        self.visible = ((slots[:, None] >= slots) & (slots[:, None] < end[:, None]))[:, None]  # [N,1,S,S]
+        self.positions = self.input_pos[0][self.place]  # [N,S]
+        self.inside = inside.flatten().nonzero()[:, 0]  # [T]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        """q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]."""
+        rows = (tensor[0].transpose(0, 1)[self.place].transpose(1, 2) for tensor in (q, k, v))
+        q_rows, k_rows, v_rows = rows  # [N,H,S,D], [N,G,S,D] twice
+        mask = self.visible if mod is None else mod.mask(self.visible, self.positions, self.positions)
+        softcap = None if mod is None else mod.softcap
+        if not self.links:
+            return self.end_to_end(sdpa(q_rows, k_rows, v_rows, mask, softcap))
+        out, lse = shared_attention(q_rows, k_rows, v_rows, mask, softcap)
+        partials = [(self.end_to_end(out), self.end_to_end(lse))]
+        partials += [link.attend(layer, q, input_pos, mod) for link in self.links]
+        return merge_partials(partials)[0].to(q.dtype)
+
+    def end_to_end(self, tensor: Tensor) -> Tensor:
+        """[N,H,S,...] -> [1,H,T,...]."""
+        return tensor.transpose(1, 2).flatten(0, 1)[self.inside].transpose(0, 1)[None]
+
+
+class Scorer:
+    """Scores sequences with one network.
+
+    batch_tokens: rows that run together have at most so many tokens. done: is told how many more sequences have been
+    scored. asked, read: tokens of all sequences so far, and those that the network has read for them.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        batch_tokens: int = 4096,
+        done: Callable[[int], None] = lambda count: None,
+        args: ModelArgs | None = None,
+    ) -> None:
+        """args: the shape of a rank's part, where the model is one."""
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens {batch_tokens} must be at least 1")
+        self.model, self.batch_tokens, self.done, self.args = model, batch_tokens, done, args or model.args
+        self.like = model.norm.weight
+        scaling = model.args.rope_scaling
+        # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
+        self.alone = scaling is not None and scaling.kind == "dynamic"
+        self.asked = self.read = 0
+        self.wanted: list[Sequence[int]] = []  # of each sequence, the tokens that are scored
+        self.found: list[Scored] = []
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
+        """sequences: context, which is at least one token, and continuation."""
+        leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for number, (context, continuation) in enumerate(sequences):
+            if not context:
+                raise ValueError("a context is empty: give at least one token")
+            if continuation:  # the last token is only predicted
+                leaves.setdefault(((*context, *continuation[:-1]), len(continuation)), []).append(number)
+        self.asked += sum(len(tokens) * len(ends) for (tokens, _), ends in leaves.items())
+        self.wanted = [continuation for _, continuation in sequences]
+        self.found = [Scored([], True)] * len(sequences)
+        nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
+        self.descend(
+            nodes if self.alone else tree(nodes, SHORTEST), None, self.like.new_zeros(1, self.model.args.dim), 0
+        )
+        return self.found
+
+    def descend(self, nodes: Sequence[Node], above: KVCache | None, before: Tensor, begin: int) -> None:
+        """Reads nodes that continue the cache above, at the position `begin`. before [1,dim]: the last layer's output
+        at the position before it."""
+        small = [] if self.alone else [node for node in nodes if node.size <= SMALL]
+        links = () if above is None else KVCache.fork(above, 1, 0).links
+        for batch in batches(small, self.batch_tokens):
+            rows = Rows(batch, begin, links, self.like.device)
+            hidden = self.model.hidden(rows.tokens, rows.input_pos, rows)[0] if rows.tokens.numel() else before[:0]
+            self.read += len(hidden)
+            self.note(rows.asked, torch.cat([before, hidden]))
+        for node in nodes if self.alone else [node for node in nodes if node.size > SMALL]:
+            count = len(node.tokens)
+            if above is None:
+                cache = KVCache.empty(self.args, 1, count, self.like)
+            else:
+                cache = KVCache.fork(above, 1, count)
+            hidden = torch.cat([before, self.run(node, cache)])  # [1 + K,dim]
+            self.read += count
+            places = list(range(len(hidden)))[len(hidden) - node.scored :]
+            self.note([(number, places) for number in node.ends], hidden)
+            self.descend(node.children, cache, hidden[-1:], begin + count)
+
+    def run(self, node: Node, cache: KVCache) -> Tensor:
+        """Reads a node into a cache of its own -> the last layer's output [K,dim] where it is scored, or at its end."""
+        tokens, found = torch.tensor([node.tokens], device=self.like.device), []
+        size = tokens.shape[1] if self.alone else CHUNK
+        scored = tokens.shape[1] - min(tokens.shape[1], max(1, node.scored))
+        for first, part in enumerate(tokens.split(size, 1)):
+            slots = first * size + torch.arange(part.shape[1], device=tokens.device)
+            prefill = Prefill(cache, first * size, part.shape[1])
+            hidden = self.model.hidden(part, cache.start[:, None] + slots, prefill)
+            found.append(hidden[0, max(0, scored - first * size) :])
+        return torch.cat(found)
+
+    def note(self, asked: Asked, hidden: Tensor) -> None:
+        """Keeps what sequences ask for at their places in hidden [...,dim]."""
+        if not asked:
+            return
+        unique = sorted({place for _, places in asked for place in places})
+        index = {place: at for at, place in enumerate(unique)}
+        at = torch.tensor([index[place] for _, places in asked for place in places], device=hidden.device)
+        tokens = torch.tensor([token for number, _ in asked for token in self.wanted[number]], device=hidden.device)
+        logprobs, greedy = self.lookup(hidden[torch.tensor(unique, device=hidden.device)], at, tokens)
+        first = 0
+        for number, places in asked:
+            last = first + len(places)
+            self.found[number] = Scored(logprobs[first:last], all(greedy[first:last]))
+            first = last
+        self.done(len(asked))
+
+    def lookup(self, hidden: Tensor, at: Tensor, tokens: Tensor) -> tuple[list[float], list[bool]]:
+        """Log-probability of each of `tokens`, and whether it is the likeliest, at its place `at` in hidden [K,dim]."""
+        size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.model.args.vocab_size)
+        logprobs = torch.empty_like(at, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        greedy = torch.empty_like(at, dtype=torch.bool)
+        for first in range(0, len(hidden), size):
+            here = ((at >= first) & (at < first + size)).nonzero()[:, 0]
+            logits = self.model.logits(hidden[None, first : first + size])[0].to(logprobs.dtype)  # [k,V]
+            places, chosen = at[here] - first, tokens[here]
+            # On a CPU an argmax takes longer than a log_softmax: it is asked only where a maximum was chosen.
+            likely = logits[places, chosen] == logits.amax(-1)[places]
+            greedy[here] = likely
+            greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
+            logprobs[here] = logits.log_softmax(-1)[places, chosen]
+        return logprobs.tolist(), greedy.tolist()
+
+
+def tree(leaves: Sequence[Node], shortest: int, depth: int = 0, common: Sequence[int] | None = None) -> list[Node]:
+    """Leaves in order of their tokens, of which the first `depth` have been read, under nodes of what they share, which
+    are of at least `shortest` tokens.
+
+    common: how many tokens each leaf shares with the next; None: to be counted.
+    """
+    if common is None:
+        common = [shared(one, other) for one, other in zip(leaves, leaves[1:])]  # noqa: B905
+    nodes, first = [], 0
+    for last in range(len(leaves)):
+        if last < len(common) and common[last] >= depth + shortest:
+            continue
+        if last == first:
+            leaf = leaves[first]
+            nodes.append(Node(leaf.tokens[depth:], leaf.scored, leaf.ends))
+        else:
+            end = min(common[first:last])
+            below = tree(leaves[first : last + 1], shortest, end, common[first:last])
+            nodes.append(Node(leaves[first].tokens[depth:end], children=below))
+        first = last + 1
+    return nodes
+
+
+def shared(one: Node, other: Node) -> int:
+    """Tokens that two sequences begin with alike, within the contexts of both."""
+    low, high = 0, min(len(one.tokens) - one.scored, len(other.tokens) - other.scored) + 1
+    while low < high:  # the first `low` are alike, the first `high + 1` are not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one.tokens[low:middle] == other.tokens[low:middle] else (low, middle - 1)
+    return low
+
+
+def batches(nodes: Sequence[Node], limit: int) -> Iterator[list[Node]]:
+    """Subtrees that run together: of like sizes, with at most `limit` tokens; or one."""
+    batch: list[Node] = []
+    tokens = 0
+    for node in sorted(nodes, key=lambda node: -node.size):
+        padded = (len(batch) + 1) * batch[0].size if batch else 0
+        if batch and (tokens + node.size > limit or padded > PADDED * limit):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(node)
+        tokens += node.size
+    if batch:
+        yield batch

@@ -1,0 +1,128 @@
+"""Trains Medusa heads for a model on a text file, for generate.py --draft medusa. The model stays as it is.
+
+    python scripts/train_medusa.py --checkpoint_path checkpoints/tiny --text stories.txt --out medusa_lm_head.pt
+
+A text of the model's own serves best: heads learn what it goes on to say. Head i learns the token i + 2 positions after
+the one that the model has run (Cai et al. 2024, arXiv 2401.10774, section 2.1). The file has the public layout; with
+--vocabulary, heads tell only the most frequent tokens of the text apart, which the file names ("tokens").
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache import NoCache
+from checkpoint import load_model, read_checkpoint, write_whole
+from hub import locate
+from model import Transformer
+from plan import keep_freed_memory
+from report import OneLineParser
+from tokenizer import load_tokenizer
+
+WINDOW = 256  # tokens that the model sees together
+BATCH = 512  # tokens of a training step
+PEAK_LEARNING_RATE = 2e-3
+HEAD_LOSS = 0.8  # a head's weight in the loss, against that of the one before
+
+
+@torch.no_grad()
+def read_text(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """tokens [L] -> what heads see of each, [windows,WINDOW,dim], and the tokens [windows,WINDOW]."""
+    windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+    positions = torch.arange(WINDOW)
+    seen = [model.norm(model.hidden(part, positions.expand_as(part), NoCache())) for part in windows.split(8)]
+    return torch.cat(seen), windows
+
+
+def training_pairs(seen: Tensor, windows: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """What heads see [L,dim], and the token that each is to tell [L,heads]."""
+    length = WINDOW - heads - 1
+    ahead = torch.arange(2, heads + 2) + torch.arange(length)[:, None]  # [length,heads]
+    return seen[:, :length].flatten(0, 1), windows[:, ahead].flatten(0, 1)
+
+
+def frequent(tokens: Tensor, size: int, vocabulary: int) -> Tensor | None:
+    """The most frequent tokens, in ascending order; None: all."""
+    if not 0 < size < vocabulary:
+        return None
+    return tokens.bincount(minlength=vocabulary).topk(size).indices.sort().values
+
+
+def run_head(head: list[Tensor], x: Tensor) -> Tensor:
+    """x [L,dim] -> logits [L,tokens]."""
+    weight, bias, output = head
+    return F.linear(x + F.silu(F.linear(x, weight, bias)), output)
+
+
+def train(heads: list[list[Tensor]], seen: Tensor, targets: Tensor, steps: int, seed: int) -> None:
+    """targets: [L,heads], -1 where a token is not one of the heads'."""
+    optimizer = torch.optim.AdamW([tensor for head in heads for tensor in head], weight_decay=0.0)
+    generator, begin, right = torch.Generator().manual_seed(seed), time.perf_counter(), [0.0] * len(heads)
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LEARNING_RATE * (1 - 0.95 * step / steps)
+        some = torch.randint(len(seen), (BATCH,), generator=generator)
+        for index, head in enumerate(heads):
+            logits, target = run_head(head, seen[some]), targets[some, index]
+            (HEAD_LOSS**index * F.cross_entropy(logits, target, ignore_index=-1)).backward()
+            right[index] += 0.05 * ((logits.argmax(-1) == target).float().mean().item() - right[index])
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps:
+            shares, seconds = ", ".join(f"{each:.0%}" for each in right), time.perf_counter() - begin
+            print(f"step {step}/{steps}, {seconds:.0f} s, right by head: {shares}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = OneLineParser(description="Train Medusa heads for a model on a text file.")
+    parser.add_argument("--checkpoint_path", required=True)
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8; the more like what is to be drawn, the better")
+    parser.add_argument("--out", type=Path, required=True, help="such as medusa_lm_head.pt")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=0, help="tokens that heads tell apart; default: all")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of the text, at most")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        if min(options.heads, options.steps) < 1:
+            raise ValueError(f"heads {options.heads} and steps {options.steps} must be at least 1")
+        checkpoint = read_checkpoint(locate(options.checkpoint_path))
+        tokenizer, args = load_tokenizer(checkpoint.folder), checkpoint.args
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        stories = options.text.read_text("utf-8").split("<|endoftext|>")
+        tokens = torch.tensor([id for story in stories for id in bos + tokenizer.encode(story.strip())])
+        tokens = tokens[: options.tokens]
+        if len(tokens) < 2 * WINDOW:
+            raise ValueError(f"{options.text} has {len(tokens)} tokens: give at least {2 * WINDOW}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    keep_freed_memory()
+    model = load_model(checkpoint, "cpu", torch.float32)
+    ids = frequent(tokens, options.vocabulary, args.vocab_size)
+    seen, targets = training_pairs(*read_text(model, tokens), options.heads)
+    output = model.output.weight
+    if ids is not None:
+        place = torch.full((args.vocab_size,), -1)
+        place[ids] = torch.arange(len(ids))
+        targets, output = place[targets], output[ids]
+    # A head begins as the model's own: its block adds nothing.
+    blocks = (torch.zeros(args.dim, args.dim), torch.zeros(args.dim))
+    heads = [[t.clone().requires_grad_() for t in (*blocks, output)] for _ in range(options.heads)]
+    train(heads, seen, targets, options.steps, options.seed)
+    names = ("0.linear.weight", "0.linear.bias", "1.weight")
+    pairs = (zip(names, head, strict=True) for head in heads)
+    state = {f"{index}.{name}": tensor.detach() for index, head in enumerate(pairs) for name, tensor in head}
+    write_whole(state if ids is None else state | {"tokens": ids}, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
