@@ -121,8 +121,8 @@ class Engine:
     def prepare(self, plan: Plan) -> None:
         """Packs the weights and compiles the step, where the plan has it so and it has not been done."""
         if plan.packed and not self.packed:
-            pack_linears(self.model)
-            self.packed = True
+            pack_linears(self.model, plan.packed_tied > 0)
+            self.packed, self.weights = True, self.weights.with_packed(plan.packed_tied)
         if plan.compiled and self.compiled is None:
             self.compiled = compiled(partial(decode, self.model, uniform))
 

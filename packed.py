@@ -107,9 +107,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Packs every plain linear layer, or one that was dequantised, that is large enough."""
+def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
+    """Packs every plain linear layer, or one that was dequantised, that is large enough. tied_output: an output that is
+    the embedding too, which then is held twice."""
     swap_linears(model, lambda name, linear: PackedLinear(linear) if linear.weight.numel() >= SMALLEST else None)
+    if tied_output:
+        model.output = PackedLinear(model.output)  # type: ignore[arg-type]
 
 
 BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache

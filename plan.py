@@ -8,9 +8,10 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -23,16 +24,22 @@ from packed import SMALLEST, can_pack, multiplies_bfloat16
 @dataclass(frozen=True)
 class Weights:
     """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
-    is not the output too. experts: those among them of which it reads but what its rows choose."""
+    is not the output too. experts: those among them of which it reads but what its rows choose. tied: an embedding that
+    is the output too, of which a packed copy may be made."""
 
     total: int
     per_step: int
     experts: int = 0
+    tied: int = 0
 
     def read(self, mixture: Mixture | None, rows: int) -> int:
         """What a step of so many rows is expected to read, were every expert equally likely."""
         unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
         return self.per_step - round(unread)
+
+    def with_packed(self, tied: int) -> Self:
+        """With a packed copy of the tied output, of so many bytes; 0: without, for good."""
+        return replace(self, total=self.total + tied, tied=0)
 
 
 def weigh(model: Transformer) -> Weights:
@@ -45,7 +52,8 @@ def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
     """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if is_expert(name, args.mixture))
-    return Weights(total, total if args.tied_output else total - sizes["tok_embeddings.weight"], experts)
+    embedding = sizes["tok_embeddings.weight"]
+    return Weights(total, total, experts, embedding) if args.tied_output else Weights(total, total - embedding, experts)
 
 
 def is_expert(name: str, mixture: Mixture) -> bool:
@@ -95,6 +103,7 @@ class Plan:
     compiled: bool
     compile_reason: str
     packed: bool
+    packed_tied: int  # bytes of the packed copy of a tied output
 
     @property
     def waves(self) -> int:
@@ -113,7 +122,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """All that is held while the rows that run together decode."""
-        return self.weights.total + self.context + self.decoded + self.workspace
+        return self.weights.total + self.packed_tied + self.context + self.decoded + self.workspace
 
     @property
     def per_step(self) -> int:
@@ -128,10 +137,14 @@ class Plan:
         number = self.mixture.expected(self.rows_at_once)
         return f", of {number:.1f} of {self.mixture.experts} experts a layer, were all equally likely"
 
+    @property
+    def packed_twice(self) -> str:
+        return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
+
     def __str__(self) -> str:
         return "\n".join(
             (
-                f"weights                     {human(self.weights.total):>10}",
+                f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
                 f"scores, logits, copies      {human(self.workspace):>10}",
@@ -186,6 +199,8 @@ def plan_run(
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, context + work.max_new_tokens / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
+    packed = choose_packing(device, dtype, args, steps, rows)
+    left = available - weights.total - max(read, held + widened + rows * each)
     return Plan(
         workload=work,
         weights=weights,
@@ -200,7 +215,8 @@ def plan_run(
         rows_at_once=rows,
         compiled=compiled,
         compile_reason=why,
-        packed=choose_packing(device, dtype, args, steps, rows),
+        packed=packed,
+        packed_tied=weights.tied if packed and weights.tied <= left else 0,
     )
 
 

@@ -87,6 +87,8 @@ def test_what_is_shared_or_small_stays(monkeypatch):
     model = random_model(replace(GQA, tied_output=True), torch.float32)
     pack_linears(model)
     assert model.output.weight is model.tok_embeddings.weight
+    pack_linears(model, tied_output=True)
+    assert isinstance(model.output, PackedLinear) and isinstance(model.tok_embeddings.weight, torch.nn.Parameter)
     assert not isinstance(model.layers[0].attention.wk, PackedLinear)
     assert isinstance(model.layers[0].feed_forward.w2, PackedLinear)
 

@@ -213,6 +213,19 @@ def test_packing_follows_the_rows_and_steps_that_run():
     assert plan(large, Workload(50, 4, 1, runs=20)).packed
 
 
+@pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
+def test_a_tied_output_is_packed_where_its_copy_fits():
+    large = replace(GQA, dim=512, hidden_dim=512, tied_output=True)
+    twice = plan(large, Workload(50, 4, 200))
+    embedding = 4 * large.vocab_size * large.dim
+    assert twice.packed_tied == embedding and "of the tied output, packed" in str(twice)
+    once = plan(large, Workload(50, 4, 200), twice.needed - 1)
+    assert once.packed and once.packed_tied == 0 and once.needed == twice.needed - embedding
+    assert plan(large, Workload(50, 3, 200)).packed_tied == 0, "one of few rows packs nothing"
+    after = plan_run(large, twice.weights.with_packed(embedding), Workload(50, 4, 200), CPU, torch.float32, 1 << 40)
+    assert after.packed_tied == 0 and after.needed == twice.needed, "counted once"
+
+
 def test_a_prompt_whose_reading_was_compiled_has_no_time_of_its_own():
     """The first run's prefill is mostly the compiler's; that of the others is not."""
     planned, runs = plan(GQA, Workload(50, 1, 200), compile=False), [Stopwatch(), Stopwatch()]
