@@ -63,6 +63,7 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
             if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
+                    made._forward_hooks.update(child._forward_hooks)  # such as the gathering of a divided output
                     setattr(parent, name, made)
 
 

@@ -42,6 +42,7 @@ KINDS = {
     "alibi": (replace(BASE, alibi=True, windows=(None, 4), score_softcap=2.0, post_norms=True), None),
     "experts": (replace(BASE, mixture=Mixture(5, 2, 48, True, shared=32, dense=(1,))), None),
     "int8": (replace(BASE, mixture=Mixture(3, 2, 48, False)), "int8"),
+    "packed": (replace(BASE, dim=512, hidden_dim=512, vocab_size=512), None),  # large enough, in the longest request
     "int4": (BASE, "int4"),  # at 4 ranks, attention.wo is cut inside its groups of 32
 }
 
@@ -72,6 +73,7 @@ def requests() -> list[Request]:
         Request(1, 9, sampling, seed=1),
         Request(3, 12, sampling, seed=2, prefill_chunk=4),
         Request(5, 9, sampling, seed=3, rows_at_once=2),
+        Request(4, 20, sampling, seed=5),
         Request(3, 6, Sampling(0), seed=4, attention="contiguous"),
     ]
 
@@ -146,7 +148,7 @@ def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
 def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     """Every kind of network, N = 1, 3 and 5; and a rank holds its part of the weights and no more. At 4 those that are
     cut otherwise than at 2."""
-    kinds = checkpoints if world == 2 else ("gqa", "mqa", "int4")
+    kinds = checkpoints if world == 2 else ("gqa", "mqa", "packed", "int4")
     cases = [(name, checkpoints[name], PROMPT, requests(), False) for name in kinds]
     if world == 2:  # one graph, with the sums in it
         shallow = saved(tmp_path, "shallow", replace(BASE, n_layer=1), None)
