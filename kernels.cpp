@@ -1,4 +1,4 @@
-// Attention over a chain of caches, and products with int8 and int4 weights, on a CPU. Loaded by kernels.py.
+// Attention over a chain of caches, and products with weights as they are held, on a CPU. Loaded by kernels.py.
 //
 // Attention is that of FlashAttention 2 (Dao 2023, arXiv 2307.08691): keys come in blocks that stay in the cache, the
 // softmax is kept as a running peak and total per query, and no score is held. Where heads are few the keys are split
@@ -9,7 +9,7 @@
 //   wide    queries lie in the lanes of a vector; keys and values are scalars, broadcast from where they lie: neither
 //           is ever transposed or laid out anew, and peak, total, mask and bias are vertical operations.
 //   narrow  for fewer queries than half a vector: the head dimension lies in the lanes.
-// A product with a quantised weight is the score product of the same two forms, its outputs in the place of keys.
+// A product with a weight is the score product of the same two forms, its outputs in the place of keys.
 //
 // Letters as in cache.py: N rows, S positions, H query heads, G key/value heads, P = H / G, D head dimension; R rows of
 // one cache, L its slots. Scores, sums and the softmax are in fp32.
@@ -190,23 +190,28 @@ inline vec sums(vec* x) {
 }
 
 // out[q * pitch + i] = the sum over j < D of a[i * row + j] * x[q * apart + j], for W / Q rows of a and Q of x. W
-// divides D. Of fewer rows the last is repeated, so out has room for all.
+// divides D. A row of a is read to its end before the next, as memory is read fastest, in CHAINS sums at once. Of fewer
+// rows the last is repeated, so out has room for all.
 template <int Q, class E>
 inline void dots(const E* a, long row, int rows, const float* x, long apart, long D, float* out, long pitch) {
-    constexpr int I = W / Q;
+    constexpr int I = W / Q, CHAINS = Q == 1 ? 4 : 2;
     vec sum[W];
-    const E* at[I];
+    for (int i = 0; i < I; i++) {
+        const E* at = a + std::min(i, rows - 1) * row;
+        vec part[CHAINS][Q] = {};
+        long j = 0;
+        for (; j + CHAINS * W <= D; j += CHAINS * W)
 #pragma GCC unroll 16
-    for (int i = 0; i < I; i++) at[i] = a + std::min(i, rows - 1) * row;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; i++) sum[i] = vec{};
-    for (long j = 0; j < D; j += W)
-#pragma GCC unroll 16
-        for (int i = 0; i < I; i++) {
-            vec y = load(at[i] + j);
-#pragma GCC unroll 16
-            for (int q = 0; q < Q; q++) sum[q * I + i] += y * load(x + q * apart + j);
+            for (int k = 0; k < CHAINS * Q; k++)
+                part[k / Q][k % Q] += load(at + j + k / Q * W) * load(x + k % Q * apart + j + k / Q * W);
+        for (; j < D; j += W)
+            for (int q = 0; q < Q; q++) part[0][q] += load(at + j) * load(x + q * apart + j);
+        for (int q = 0; q < Q; q++) {
+            vec all = part[0][q];
+            for (int k = 1; k < CHAINS; k++) all += part[k][q];
+            sum[q * I + i] = all;
         }
+    }
     vec total = sums(sum);
     for (int q = 0; q < Q; q++) memcpy(out + q * pitch, (float*)&total + q * I, 4 * I);
 }
@@ -613,13 +618,13 @@ void attend(const Plan& plan) {
     }
 }
 
-// --- Products with quantised weights ---
+// --- Products with weights ---
 
 constexpr int OUTPUTS = 48, INPUTS = 256;  // of a weight's block, widened at a time
 
 // y [rows,outputs] = x [rows,inputs] times the weight's transpose. values: int8 [outputs,inputs], and scales [outputs];
 // or with zeros, two 4-bit codes in a byte, the even input in the upper half: (code - 8) * scale + zero, these
-// [outputs,inputs / group]. 32 divides inputs and group.
+// [outputs,inputs / group]; or without scales, in the type of x, for rows that are narrow. 32 divides inputs and group.
 struct Product {
     const void* x;
     void* y;
@@ -672,7 +677,7 @@ void pack_row(const Product& p, int i, bool is_wide, float* to) {
 
 template <class T>
 inline void put_product(const Product& p, long row, long o, float x) {
-    put_number((T*)p.y + row * p.outputs + o, p.zeros ? x : x * number(p.scales[o]));
+    put_number((T*)p.y + row * p.outputs + o, p.zeros || !p.scales ? x : x * number(p.scales[o]));
 }
 
 // Up to QUERIES rows from `row` on, n outputs from o on.
@@ -708,7 +713,11 @@ void multiply_narrow(const Product& p, const float* x, long row, long o, int n, 
     for (int i = 0; i < n; i += I) {
         float sum[W] = {}, part[W];
         int outputs = std::min(I, n - i);
-        if (!p.zeros) dots<Q>(p.values + (o + i) * p.inputs, p.inputs, outputs, x, p.inputs, p.inputs, sum, I);
+        long at = (o + i) * p.inputs;
+        if (!p.scales)
+            dots<Q>((const T*)p.values + at, p.inputs, outputs, x, p.inputs, p.inputs, sum, I);
+        else if (!p.zeros)
+            dots<Q>(p.values + at, p.inputs, outputs, x, p.inputs, p.inputs, sum, I);
         for (long j = 0; p.zeros && j < p.inputs; j += 2 * INPUTS) {
             int m = std::min<long>(2 * INPUTS, p.inputs - j);
             for (int k = 0; k < outputs; k++) unpack<Single>(p, o + i + k, j, m, room.keys + k * m);

@@ -1,5 +1,5 @@
 """Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches, and
-products with int8 and int4 weights.
+products with weights in int8 and int4, and of one or two rows with plain ones.
 
 The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, a build fails,
 or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete this file and the lines
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rotary import ScoreMod
@@ -37,6 +38,7 @@ BUILD_SECONDS = 120  # after which a compiler is given up
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
 LARGEST_HEAD_DIM = 256
+STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
 
 
 @dataclass(frozen=True)
@@ -214,18 +216,26 @@ def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
-    """Whether `quantised_linear` takes weights of such a shape on a CPU, and is there."""
+    """Whether the operators take weights of such a shape on a CPU, and are there."""
     fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
     return fits and library().functions is not None
 
 
-def run_linear(x: Tensor, values: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
+    are as few as to wait for it; of more rows PyTorch's product is faster."""
+    if x.numel() > STREAMED_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return run_linear(x, weight, None, None, bias)
+
+
+def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
     """x [...,in] -> [...,out]. An Int8Weight of packed.py; with zeros, an Int4Weight. Sums are in fp32."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     product, x = linear_shape(x, values), x.contiguous()
     inputs = x.shape[-1]
-    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), scales.data_ptr(), address(zeros)]
+    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
     group = inputs if zeros is None else inputs // zeros.shape[1]
     sizes = [x.numel() // inputs, values.shape[0], inputs, group, TYPES[x.dtype], torch.get_num_threads()]
     functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes))
@@ -247,3 +257,6 @@ OPERATORS.impl("attend", attend_shape, "Meta")
 OPERATORS.define("quantised_linear(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
 OPERATORS.impl("quantised_linear", run_linear, "CPU")
 OPERATORS.impl("quantised_linear", linear_shape, "Meta")
+OPERATORS.define("streamed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+OPERATORS.impl("streamed_linear", run_streamed, "CPU")
+OPERATORS.impl("streamed_linear", linear_shape, "Meta")

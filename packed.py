@@ -63,8 +63,13 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
             if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
-                    made._forward_hooks.update(child._forward_hooks)  # such as the gathering of a divided output
-                    setattr(parent, name, made)
+                    take_place(parent, name, made)
+
+
+def take_place(parent: nn.Module, name: str, made: nn.Module) -> None:
+    """Puts a layer in the place of a child, whose hooks it keeps, such as the gathering of a divided output."""
+    made._forward_hooks.update(parent._modules[name]._forward_hooks)  # type: ignore[union-attr]
+    setattr(parent, name, made)
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
@@ -87,12 +92,40 @@ def multiply_shape(x: Tensor, bias: Tensor | None, number: int, features: int) -
     return x.new_empty(*x.shape[:-1], features)
 
 
+class StreamedLinear(nn.Linear):
+    """nn.Linear, of whose weight one or two rows are multiplied by the operator of kernels.py."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, streamed"
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.bifurcated.streamed_linear(x, self.weight, self.bias)
+
+
+def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
+    """Whether a plain weight is read faster so: on a CPU, but not in bfloat16 where oneDNN has instructions for it."""
+    fast = dtype == torch.bfloat16 and multiplies_bfloat16()
+    return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
+
+
+def stream_linears(model: nn.Module) -> None:
+    """Makes one or two rows stream the weight of every plain linear layer that is large enough, shared ones too."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).forward is nn.Linear.forward and child.weight.numel() >= SMALLEST:
+                if streams(child.weight.device, child.weight.dtype, child.in_features):
+                    take_place(parent, name, StreamedLinear(child))
+
+
 class PackedLinear(HeldLinear):
     """nn.Linear, its weight packed by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, packed"
+        self.kernel = f"{getattr(linear, 'kernel', 'plain').removesuffix(', streamed')}, packed"
         self.bias, self.features, self.number = linear.bias, linear.out_features, next(NUMBERS)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         WEIGHTS[self.number] = self.packed
@@ -113,7 +146,7 @@ def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
     the embedding too, which then is held twice."""
     swap_linears(model, lambda name, linear: PackedLinear(linear) if linear.weight.numel() >= SMALLEST else None)
     if tied_output:
-        model.output = PackedLinear(model.output)  # type: ignore[arg-type]
+        take_place(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
 
 
 BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache

@@ -17,8 +17,9 @@ import torch
 
 from bifurcated_attention import has_fused
 from experts import Mixture
+from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
-from packed import SMALLEST, can_pack, multiplies_bfloat16
+from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,8 @@ def plan_run(
     available: int,
     compile: bool | None = None,
 ) -> Plan:
-    """The plan for a workload. compile None: where it pays. A context in int8 is so once it has been read. Raises
-    ValueError where not even one sample fits into `available` bytes."""
-    context, kv_dtype = work.context, work.kv_dtype
-    token = args.kv_values_per_token * dtype.itemsize
+    """The plan for a workload. compile None: where it pays. Raises ValueError where not one sample fits `available`."""
+    context, token = work.context, args.kv_values_per_token * dtype.itemsize
     own = work.max_new_tokens + work.drafted
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
@@ -181,7 +180,7 @@ def plan_run(
     workspace = max(scores, args.vocab_size * 8 * positions) * (2 if device.type == "cuda" else 1)
     read = held = context * token  # while the prompt is read, and after that
     widened = 0
-    if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
+    if work.kv_dtype == "int8":  # once read, and two copies of one layer in the network's dtype, while it is widened
         widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     read, held = (size + context * work.draft_token for size in (read, held))
@@ -197,9 +196,9 @@ def plan_run(
     rows = -(-work.num_samples // waves)  # waves of one size
     steps = work.runs * waves * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
-    seconds = estimate_step(args, device, dtype, context + work.max_new_tokens / 2, rows, step_bytes)
+    seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
-    packed = choose_packing(device, dtype, args, steps, rows)
+    packed = choose_packing(device, dtype, args, steps, rows * positions)
     left = available - weights.total - max(read, held + widened + rows * each)
     return Plan(
         workload=work,
@@ -326,18 +325,18 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03; and
-# the rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
+# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03.
 REPAYS_PACKING = 20
-PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps, of so many rows: where the feed-forward ones are
-    large enough, and it is repaid. Experts are most of a mixture, and see their share of the rows."""
+    """Whether to pack the weights for a run of so many decode steps, of so many rows (or of one row's positions): where
+    the feed-forward ones are large enough, it is repaid, and the rows are not so few that plain weights are streamed.
+    Experts are most of a mixture, and see their share of the rows."""
     large = args.dim * args.hidden_dim >= SMALLEST
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
-    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and seen >= PACK_FROM_ROWS[dtype]
+    few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and not few
 
 
 # Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly

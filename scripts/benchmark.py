@@ -46,14 +46,14 @@ from graphs import Step, StepInput
 from kernels import attend_chain
 from layouts import Int8Context, SDPACache
 from model import ModelArgs, Transformer, empty_model
-from packed import Quantised, can_pack, kernels, make_linear, pack_linears, swap_linears
+from packed import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
-    PACK_FROM_ROWS,
     Plan,
     Workload,
     available_memory,
     choose_device,
     choose_dtype,
+    choose_packing,
     human,
     keep_freed_memory,
     plan_run,
@@ -203,10 +203,15 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
     return model
 
 
-def model_of(options: argparse.Namespace, args: ModelArgs) -> Transformer:
-    """A model to be timed: as generate.py would run it for long (in fp32 that packs from four rows on, this always)."""
+def packs(options: argparse.Namespace, args: ModelArgs, rows: int) -> bool:
+    """Whether generate.py would pack the weights for a long run of so many rows."""
+    return options.pack and choose_packing(options.device, options.dtype, args, 1 << 20, rows)
+
+
+def model_of(options: argparse.Namespace, args: ModelArgs, rows: int) -> Transformer:
+    """A model to be timed in steps of so many rows: as generate.py would run it for long."""
     model = random_model(args, options.device, options.dtype)
-    if options.pack:
+    if packs(options, args, rows):
         pack_linears(model)
     return model
 
@@ -308,13 +313,15 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
     device, empty = options.device, empty_model(args).to(options.dtype)
     if weigh(empty).total > available_memory(device):
         raise ValueError(f"the weights of {shape} need {human(weigh(empty).total)}: choose a smaller --shape")
-    model = model_of(options, args)
     steps = {}
-    for is_compiled in (False, True):
-        engine = Engine(model)
-        plan = replace(plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"]), compiled=is_compiled, packed=False)
-        engine.prepare(plan)
-        steps[is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
+    for packed, rows in {packs(options, args, rows): rows for rows in options.num_samples}.items():
+        model = model_of(options, args, rows)
+        for is_compiled in (False, True):
+            engine = Engine(model)
+            plan = plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"])
+            plan = replace(plan, compiled=is_compiled, packed=False)
+            engine.prepare(plan)
+            steps[packed, is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
         for rows in options.num_samples:
@@ -332,7 +339,8 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
                 ms, note = None, f"needs {human(memory)}"
                 release_freed_memory(device)
                 if extra <= available_memory(device):
-                    ms, note = attempt(column, root, rows, steps[column.compiled], options)
+                    step = steps[packs(options, args, rows), column.compiled]
+                    ms, note = attempt(column, root, rows, step, options)
                 yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
 
 
@@ -416,7 +424,7 @@ def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -
 @torch.no_grad()
 def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
-    model = model_of(options, args)
+    model = model_of(options, args, max(EVERY_N))
     engine = Engine(model)
     yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
     for context in options.context:
@@ -491,7 +499,7 @@ def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
             if quantiser := QUANTISERS.get(name):
                 hold(model, quantiser, rows)
             weights = weigh(model)
-            if options.pack:
+            if packs(options, args, rows):
                 pack_linears(model)
             engine = Engine(model, compile=False)
             cache = share(random_context(args, context, model.norm.weight), rows, min(MOST_SLOTS, options.steps + 8))
@@ -533,7 +541,7 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
     if world == 1:
         raise ValueError("--preset tp takes ranks: torchrun --standalone --nproc_per_node=2 scripts/benchmark.py ...")
     part = shard_of(options, args, ranks.shard)
-    whole = model_of(options, args) if ranks.leads else part
+    whole = model_of(options, args, max(EVERY_N)) if ranks.leads else part
 
     def ms(model: Transformer, threads: int, shard: Shard, context: int, rows: int) -> float:
         torch.set_num_threads(threads)
@@ -565,9 +573,9 @@ def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> 
     """What kernels.py has, eagerly, against the same without it, as Markdown. The limit is that of reading the context,
     or of a matrix product's rate; of weights, none."""
     yield "| what | N | ms | without, ms | without / with | limit / ms |\n|---|---|---|---|---|---|"
-    model = model_of(options, args)
-    like = model.norm.weight
     for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+        model = model_of(options, args, rows)
+        like = model.norm.weight
         plain, int8 = random_context(args, context, like), Int8Context(random_context(args, context, like))
         q = torch.randn(rows, args.n_head, 1, args.head_dim, dtype=like.dtype)
         where = torch.full((rows, 1), context)
@@ -577,6 +585,11 @@ def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> 
             sides = (partial(all_layers, way, cache, q, where) for way in (attend_chain, attend_by_torch))
             limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)
             yield in_turns(f"{name}, {context} tokens", rows, limit, *sides)
+        if not packs(options, args, rows):
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            sides = (partial(products, each, rows) for each in (list(map(StreamedLinear, linears)), linears))
+            limit = sum(linear.weight.nbytes for linear in linears) / rates.bandwidth
+            yield in_turns("products with plain weights", rows, limit, *sides)
         steps = [step_over(options, args, model, way(plain, rows, 8), context) for way in (share, by_torch)]
         yield in_turns("step", rows, 0, *steps)
         for name, quantiser in QUANTISERS.items():
@@ -592,6 +605,11 @@ def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> 
         theirs = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
         limit = 2 * args.n_head * args.head_dim * context**2 / rates.operations
         yield in_turns(f"prompt of {context}, one layer, against SDPA", 1, limit, ours, theirs)
+
+
+def products(linears: Iterable[nn.Linear], rows: int) -> None:
+    for linear in linears:
+        linear(torch.ones(rows, 1, linear.in_features, dtype=linear.weight.dtype))
 
 
 def all_layers(way: Callable[..., Tensor], cache: KVCache, q: Tensor, input_pos: Tensor) -> None:
@@ -677,7 +695,7 @@ def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Ite
 
     for context, rows in itertools.product(options.context, options.num_samples):
         root = random_context(args, context, model.norm.weight)
-        if options.pack and rows >= PACK_FROM_ROWS[options.dtype]:  # as generate.py does, and for all that follow
+        if packs(options, args, rows):  # and for all that follow
             pack_linears(model)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:

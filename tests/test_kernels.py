@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ from torch import Tensor
 
 import cache as caches
 import kernels
-from cache import KVCache, attend_by_torch
+import packed
+from cache import KVCache, NoCache, attend_by_torch
 from engine import Engine
 from kernels import Part, attend, attend_chain
 from layouts import Int8Context
-from packed import Int4Weight, Int8Weight, Quantised, dequantise
+from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
 from rotary import ScoreMod, alibi_slopes
 from samples import Request
 from sampling import Sampling
@@ -228,6 +230,42 @@ def test_products_with_quantised_weights(kind, dtype, most, threads):
             product = torch.ops.bifurcated.quantised_linear(x, weight.values, weight.scales, zeros, None)
             expected = x.double() @ exact.T
             assert product.dtype == dtype and (product.double() - expected).norm() <= most * expected.norm(), rows
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_one_or_two_rows_stream_a_plain_weight(dtype, most, threads):
+    """Oracle: fp64; PyTorch's own product from three rows on."""
+    for outputs, inputs in ((61, 544), (7, 32), (300, 96)):
+        weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+        for shape in ((1, 1), (2, 1), (1, 2), (1, 3)):
+            x = torch.randn(*shape, inputs).to(dtype)
+            for own in (None, bias):
+                product, plain = torch.ops.bifurcated.streamed_linear(x, weight, own), F.linear(x, weight, own)
+                expected = F.linear(x.double(), weight.double(), None if own is None else own.double())
+                assert product.dtype == dtype and product.shape == plain.shape
+                assert (product.double() - expected).norm() <= most * expected.norm()
+                assert shape != (1, 3) or torch.equal(product, plain)
+
+
+def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
+    """Tied ones and experts too; hooks and numbers stay, and parameters are the same."""
+    monkeypatch.setattr("packed.SMALLEST", 1)
+    args = replace(GQA, dim=32, hidden_dim=64, tied_output=True)
+    model, plain = (random_model(args, torch.float32) for _ in range(2))
+    names, told = dict(model.named_parameters()), []
+    model.output.register_forward_hook(lambda *_: told.append(1))
+    stream_linears(model)
+    assert packed.kernels(model) == {"plain, streamed": 3 * 6 + 1, "plain": 3}, "wo has 60 inputs"
+    assert all(parameter is names[name] for name, parameter in model.named_parameters())
+    for n in (1, 2, 3):
+        tokens, at = random_tokens(args, n, 1), positions(0, n, 1)
+        torch.testing.assert_close(model(tokens, at, NoCache()), plain(tokens, at, NoCache()), rtol=0, atol=2e-4)
+    assert len(told) == 3
+    if packed.can_pack(torch.device("cpu"), torch.float32):
+        packed.pack_linears(model, tied_output=True)
+        assert packed.kernels(model) == {"plain, packed": 22}
+        model(tokens, at, NoCache())
+        assert len(told) == 4
 
 
 @pytest.mark.parametrize("args", [GQA, MQA, WINDOW, ALIBI], ids=["GQA", "MQA", "window", "ALiBi"])
