@@ -173,7 +173,8 @@ def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
     """Addresses and strides of keys and values, [R,G,L,...] each, in the order of kernels.cpp."""
     if k is None or v is None:
         return [0] * 8
-    return [k.data_ptr(), v.data_ptr(), *(each.stride(dim) for dim in range(3) for each in (k, v))]
+    of_k, of_v = k.stride(), v.stride()
+    return [k.data_ptr(), v.data_ptr(), of_k[0], of_v[0], of_k[1], of_v[1], of_k[2], of_v[2]]
 
 
 def run_attend(
@@ -233,6 +234,7 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
     """x [...,in] -> [...,out]. An Int8Weight of packed.py; with zeros, an Int4Weight. Sums are in fp32."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (values, scales, zeros))
     product, x = linear_shape(x, values), x.contiguous()
     inputs = x.shape[-1]
     tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]

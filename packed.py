@@ -346,7 +346,7 @@ class QuantisedLinear(HeldLinear):
         self.held = type(weight)
         self.bias: Tensor | None
         for name, tensor in tensors_of(weight).items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.contiguous())  # GPTQ leaves it transposed
         self.register_buffer("bias", bias)
 
     @property

@@ -232,9 +232,18 @@ def test_products_with_quantised_weights(kind, dtype, most, threads):
             assert product.dtype == dtype and (product.double() - expected).norm() <= most * expected.norm(), rows
 
 
-@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_a_layer_holds_a_weight_that_lies_transposed():
+    plain = random_weight("int4", 64, 96)
+    weight = Int4Weight(plain.values.t().contiguous().t(), plain.scales.t().contiguous().t(), plain.zeros)
+    linear, x = packed.make_linear(weight, None, torch.device("cpu"), torch.float32, 3), torch.randn(3, 1, 96)
+    assert isinstance(linear, packed.WidenedLinear) or packed.multiplies_bfloat16()
+    torch.testing.assert_close(linear(x), F.linear(x, dequantise(plain, torch.float32)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
 def test_one_or_two_rows_stream_a_plain_weight(dtype, most, threads):
-    """Oracle: fp64; PyTorch's own product from three rows on."""
+    """Oracle: fp64, with two roundings; PyTorch's own product from three rows on."""
+    torch.manual_seed(0)
     for outputs, inputs in ((61, 544), (7, 32), (300, 96)):
         weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
         for shape in ((1, 1), (2, 1), (1, 2), (1, 3)):
