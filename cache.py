@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from bifurcated_attention import Partial, fused_partial, has_fused, merge_partials, shared_attention
 from model import ModelArgs
 from rotary import ScoreMod
@@ -57,6 +58,7 @@ class KVCache:
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
+        self.over_chain = kernels.choose_attention(like, head_dim) or attend_by_torch
         # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
         self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
@@ -166,20 +168,17 @@ class KVCache:
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[:, :, end:] = theirs[:, :, :length]
 
-    def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        """Stores k, v [N,G,S,D] at input_pos [N,S]; returns bool [N,1,S,L]: the own slots that each position sees."""
+    def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
+        """Stores k, v [N,G,S,D] at input_pos [N,S]."""
         slot = input_pos - self.start[:, None]  # [N,S]
         rows = torch.arange(self.rows, device=slot.device)[:, None]  # [N,1]
         self.k[layer][rows, :, slot] = k.transpose(1, 2)
         self.v[layer][rows, :, slot] = v.transpose(1, 2)
-        return (torch.arange(self.slots, device=slot.device) <= slot[..., None])[:, None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """Writes k, v, then one partial attention per cache of the chain, merged (Attend.attend for the shapes)."""
-        visible = self.write(layer, k, v, input_pos)
-        partials = [self.partial(layer, q, visible, input_pos, mod)]
-        partials += [link.attend(layer, q, input_pos, mod) for link in self.links]
-        return merge_partials(partials)[0].to(q.dtype)
+        """Writes k, v, then attends to all of the chain (Attend.attend for the shapes)."""
+        self.write(layer, k, v, input_pos)
+        return self.over_chain(self, layer, q, input_pos, mod)
 
     def partial(
         self, layer: int, q: Tensor, visible: Tensor | None, input_pos: Tensor, mod: ScoreMod | None
@@ -193,6 +192,17 @@ class KVCache:
     def positions(self) -> Tensor:
         """The positions of the own slots, [N,L]."""
         return self.start[:, None] + torch.arange(self.slots, device=self.start.device)
+
+    def visible(self, input_pos: Tensor) -> Tensor:
+        """input_pos [N,S] -> bool [N,1,S,L]: the own slots that each position sees."""
+        return causal(input_pos, self.positions())
+
+
+def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+    """One partial attention per cache of the chain, merged. q [N,H,S,D], input_pos [N,S] -> [N,H,S,D]."""
+    partials = [cache.partial(layer, q, cache.visible(input_pos), input_pos, mod)]
+    partials += [link.attend(layer, q, input_pos, mod) for link in cache.links]
+    return merge_partials(partials)[0].to(q.dtype)
 
 
 class Link:
@@ -251,7 +261,7 @@ class Prefill:
 
     The visible keys are known on the host, so that SDPA applies: without a mask for the first chunk, with one for those
     after it. On CUDA, where SDPA has no fast kernel for a mask, and where there are ancestors, the chunk and what came
-    before it are partial attentions.
+    before it are partial attentions. Where there is a kernel for whole chains, it is a chain like any other.
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
@@ -260,15 +270,16 @@ class Prefill:
         like = cache.k[0]
         fused = has_fused(like.device, like.dtype, like.shape[-1])
         self.in_parts = fused and begin > 0 or bool(cache.links) and (fused or like.device.type == "cpu")
-        masked = begin > 0 and not self.in_parts
+        self.as_chain = cache.over_chain is not attend_by_torch or bool(cache.links) and not self.in_parts
+        masked = begin > 0 and not self.in_parts and not self.as_chain
         self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
         cache = self.cache
-        if cache.links and (mod is not None or not self.in_parts):
-            return cache.attend(layer, q, k, v, input_pos, mod)
         cache.k[layer][:, :, self.begin : self.end] = k
         cache.v[layer][:, :, self.begin : self.end] = v
+        if self.as_chain or cache.links and mod is not None:
+            return cache.over_chain(cache, layer, q, input_pos, mod)
         if mod is None and self.in_parts:
             return self.attend_in_parts(layer, q, k, v, input_pos)
         first = 0 if mod is None or mod.window is None else max(0, self.begin - mod.window + 1)

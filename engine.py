@@ -24,7 +24,7 @@ from graphs import RecordedStep, Step, StepInput, compiled
 from hub import locate
 from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer
-from packed import pack_linears
+from packed import pack_linears, stream_linears
 from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
@@ -86,6 +86,7 @@ class Engine:
             if tokenizer is None
             else tokenizer.eos_ids | {id for id in (tokenizer.bos_id,) if id is not None}
         )
+        stream_linears(model)
         self.weights = weigh(model)
         self.available = available_memory(self.device) + self.weights.total
         self.runs, self.packed = 1, False
@@ -121,8 +122,8 @@ class Engine:
     def prepare(self, plan: Plan) -> None:
         """Packs the weights and compiles the step, where the plan has it so and it has not been done."""
         if plan.packed and not self.packed:
-            pack_linears(self.model)
-            self.packed = True
+            pack_linears(self.model, plan.packed_tied > 0)
+            self.packed, self.weights = True, self.weights.with_packed(plan.packed_tied)
         if plan.compiled and self.compiled is None:
             self.compiled = compiled(partial(decode, self.model, uniform))
 

@@ -49,7 +49,7 @@ def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
     for each in (cache, *(link.cache for link in cache.links)):
         marks += [(tensor, dim) for tensor in each.tensors for dim in (0, 2)] + [(each.start, 0)]
     for link in cache.links:
-        marks += [(tensor, 0) for tensor in (link.length, link.group, link.place) if tensor is not None]
+        marks += [(tensor, 0) for tensor in (link.index, link.length, link.group, link.place) if tensor is not None]
     for tensor, dim in marks:
         if tensor.shape[dim] > 1:
             torch._dynamo.mark_dynamic(tensor, dim)

@@ -22,7 +22,8 @@ class SDPACache(KVCache):
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        mask = self.write(layer, k, v, input_pos)  # [N,1,S,L]
+        self.write(layer, k, v, input_pos)
+        mask = self.visible(input_pos)  # [N,1,S,L]
         k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
         for link in self.links:
             visible = link.visible()

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from experts import GroupedLinear
+from kernels import multiplies
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
@@ -62,8 +63,13 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
             if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
-                    made._forward_hooks.update(child._forward_hooks)  # such as the gathering of a divided output
-                    setattr(parent, name, made)
+                    take_place(parent, name, made)
+
+
+def take_place(parent: nn.Module, name: str, made: nn.Module) -> None:
+    """Puts a layer in the place of a child, whose hooks it keeps, such as the gathering of a divided output."""
+    made._forward_hooks.update(parent._modules[name]._forward_hooks)  # type: ignore[union-attr]
+    setattr(parent, name, made)
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
@@ -86,12 +92,40 @@ def multiply_shape(x: Tensor, bias: Tensor | None, number: int, features: int) -
     return x.new_empty(*x.shape[:-1], features)
 
 
+class StreamedLinear(nn.Linear):
+    """nn.Linear, of whose weight one or two rows are multiplied by the operator of kernels.py."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, streamed"
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.bifurcated.streamed_linear(x, self.weight, self.bias)
+
+
+def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
+    """Whether a plain weight is read faster so: on a CPU, but not in bfloat16 where oneDNN has instructions for it."""
+    fast = dtype == torch.bfloat16 and multiplies_bfloat16()
+    return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
+
+
+def stream_linears(model: nn.Module) -> None:
+    """Makes one or two rows stream the weight of every plain linear layer that is large enough, shared ones too."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).forward is nn.Linear.forward and child.weight.numel() >= SMALLEST:
+                if streams(child.weight.device, child.weight.dtype, child.in_features):
+                    take_place(parent, name, StreamedLinear(child))
+
+
 class PackedLinear(HeldLinear):
     """nn.Linear, its weight packed by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, packed"
+        self.kernel = f"{getattr(linear, 'kernel', 'plain').removesuffix(', streamed')}, packed"
         self.bias, self.features, self.number = linear.bias, linear.out_features, next(NUMBERS)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         WEIGHTS[self.number] = self.packed
@@ -107,9 +141,12 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Packs every plain linear layer, or one that was dequantised, that is large enough."""
+def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
+    """Packs every plain linear layer, or one that was dequantised, that is large enough. tied_output: an output that is
+    the embedding too, which then is held twice."""
     swap_linears(model, lambda name, linear: PackedLinear(linear) if linear.weight.numel() >= SMALLEST else None)
+    if tied_output:
+        take_place(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
 
 
 BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache
@@ -309,7 +346,7 @@ class QuantisedLinear(HeldLinear):
         self.held = type(weight)
         self.bias: Tensor | None
         for name, tensor in tensors_of(weight).items():
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.contiguous())  # GPTQ leaves it transposed
         self.register_buffer("bias", bias)
 
     @property
@@ -346,6 +383,16 @@ class Int4PackLinear(QuantisedLinear):
         )
 
 
+class WidenedLinear(QuantisedLinear):
+    """The operator of kernels.py: a weight is read in its few bytes, and widened in registers, at any row count."""
+
+    kernel = "widened"
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = getattr(self, "zeros", None)
+        return torch.ops.bifurcated.quantised_linear(x, self.values, self.scales, zeros, self.bias)
+
+
 class TinygemmLinear(HeldLinear):
     """PyTorch's operator for int4 weights on CUDA."""
 
@@ -367,7 +414,14 @@ class TinygemmLinear(HeldLinear):
 
 LINEARS: dict[str, Callable[..., nn.Module]] = {
     linear.kernel: linear
-    for linear in (DequantisedLinear, QuantisedLinear, Int8PackLinear, Int4PackLinear, TinygemmLinear)
+    for linear in (
+        DequantisedLinear,
+        QuantisedLinear,
+        Int8PackLinear,
+        Int4PackLinear,
+        WidenedLinear,
+        TinygemmLinear,
+    )
 }
 
 # The sizes of groups that PyTorch's operators for int4 take.
@@ -384,11 +438,19 @@ PACK_ROWS = {
 }
 
 
+# The most rows of a decode step at which the operator of kernels.py beats all others, by the same. Where there are
+# instructions for bfloat16 it has not been measured, and an estimate stands here.
+WIDEN_ROWS = {True: 16, False: math.inf}
+
+
 def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
     """What multiplies fastest in decode steps of so many rows: a key of LINEARS."""
     outputs, inputs = weight.shape
     groups = isinstance(weight, Int8Weight) or weight.groupsize in PACK_GROUPS
     if device.type == "cpu":
+        groupsize = inputs if isinstance(weight, Int8Weight) else weight.groupsize
+        if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize):
+            return "widened"
         # Of other sizes the operators raise, and the one for int8 reads past the end of its weight.
         fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
         fewest, most = PACK_ROWS[weight.kind, multiplies_bfloat16()]

@@ -8,31 +8,39 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from bifurcated_attention import has_fused
 from experts import Mixture
+from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
-from packed import SMALLEST, can_pack, multiplies_bfloat16
+from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 
 
 @dataclass(frozen=True)
 class Weights:
     """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
-    is not the output too. experts: those among them of which it reads but what its rows choose."""
+    is not the output too. experts: those among them of which it reads but what its rows choose. tied: an embedding that
+    is the output too, of which a packed copy may be made."""
 
     total: int
     per_step: int
     experts: int = 0
+    tied: int = 0
 
     def read(self, mixture: Mixture | None, rows: int) -> int:
         """What a step of so many rows is expected to read, were every expert equally likely."""
         unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
         return self.per_step - round(unread)
+
+    def with_packed(self, tied: int) -> Self:
+        """With a packed copy of the tied output, of so many bytes; 0: without, for good."""
+        return replace(self, total=self.total + tied, tied=0)
 
 
 def weigh(model: Transformer) -> Weights:
@@ -45,7 +53,8 @@ def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
     """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if is_expert(name, args.mixture))
-    return Weights(total, total if args.tied_output else total - sizes["tok_embeddings.weight"], experts)
+    embedding = sizes["tok_embeddings.weight"]
+    return Weights(total, total, experts, embedding) if args.tied_output else Weights(total, total - embedding, experts)
 
 
 def is_expert(name: str, mixture: Mixture) -> bool:
@@ -95,6 +104,7 @@ class Plan:
     compiled: bool
     compile_reason: str
     packed: bool
+    packed_tied: int  # bytes of the packed copy of a tied output
 
     @property
     def waves(self) -> int:
@@ -113,7 +123,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """All that is held while the rows that run together decode."""
-        return self.weights.total + self.context + self.decoded + self.workspace
+        return self.weights.total + self.packed_tied + self.context + self.decoded + self.workspace
 
     @property
     def per_step(self) -> int:
@@ -128,10 +138,14 @@ class Plan:
         number = self.mixture.expected(self.rows_at_once)
         return f", of {number:.1f} of {self.mixture.experts} experts a layer, were all equally likely"
 
+    @property
+    def packed_twice(self) -> str:
+        return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
+
     def __str__(self) -> str:
         return "\n".join(
             (
-                f"weights                     {human(self.weights.total):>10}",
+                f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
                 f"scores, logits, copies      {human(self.workspace):>10}",
@@ -152,10 +166,8 @@ def plan_run(
     available: int,
     compile: bool | None = None,
 ) -> Plan:
-    """The plan for a workload. compile None: where it pays. A context in int8 is so once it has been read. Raises
-    ValueError where not even one sample fits into `available` bytes."""
-    context, kv_dtype = work.context, work.kv_dtype
-    token = args.kv_values_per_token * dtype.itemsize
+    """The plan for a workload. compile None: where it pays. Raises ValueError where not one sample fits `available`."""
+    context, token = work.context, args.kv_values_per_token * dtype.itemsize
     own = work.max_new_tokens + work.drafted
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
@@ -168,7 +180,7 @@ def plan_run(
     workspace = max(scores, args.vocab_size * 8 * positions) * (2 if device.type == "cuda" else 1)
     read = held = context * token  # while the prompt is read, and after that
     widened = 0
-    if kv_dtype == "int8":  # and two copies of one layer in the network's dtype, while it is widened
+    if work.kv_dtype == "int8":  # once read, and two copies of one layer in the network's dtype, while it is widened
         widened = 2 * read // args.n_layer
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     read, held = (size + context * work.draft_token for size in (read, held))
@@ -184,7 +196,10 @@ def plan_run(
     rows = -(-work.num_samples // waves)  # waves of one size
     steps = work.runs * waves * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
-    compiled, why = choose_compile(compile, device, args.n_layer, steps, step_bytes)
+    seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
+    compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
+    packed = choose_packing(device, dtype, args, steps, rows * positions)
+    left = available - weights.total - max(read, held + widened + rows * each)
     return Plan(
         workload=work,
         weights=weights,
@@ -199,7 +214,8 @@ def plan_run(
         rows_at_once=rows,
         compiled=compiled,
         compile_reason=why,
-        packed=choose_packing(device, dtype, args, steps, rows),
+        packed=packed,
+        packed_tied=weights.tied if packed and weights.tied <= left else 0,
     )
 
 
@@ -309,31 +325,50 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03; and
-# the rows of a step from which on it saves anything. At fewer, plain fp32 weights are read as fast (BENCHMARKS.md).
+# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03.
 REPAYS_PACKING = 20
-PACK_FROM_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps, of so many rows: where the feed-forward ones are
-    large enough, and it is repaid. Experts are most of a mixture, and see their share of the rows."""
+    """Whether to pack the weights for a run of so many decode steps, of so many rows (or of one row's positions): where
+    the feed-forward ones are large enough, it is repaid, and the rows are not so few that plain weights are streamed.
+    Experts are most of a mixture, and see their share of the rows."""
     large = args.dim * args.hidden_dim >= SMALLEST
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
-    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and seen >= PACK_FROM_ROWS[dtype]
+    few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and not few
 
 
-# Seconds. Measured on 2 cores of an AVX-512 CPU with a cold compile cache; they need only be roughly right.
+# Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
+# right. An operation is a multiplication or an addition: on a CPU in bfloat16 with instructions for it, and without.
 COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
+EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
+COMPILING_SAVES = 0.25  # of a step
 
 
-def choose_compile(
-    asked: bool | None, device: torch.device, n_layer: int, steps: int, step_bytes: int
-) -> tuple[bool, str]:
+def step_operations(args: ModelArgs, context: float, rows: int) -> float:
+    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
+    attention = args.n_head * args.head_dim
+    width = args.mixture.used * args.mixture.width + args.mixture.shared if args.mixture else args.hidden_dim
+    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * width)
+    weights = args.n_layer * per_layer + args.dim * args.vocab_size
+    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
+
+
+def estimate_step(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, context: float, rows: int, step_bytes: int
+) -> float:
+    """Seconds of an eager step of so many rows that reads step_bytes, behind `context` tokens."""
+    fast = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16()
+    operations = step_operations(args, context, rows) * EAGER_PER_OPERATION[device.type, fast]
+    return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
+
+
+def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
     """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
 
-    steps: decode steps of the run; step_bytes: what one reads. Compiling is taken to save half of a step. The estimate
-    uses no clock, so that the same command always takes the same path.
+    steps: decode steps of the run; step_seconds: of one, eagerly. The estimate uses no clock, so that the same command
+    always takes the same path.
     """
     if asked is False:
         return False, "--no-compile"
@@ -342,6 +377,8 @@ def choose_compile(
         return False, "no C++ compiler, or no Python.h, was found: running eagerly"
     if asked:
         return True, "--compile"
-    decode = steps * (n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type])
-    cost = COMPILE + n_layer * COMPILE_PER_LAYER
-    return decode / 2 > cost, f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s"
+    decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER
+    return (
+        decode * COMPILING_SAVES > cost,
+        f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s",
+    )

@@ -13,6 +13,7 @@ from typing import NoReturn, Self
 import torch
 
 from engine import Engine, Monitor
+from kernels import attention_kernel
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 from samples import Piece, Ranked, Request, Sample, rank
@@ -170,6 +171,7 @@ def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None
     return {
         "attention": request.attention,
         "attention_path": "one row: the context's own cache goes on" if single else PATHS[request.attention],
+        "attention_kernel": attention_kernel(engine.device, engine.dtype, engine.args.head_dim),
         "compiled": plan.compiled,
         "compile_reason": plan.compile_reason,
         "packed_weights": plan.packed,

@@ -237,7 +237,7 @@ class Speculation:
 
     def heavier(self, weights: Weights) -> Weights:
         """Those of the target, with the draft's."""
-        return Weights(weights.total + self.draft.weights, weights.per_step)
+        return replace(weights, total=weights.total + self.draft.weights)
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload:
         if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":

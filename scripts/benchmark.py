@@ -38,25 +38,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cache import KVCache, NoCache, Prefill
+from cache import KVCache, NoCache, Prefill, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
 from experts import ExpertLinear, Mixture, MixtureOfExperts
 from graphs import Step, StepInput
+from kernels import attend_chain
 from layouts import Int8Context, SDPACache
 from model import ModelArgs, Transformer, empty_model
-from packed import Quantised, can_pack, kernels, make_linear, pack_linears, swap_linears
+from packed import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
-    PACK_FROM_ROWS,
     Plan,
     Workload,
     available_memory,
     choose_device,
     choose_dtype,
+    choose_packing,
     human,
     keep_freed_memory,
     plan_run,
     release_freed_memory,
+    step_operations,
     weigh,
 )
 from quantize import quantise_int4, quantise_int8
@@ -122,11 +124,20 @@ def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
     return KVCache.fork(Int8Context(KVCache.copy(context, 1, 0)), n, slots)
 
 
+def by_torch(context: KVCache, n: int, slots: int) -> KVCache:
+    """As `share`, without the operator of kernels.py."""
+    cache = share(context, n, slots)
+    cache.over_chain = attend_by_torch
+    return cache
+
+
 COLUMNS = {
     "bifurcated": Column(share, False, "bifurcated"),
     "bifurcated, compiled": Column(share, True, "bifurcated"),
     "bifurcated, int8": Column(fork_int8, False, "bifurcated", "int8"),
     "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
+    "bifurcated, torch": Column(by_torch, False, "bifurcated"),
+    "bifurcated, torch, compiled": Column(by_torch, True, "bifurcated"),
     "contiguous": Column(KVCache.copy, False, "contiguous"),
     "contiguous, compiled": Column(KVCache.copy, True, "contiguous"),
     "contiguous SDPA": Column(SDPACache.copy, False, "contiguous"),
@@ -141,12 +152,15 @@ COLUMNS = {
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
 PREFILL_CHUNK = 512
+IN_TURNS = 9
 MOST_SLOTS = 128  # decoded slots of a timed cache
 EVERY_N = [1 << power for power in range(12)]
 
 # What the paper compares, each eager and compiled.
 PAPER_COLUMNS = tuple(
-    name for name in COLUMNS if "int8" not in name and name not in ("contiguous", "contiguous, compiled")
+    name
+    for name in COLUMNS
+    if "int8" not in name and "torch" not in name and name not in ("contiguous", "contiguous, compiled")
 )
 
 
@@ -167,6 +181,7 @@ PRESETS = {
     ),
     "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N), PAPER_COLUMNS),
     "quantised": Preset(("stories110M", "tinyllama-1.1b"), (128,), (1, 8, 64), (), steps=12),
+    "kernels": Preset(("stories110M",), (2048,), (1, 8, 16, 64), (), steps=9),
     "tp": Preset(("tinyllama-1.1b",), (128,), (1, 8, 64), (), steps=8),
     "moe": Preset(("stories110M",), (256,), (1, 64), ("bifurcated", "bifurcated, compiled")),
     "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
@@ -188,10 +203,15 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
     return model
 
 
-def model_of(options: argparse.Namespace, args: ModelArgs) -> Transformer:
-    """A model to be timed: as generate.py would run it for long (in fp32 that packs from four rows on, this always)."""
+def packs(options: argparse.Namespace, args: ModelArgs, rows: int) -> bool:
+    """Whether generate.py would pack the weights for a long run of so many rows."""
+    return options.pack and choose_packing(options.device, options.dtype, args, 1 << 20, rows)
+
+
+def model_of(options: argparse.Namespace, args: ModelArgs, rows: int) -> Transformer:
+    """A model to be timed in steps of so many rows: as generate.py would run it for long."""
     model = random_model(args, options.device, options.dtype)
-    if options.pack:
+    if packs(options, args, rows):
         pack_linears(model)
     return model
 
@@ -279,15 +299,6 @@ class Cell:
         return self.note if self.ms is None else f"{self.ms:.1f} ({self.share_of_limit:.0%})"
 
 
-def step_operations(args: ModelArgs, context: int, rows: int) -> int:
-    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
-    attention = args.n_head * args.head_dim
-    width = args.mixture.used * args.mixture.width + args.mixture.shared if args.mixture else args.hidden_dim
-    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * width)
-    weights = args.n_layer * per_layer + args.dim * args.vocab_size
-    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
-
-
 def plan_of(
     options: argparse.Namespace, args: ModelArgs, model: Transformer, context: int, rows: int, column: Column
 ) -> Plan:
@@ -302,13 +313,15 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
     device, empty = options.device, empty_model(args).to(options.dtype)
     if weigh(empty).total > available_memory(device):
         raise ValueError(f"the weights of {shape} need {human(weigh(empty).total)}: choose a smaller --shape")
-    model = model_of(options, args)
     steps = {}
-    for is_compiled in (False, True):
-        engine = Engine(model)
-        plan = replace(plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"]), compiled=is_compiled, packed=False)
-        engine.prepare(plan)
-        steps[is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
+    for packed, rows in {packs(options, args, rows): rows for rows in options.num_samples}.items():
+        model = model_of(options, args, rows)
+        for is_compiled in (False, True):
+            engine = Engine(model)
+            plan = plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"])
+            plan = replace(plan, compiled=is_compiled, packed=False)
+            engine.prepare(plan)
+            steps[packed, is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
     for context in options.context:
         root = random_context(args, context, model.norm.weight)
         for rows in options.num_samples:
@@ -326,7 +339,8 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
                 ms, note = None, f"needs {human(memory)}"
                 release_freed_memory(device)
                 if extra <= available_memory(device):
-                    ms, note = attempt(column, root, rows, steps[column.compiled], options)
+                    step = steps[packs(options, args, rows), column.compiled]
+                    ms, note = attempt(column, root, rows, step, options)
                 yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
 
 
@@ -410,7 +424,7 @@ def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -
 @torch.no_grad()
 def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
     """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
-    model = model_of(options, args)
+    model = model_of(options, args, max(EVERY_N))
     engine = Engine(model)
     yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
     for context in options.context:
@@ -485,7 +499,7 @@ def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
             if quantiser := QUANTISERS.get(name):
                 hold(model, quantiser, rows)
             weights = weigh(model)
-            if options.pack:
+            if packs(options, args, rows):
                 pack_linears(model)
             engine = Engine(model, compile=False)
             cache = share(random_context(args, context, model.norm.weight), rows, min(MOST_SLOTS, options.steps + 8))
@@ -527,7 +541,7 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
     if world == 1:
         raise ValueError("--preset tp takes ranks: torchrun --standalone --nproc_per_node=2 scripts/benchmark.py ...")
     part = shard_of(options, args, ranks.shard)
-    whole = model_of(options, args) if ranks.leads else part
+    whole = model_of(options, args, max(EVERY_N)) if ranks.leads else part
 
     def ms(model: Transformer, threads: int, shard: Shard, context: int, rows: int) -> float:
         torch.set_num_threads(threads)
@@ -542,6 +556,76 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
         one = ranks.share(partial(ms, whole, world, WHOLE, context, rows))
         many = ranks.share(partial(float, ms(part, 1, ranks.shard, context, rows)))
         yield f"| {context} | {rows} | {one:.1f} | {many:.1f} | {many / one:.2f} |"
+
+
+def in_turns(what: str, rows: int, limit: float, ours: Callable[[], object], theirs: Callable[[], object]) -> str:
+    """A line of kernel_table. What else runs on a machine reaches both sides of a turn, and the least of all turns is
+    that with the least of it. limit: in seconds."""
+    cpu = torch.device("cpu")
+    timed(ours, 2, cpu), timed(theirs, 2, cpu)
+    turns = [timed(ours, 2, cpu)[1:] + timed(theirs, 2, cpu)[1:] for _ in range(IN_TURNS)]
+    ms, their_ms = (1000 * min(side) for side in zip(*turns, strict=True))
+    return f"| {what} | {rows} | {ms:.2f} | {their_ms:.2f} | {their_ms / ms:.2f} | {1000 * limit / ms:.0%} |"
+
+
+@torch.no_grad()
+def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
+    """What kernels.py has, eagerly, against the same without it, as Markdown. The limit is that of reading the context,
+    or of a matrix product's rate; of weights, none."""
+    yield "| what | N | ms | without, ms | without / with | limit / ms |\n|---|---|---|---|---|---|"
+    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+        model = model_of(options, args, rows)
+        like = model.norm.weight
+        plain, int8 = random_context(args, context, like), Int8Context(random_context(args, context, like))
+        q = torch.randn(rows, args.n_head, 1, args.head_dim, dtype=like.dtype)
+        where = torch.full((rows, 1), context)
+        operations = 4 * rows * args.n_layer * args.n_head * args.head_dim * context / rates.operations
+        for name, root in (("context", plain), ("context in int8", int8)):
+            cache = KVCache.fork(root, rows, 0)
+            sides = (partial(all_layers, way, cache, q, where) for way in (attend_chain, attend_by_torch))
+            limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)
+            yield in_turns(f"{name}, {context} tokens", rows, limit, *sides)
+        if not packs(options, args, rows):
+            linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            sides = (partial(products, each, rows) for each in (list(map(StreamedLinear, linears)), linears))
+            limit = sum(linear.weight.nbytes for linear in linears) / rates.bandwidth
+            yield in_turns("products with plain weights", rows, limit, *sides)
+        steps = [step_over(options, args, model, way(plain, rows, 8), context) for way in (share, by_torch)]
+        yield in_turns("step", rows, 0, *steps)
+        for name, quantiser in QUANTISERS.items():
+            held = random_model(args, options.device, options.dtype)
+            hold(held, quantiser, rows)
+            other = step_over(options, args, held, share(plain, rows, 8), context)
+            yield in_turns(f"step, weights in {name}, against plain ones", rows, 0, other, steps[0])
+    for context in options.context:
+        q, k, v = torch.randn(3, 1, args.n_head, context, args.head_dim, dtype=like.dtype)
+        cache = KVCache(like, 1, tuple(k.shape), torch.zeros(1, dtype=torch.long))
+        chunk = Prefill(cache, 0, context)
+        ours = partial(chunk.attend, 0, q, k, v, torch.arange(context)[None], None)
+        theirs = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+        limit = 2 * args.n_head * args.head_dim * context**2 / rates.operations
+        yield in_turns(f"prompt of {context}, one layer, against SDPA", 1, limit, ours, theirs)
+
+
+def products(linears: Iterable[nn.Linear], rows: int) -> None:
+    for linear in linears:
+        linear(torch.ones(rows, 1, linear.in_features, dtype=linear.weight.dtype))
+
+
+def all_layers(way: Callable[..., Tensor], cache: KVCache, q: Tensor, input_pos: Tensor) -> None:
+    for layer in range(len(cache.k)):
+        way(cache, layer, q, input_pos, None)
+
+
+def step_over(
+    options: argparse.Namespace, args: ModelArgs, model: Transformer, cache: KVCache, position: int
+) -> Callable[[], object]:
+    """The same step again and again, eagerly."""
+    rows = cache.rows
+    plan = plan_run(args, weigh(model), Workload(position, rows, 8), options.device, options.dtype, 1 << 62, False)
+    step = Engine(model, compile=False).step(Sampling(0.8, top_k=200), plan)
+    tokens = torch.zeros(rows, 1, dtype=torch.long)
+    return partial(step, StepInput(tokens, tokens + position, torch.arange(rows), torch.tensor(0)), cache)
 
 
 class EveryExpert(nn.Module):
@@ -611,7 +695,7 @@ def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Ite
 
     for context, rows in itertools.product(options.context, options.num_samples):
         root = random_context(args, context, model.norm.weight)
-        if options.pack and rows >= PACK_FROM_ROWS[options.dtype]:  # as generate.py does, and for all that follow
+        if packs(options, args, rows):  # and for all that follow
             pack_linears(model)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
@@ -630,7 +714,14 @@ def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Ite
         yield f"| {context} | {rows} | {times} | {read} |"
 
 
-TABLES = {"prefill": prefill_table, "load": load_table, "moe": moe_table, "quantised": quantised_table, "tp": tp_table}
+TABLES = {
+    "prefill": prefill_table,
+    "load": load_table,
+    "kernels": kernel_table,
+    "moe": moe_table,
+    "quantised": quantised_table,
+    "tp": tp_table,
+}
 
 
 def log(line: str) -> None:

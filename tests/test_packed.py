@@ -14,6 +14,7 @@ import packed
 from cache import KVCache, NoCache
 from engine import decode
 from graphs import StepInput, compiled
+from kernels import multiplies
 from packed import (
     DequantisedLinear,
     Int4PackLinear,
@@ -22,6 +23,7 @@ from packed import (
     Int8Weight,
     PackedLinear,
     QuantisedLinear,
+    WidenedLinear,
     can_pack,
     choose_kernel,
     dequantise,
@@ -85,6 +87,8 @@ def test_what_is_shared_or_small_stays(monkeypatch):
     model = random_model(replace(GQA, tied_output=True), torch.float32)
     pack_linears(model)
     assert model.output.weight is model.tok_embeddings.weight
+    pack_linears(model, tied_output=True)
+    assert isinstance(model.output, PackedLinear) and isinstance(model.tok_embeddings.weight, torch.nn.Parameter)
     assert not isinstance(model.layers[0].attention.wk, PackedLinear)
     assert isinstance(model.layers[0].feed_forward.w2, PackedLinear)
 
@@ -162,7 +166,8 @@ def test_dequantising_is_what_the_format_says(groupsize, monkeypatch):
 
 
 BF16_ONLY = [("int8", Int8PackLinear), ("int4", Int4PackLinear)]
-ANY = [(kind, linear) for kind in ("int8", "int4") for linear in (DequantisedLinear, QuantisedLinear)]
+EVERYWHERE = [DequantisedLinear, QuantisedLinear] + [WidenedLinear] * multiplies(torch.float32, 32, 32)
+ANY = [(kind, linear) for kind in ("int8", "int4") for linear in EVERYWHERE]
 CASES = [(*case, torch.bfloat16) for case in BF16_ONLY + ANY] + [(*case, torch.float32) for case in ANY]
 
 
@@ -193,6 +198,7 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
         return choose_kernel(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
 
+    monkeypatch.setattr(packed, "multiplies", lambda *_: False)
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
     for rows, int8, int4 in ((1, "int8pack", "int4pack"), (5, "dequantised", "int4pack"), (9, *["dequantised"] * 2)):
         assert chosen("int8", 48, 96, torch.bfloat16, rows) == int8
@@ -208,12 +214,17 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     # Where the operators read past the end, or raise.
     assert chosen("int8", 48, 52, torch.bfloat16, 2) == chosen("int4", 41, 96, torch.bfloat16, 2) == "dequantised"
     assert chosen("int4", 48, 96, torch.bfloat16, 2, groupsize=16) == "dequantised"
+    monkeypatch.setattr(packed, "multiplies", lambda *_: True)
+    assert chosen("int4", 48, 96, torch.float32, 1) == chosen("int8", 48, 96, torch.bfloat16, 64) == "widened"
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+    assert chosen("int8", 48, 96, torch.bfloat16, 16) == "widened" != chosen("int8", 48, 96, torch.bfloat16, 17)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("dtype,copies", [(torch.bfloat16, 1), (torch.float32, 4)])
 def test_planned_bytes_are_those_that_a_step_reads(kind, dtype, copies, monkeypatch):
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(packed, "multiplies", lambda *_: False)
     weight = random_weight(kind, 48, 96)
     linear = make_linear(weight, None, CPU, dtype, 3)
     read = {"int8": ("values", "scales"), "int4": ("packed", "packed_scales")}[kind] if copies == 1 else ("weight",)
@@ -235,6 +246,8 @@ def test_a_compiled_step_takes_quantised_weights(monkeypatch):
     """One graph for N = 3, 17 and 130 rows, whose kernels differ; its logits are those of the eager step in bfloat16,
     within its rounding."""
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    has_kernel = multiplies(torch.float32, 32, 32)
+    monkeypatch.setattr(packed, "multiplies", lambda dtype, inputs, group: has_kernel and inputs == group)  # int8
     torch.compiler.reset()
     args = replace(GQA, dim=64, hidden_dim=96, n_layer=1)
     models = [random_model(args, torch.bfloat16) for _ in range(2)]
@@ -245,7 +258,12 @@ def test_a_compiled_step_takes_quantised_weights(monkeypatch):
 
     for model in models:
         swap_linears(model, make)
-    assert kernels(models[0]) == {"int8pack": 2, "int4pack": 2, "dequantised": 3, "plain": 1}
+    assert kernels(models[0]) == {
+        "widened" if has_kernel else "int8pack": 2,
+        "int4pack": 2,
+        "dequantised": 3,
+        "plain": 1,
+    }
     steps = compiled(partial(decode, models[0], uniform)), partial(decode, models[1], uniform)
     root = KVCache.empty(args, 1, 29, models[0].norm.weight)
     root.k[0].normal_(), root.v[0].normal_()

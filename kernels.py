@@ -1,0 +1,264 @@
+"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches, and
+products with weights in int8 and int4, and of one or two rows with plain ones.
+
+The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, a build fails,
+or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete this file and the lines
+that call it, and all else works.
+
+The library is built at first use by the compiler that torch.compile would take, into torch.compile's cache folder, by a
+name made of the source, the flags and the CPU; another process finds it there.
+
+Shapes: N rows, S positions, H query heads, G key/value heads, L slots of one cache, D head dimension, R its rows.
+"""
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rotary import ScoreMod
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120  # after which a compiler is given up
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
+LARGEST_HEAD_DIM = 256
+STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The operators, loaded; or None, and why."""
+
+    functions: ctypes.CDLL | None
+    note: str
+
+
+def cache_folder() -> Path:
+    """Where torch.compile keeps what it built; asked of PyTorch it would cost a second of imports."""
+    default = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / "kernels"
+
+
+def cpu_flags() -> str:
+    """What a build with -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features", "CPU part", "model name"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
+
+
+def build(compiler: str, target: Path, *flags: str) -> None:
+    """Raises OSError or subprocess.SubprocessError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+        made.replace(target)  # at once: another process may be building too
+
+
+@functools.cache
+def library() -> Library:
+    """Built at first use, and loaded."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    try:
+        key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
+        target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if not target.exists():
+            if not shutil.which(compiler):
+                return Library(None, "no C++ compiler")
+            build(compiler, target)
+        return load(target)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return Library(None, f"not built: {type(error).__name__}")
+
+
+def load(path: Path) -> Library:
+    """Raises OSError or AttributeError where it is not what was built."""
+    functions = ctypes.CDLL(str(path))
+    functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
+    functions.multiply.argtypes = [ctypes.c_void_p]
+    functions.attend.restype = functions.multiply.restype = None
+    return Library(functions, "kernels.cpp")
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the operator takes such queries, and is there. The first call may build it."""
+    fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM
+    return (
+        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and library().functions is not None
+    )
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """For the report: what reads keys and values while decoding."""
+    if takes(device, dtype, head_dim):
+        return library().note
+    wanted = device.type == "cpu" and library().functions is None
+    return f"torch ({library().note})" if wanted else "torch"
+
+
+class Part(NamedTuple):
+    """One cache of a chain as rows see it: k, v [R,G,L,D] and, where these are int8, their scales [R,G,L,1]; start [R],
+    the position of each row's first slot. rows [N]: which row of the cache each row of queries continues; None: its
+    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    start: Tensor
+    rows: Tensor | None = None
+    length: Tensor | None = None
+
+
+def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | None) -> tuple[Tensor, Tensor]:
+    """Attention of q [N,H,S,D] at input_pos [N,S] over all parts of a chain -> out [N,H,S,D] in q's dtype, lse [N,H,S],
+    natural, fp32; 0 and -inf where a query sees nothing."""
+    mod = mod or ScoreMod()
+    window, softcap = mod.window or 0, mod.softcap or 0.0
+    sides = (list(side) for side in zip(*parts, strict=True))
+    return torch.ops.bifurcated.attend(q, *sides, input_pos, mod.slopes, window, softcap)
+
+
+class Chain(Protocol):
+    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales, of every layer; each
+    of links has a cache, for each row the index of the row that it continues, and how much of that is written."""
+
+    k: list[Tensor]
+    start: Tensor
+    links: Sequence[Any]
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+
+def part(cache: Chain, layer: int, rows: Tensor | None = None, length: Tensor | None = None) -> Part:
+    k, v, k_scale, v_scale = (*cache.tensors[layer :: len(cache.k)], None, None)[:4]
+    return Part(k, v, k_scale, v_scale, cache.start, rows, length)  # type: ignore[arg-type]
+
+
+def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+    """Attention of q [N,H,S,D] at input_pos [N,S] to a cache and all that it continues -> [N,H,S,D]."""
+    ancestors = [part(link.cache, layer, link.index, link.length) for link in cache.links]
+    return attend(q, [part(cache, layer), *ancestors], input_pos, mod)[0]
+
+
+def choose_attention(like: Tensor, head_dim: int) -> Callable[..., Tensor] | None:
+    """What attends to a chain whose tensors are of the dtype and on the device of `like`; None: PyTorch does."""
+    return attend_chain if takes(like.device, like.dtype, head_dim) else None
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
+    """Addresses and strides of keys and values, [R,G,L,...] each, in the order of kernels.cpp."""
+    if k is None or v is None:
+        return [0] * 8
+    of_k, of_v = k.stride(), v.stride()
+    return [k.data_ptr(), v.data_ptr(), of_k[0], of_v[0], of_k[1], of_v[1], of_k[2], of_v[2]]
+
+
+def run_attend(
+    q: Tensor,
+    k: list[Tensor],
+    v: list[Tensor],
+    k_scale: list[Tensor | None],
+    v_scale: list[Tensor | None],
+    start: list[Tensor],
+    rows: list[Tensor | None],
+    length: list[Tensor | None],
+    input_pos: Tensor,
+    slopes: Tensor | None,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`attend` as an operator."""
+    out, lse = attend_shape(q, k, v, k_scale, v_scale, start, rows, length, input_pos, slopes, window, softcap)
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    N, H, S, D = q.shape
+    q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
+    call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
+    call += [N, H, S, D, k[0].shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(k)]
+    parts = []
+    for keys, values, *rest in zip(k, v, k_scale, v_scale, start, rows, length, strict=True):
+        parts += [*pair(keys, values), *pair(*rest[:2]), *map(address, rest[2:])]
+        parts += [keys.shape[0], keys.shape[2], TYPES[keys.dtype]]
+    array = ctypes.c_int64 * (len(call) + len(parts))
+    given = array(*call, *parts)
+    first = ctypes.addressof(given)
+    functions.attend(first, first + 8 * len(call), D**-0.5, softcap)
+    return out, lse
+
+
+def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What torch.compile needs to know of it. The heads of a position lie together, as the next product wants them."""
+    N, H, S, D = q.shape
+    return q.new_empty(N, S, H, D).transpose(1, 2), q.new_empty(N, H, S, dtype=torch.float32)
+
+
+def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
+    """Whether the operators take weights of such a shape on a CPU, and are there."""
+    fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
+    return fits and library().functions is not None
+
+
+def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
+    are as few as to wait for it; of more rows PyTorch's product is faster."""
+    if x.numel() > STREAMED_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return run_linear(x, weight, None, None, bias)
+
+
+def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [...,in] -> [...,out]. An Int8Weight of packed.py; with zeros, an Int4Weight. Sums are in fp32."""
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    assert all(tensor is None or tensor.is_contiguous() for tensor in (values, scales, zeros))
+    product, x = linear_shape(x, values), x.contiguous()
+    inputs = x.shape[-1]
+    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
+    group = inputs if zeros is None else inputs // zeros.shape[1]
+    sizes = [x.numel() // inputs, values.shape[0], inputs, group, TYPES[x.dtype], torch.get_num_threads()]
+    functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes))
+    return product if bias is None else product.add_(bias)
+
+
+def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
+    """What torch.compile needs to know of it."""
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
+OPERATORS.define(
+    "attend(Tensor q, Tensor[] k, Tensor[] v, Tensor?[] k_scale, Tensor?[] v_scale, Tensor[] start, Tensor?[] rows, "
+    "Tensor?[] length, Tensor input_pos, Tensor? slopes, int window, float softcap) -> (Tensor, Tensor)"
+)
+OPERATORS.impl("attend", run_attend, "CPU")
+OPERATORS.impl("attend", attend_shape, "Meta")
+OPERATORS.define("quantised_linear(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
+OPERATORS.impl("quantised_linear", run_linear, "CPU")
+OPERATORS.impl("quantised_linear", linear_shape, "Meta")
+OPERATORS.define("streamed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+OPERATORS.impl("streamed_linear", run_streamed, "CPU")
+OPERATORS.impl("streamed_linear", linear_shape, "Meta")

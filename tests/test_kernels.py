@@ -1,0 +1,413 @@
+"""The operator that attends over a chain. Oracles: the merge contract's fp64 softmax over all keys, and twice the error
+of SDPA (test_bifurcated_attention.py), the plain torch path, and g++'s memory checkers."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    ALIBI,
+    GQA,
+    MQA,
+    ROOT,
+    STORIES,
+    WINDOW,
+    needs_stories,
+    positions,
+    prefilled,
+    random_model,
+    random_tokens,
+)
+from test_bifurcated_attention import SHAPES, assert_error_at_most_twice, draw, oracle, side_by_side
+from torch import Tensor
+
+import cache as caches
+import kernels
+import packed
+from cache import KVCache, NoCache, attend_by_torch
+from engine import Engine
+from kernels import Part, attend, attend_chain
+from layouts import Int8Context
+from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
+from rotary import ScoreMod, alibi_slopes
+from samples import Request
+from sampling import Sampling
+
+needs_library = pytest.mark.skipif(kernels.library().functions is None, reason=kernels.library().note)
+pytestmark = needs_library
+
+
+def zeros(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.long)
+
+
+def bifurcated(
+    q: Tensor,
+    k_context: Tensor,
+    v_context: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_pos: Tensor,
+    mod: ScoreMod | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A context of one row, and each row's own slots behind it."""
+    N, T = len(q), k_context.shape[2]
+    own = Part(k, v, None, None, torch.full((N,), T))
+    return attend(q, [own, Part(k_context, v_context, None, None, zeros(1), zeros(N))], input_pos, mod)
+
+
+@pytest.mark.parametrize("dtype,scale", [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_that_of_sdpa(shape, dtype, scale):
+    N, P, D, T, L = shape
+    if D % 2 and dtype == torch.bfloat16:
+        pytest.skip("pairs")
+    q, *rest = draw(*shape, S=1, dtype=dtype)
+    q = q * scale
+    k, v = side_by_side(rest[0], rest[2]), side_by_side(rest[1], rest[3])
+    expected, expected_lse = oracle(q, k, v)
+    out, lse = bifurcated(q, *rest, torch.full((N, 1), T + L - 1))
+    assert_error_at_most_twice(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
+    torch.testing.assert_close(lse[..., None].double(), expected_lse, rtol=1e-6, atol=2e-5)
+
+
+def test_the_code_for_avx512_with_bfloat16_emulated(tmp_path, monkeypatch):
+    """Vectors of 16 and pairs of bfloat16, on whatever CPU there is: all but the instructions themselves. Attention by
+    the contract's bound; products by the error of a rounded weight."""
+    target = tmp_path / "emulated.so"
+    kernels.build("g++", target, "-O0", "-DEMULATE_AVX512", "-w")
+    emulated = kernels.load(target)
+    monkeypatch.setattr(kernels, "library", lambda: emulated)
+    for shape in ((1, 2, 64, 129, 15), (3, 4, 96, 127, 33), (5, 6, 80, 61, 2), (40, 1, 48, 59, 1), (9, 1, 58, 120, 3)):
+        N, _, _, T, L = shape
+        q, *rest = draw(*shape, S=1, dtype=torch.bfloat16)
+        k, v = side_by_side(rest[0], rest[2]), side_by_side(rest[1], rest[3])
+        out, lse = bifurcated(q, *rest, torch.full((N, 1), T + L - 1))
+        expected, expected_lse = oracle(q, k, v)
+        assert_error_at_most_twice(out, F.scaled_dot_product_attention(q, k, v, enable_gqa=True), expected)
+        torch.testing.assert_close(lse[..., None].double(), expected_lse, rtol=1e-6, atol=2e-5)
+    for weight in (random_weight("int8", 61, 544), random_weight("int4", 50, 320)):
+        zeros = getattr(weight, "zeros", None)
+        for rows in (1, 3, 9, 17, 40):
+            x = torch.randn(rows, weight.shape[1]).bfloat16()
+            product = torch.ops.bifurcated.quantised_linear(x, weight.values, weight.scales, zeros, None)
+            expected = x.double() @ dequantise(weight, torch.float64).T
+            assert (product.double() - expected).norm() <= 5e-3 * expected.norm(), rows
+
+
+@pytest.fixture(params=[1, 2, 4], ids="{} threads".format)
+def threads(request) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+MODS = {
+    "plain": None,
+    "window": ScoreMod(window=5),
+    "ALiBi": ScoreMod(slopes=alibi_slopes(6)),
+    "all": ScoreMod(window=70, slopes=alibi_slopes(6), softcap=2.0),
+}
+
+
+def plainly(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, distance: Tensor, mod: ScoreMod | None
+) -> tuple[Tensor, ...]:
+    """fp64: q [N,H,S,D], k and v [N,G,L,D], seen bool and distance to a key [N,S,L] -> out, lse [N,H,S]."""
+    q, k, v = q.double(), *(side.double().repeat_interleave(q.shape[1] // side.shape[1], 1) for side in (k, v))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if mod is not None and mod.softcap is not None:
+        scores = mod.softcap * (scores / mod.softcap).tanh()
+    if mod is not None and mod.slopes is not None:
+        scores = scores - mod.slopes.double()[:, None, None] * distance[:, None]
+    if mod is not None and mod.window is not None:
+        seen = seen & (distance < mod.window)
+    scores = scores.masked_fill(~seen[:, None], -math.inf)
+    return scores.softmax(-1).nan_to_num(0) @ v, scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("mod", MODS.values(), ids=MODS)
+@pytest.mark.parametrize("G,S", [(1, 1), (2, 3), (6, 1)])
+def test_a_tree_of_ragged_rows(mod, G, S, threads):
+    """Seven rows behind three of their own lengths, in any order and shares, behind one; one of the three is empty."""
+    torch.manual_seed(G)
+    N, R, T, L, D = 7, 3, 517, 9, 16
+    rows, length = torch.tensor([2, 0, 2, 1, 0, 2, 2]), torch.tensor([130, 0, 61])
+    q = torch.randn(N, 6, S, D)
+    pairs = [torch.randn(2, n, G, slots, D) for n, slots in ((N, L), (R, 130), (1, T))]
+    start = T + length[rows]
+    input_pos = start[:, None] + torch.arange(N)[:, None] % 4 + torch.arange(S)
+    parts = [
+        Part(*pairs[0], None, None, start),
+        Part(*pairs[1], None, None, torch.full((R,), T), rows, length),
+        Part(*pairs[2], None, None, zeros(1), zeros(N)),
+    ]
+    own = start[:, None] + torch.arange(L)
+    middle = (T + torch.arange(130)).expand(N, -1)
+    key_pos = torch.cat([torch.arange(T).expand(N, -1), middle, own], 1)
+    written = torch.cat([torch.ones(N, T), torch.arange(130) < length[rows, None], torch.ones(N, L)], 1).bool()
+    k, v = (torch.cat([c.expand(N, -1, -1, -1), m[rows], o], 2) for o, m, c in zip(*pairs, strict=True))
+    distance = input_pos[..., None] - key_pos[:, None]  # [N,S,L]
+    seen = written[:, None] & (distance >= 0)
+    expected, expected_lse = plainly(q, k, v, seen, distance, mod)
+    out, lse = attend(q, parts, input_pos, mod)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=5e-6)
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_minus_infinity():
+    q, k, v = torch.randn(3, 4, 2, 16), *torch.randn(2, 3, 2, 9, 16)
+    input_pos = torch.tensor([[0, 1], [-1, 0], [7, 8]])
+    out, lse = attend(q, [Part(k, v, None, None, zeros(3))], input_pos, None)
+    assert (out[1, :, 0] == 0).all() and (lse[1, :, 0] == -math.inf).all()
+    assert (
+        out.isfinite().all() and lse[0].isfinite().all() and (out[1, :, 1] == v[1, :, 0].repeat_interleave(2, 0)).all()
+    )
+
+
+def test_slots_beyond_the_position_are_not_read():
+    q, k, v = torch.randn(3, 4, 1, 16), *torch.randn(2, 3, 4, 300, 16)
+    expected, _ = attend(q, [Part(k[:, :, :66], v[:, :, :66], None, None, zeros(3))], torch.full((3, 1), 65), None)
+    k[:, :, 66:] = v[:, :, 66:] = math.nan
+    out, _ = attend(q, [Part(k, v, None, None, zeros(3))], torch.full((3, 1), 65), None)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("begin", [0, 61, 500])
+@pytest.mark.parametrize("mod", MODS.values(), ids=MODS)
+def test_a_chunk_of_a_prompt(begin, mod):
+    q, (k, v) = torch.randn(1, 6, 203, 20), torch.randn(2, 1, 2, 203 + begin, 20)
+    input_pos = begin + torch.arange(203)[None]
+    distance = input_pos[..., None] - torch.arange(203 + begin)
+    expected, _ = plainly(q, k, v, distance >= 0, distance, mod)
+    out, _ = attend(q, [Part(k, v, None, None, zeros(1))], input_pos, mod)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n,D", [(1, 64), (3, 64), (20, 64), (3, 10), (20, 80)])
+def test_a_context_in_int8_is_that_of_its_rounded_numbers(dtype, n, D):
+    context = KVCache(torch.empty(0, dtype=dtype), 1, (1, 2, 150, D), zeros(1))
+    for side in context.tensors:
+        side.normal_()
+    held = Int8Context(context)
+    q = torch.randn(n, 4, 1, D).to(dtype)
+    k, v = (
+        side.float() * scale.float() for side, scale in ((held.k[0], held.k_scale[0]), (held.v[0], held.v_scale[0]))
+    )
+    own = torch.randn(2, n, 2, 5, D).to(dtype)
+    parts = [Part(*own, None, None, torch.full((n,), 150)), Part(*held.tensors, zeros(1), zeros(n))]
+    out, _ = attend(q, parts, torch.full((n, 1), 154), None)
+    expected, _ = oracle(q, side_by_side(k.double(), own[0].double()), side_by_side(v.double(), own[1].double()))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-2)
+
+
+def random_weight(kind: str, outputs: int, inputs: int, groupsize: int = 32) -> Quantised:
+    torch.manual_seed(outputs)
+    scales, zeros = torch.rand(2, outputs, inputs // groupsize).bfloat16()
+    if kind == "int8":
+        return Int8Weight(torch.randint(-127, 128, (outputs, inputs)).char(), scales[:, 0].contiguous())
+    return Int4Weight.from_codes(torch.randint(16, (outputs, inputs)).byte(), scales, zeros)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_with_quantised_weights(kind, dtype, most, threads):
+    """Numbers of rows and outputs on all sides of every block. Oracle: fp64 with the dequantised weight."""
+    for weight in (random_weight(kind, *size) for size in ((49, 96), (61, 544), (7, 1088, 64))):
+        exact, zeros = dequantise(weight, torch.float64), getattr(weight, "zeros", None)
+        for rows in (1, 2, 3, 4, 5, 9, 16, 17, 130, 257):
+            x = torch.randn(rows, weight.shape[1]).to(dtype)
+            product = torch.ops.bifurcated.quantised_linear(x, weight.values, weight.scales, zeros, None)
+            expected = x.double() @ exact.T
+            assert product.dtype == dtype and (product.double() - expected).norm() <= most * expected.norm(), rows
+
+
+def test_a_layer_holds_a_weight_that_lies_transposed():
+    plain = random_weight("int4", 64, 96)
+    weight = Int4Weight(plain.values.t().contiguous().t(), plain.scales.t().contiguous().t(), plain.zeros)
+    linear, x = packed.make_linear(weight, None, torch.device("cpu"), torch.float32, 3), torch.randn(3, 1, 96)
+    assert isinstance(linear, packed.WidenedLinear) or packed.multiplies_bfloat16()
+    torch.testing.assert_close(linear(x), F.linear(x, dequantise(plain, torch.float32)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float32, 1e-6), (torch.bfloat16, 6e-3)])
+def test_one_or_two_rows_stream_a_plain_weight(dtype, most, threads):
+    """Oracle: fp64, with two roundings; PyTorch's own product from three rows on."""
+    torch.manual_seed(0)
+    for outputs, inputs in ((61, 544), (7, 32), (300, 96)):
+        weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+        for shape in ((1, 1), (2, 1), (1, 2), (1, 3)):
+            x = torch.randn(*shape, inputs).to(dtype)
+            for own in (None, bias):
+                product, plain = torch.ops.bifurcated.streamed_linear(x, weight, own), F.linear(x, weight, own)
+                expected = F.linear(x.double(), weight.double(), None if own is None else own.double())
+                assert product.dtype == dtype and product.shape == plain.shape
+                assert (product.double() - expected).norm() <= most * expected.norm()
+                assert shape != (1, 3) or torch.equal(product, plain)
+
+
+def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
+    """Tied ones and experts too; hooks and numbers stay, and parameters are the same."""
+    monkeypatch.setattr("packed.SMALLEST", 1)
+    args = replace(GQA, dim=32, hidden_dim=64, tied_output=True)
+    model, plain = (random_model(args, torch.float32) for _ in range(2))
+    names, told = dict(model.named_parameters()), []
+    model.output.register_forward_hook(lambda *_: told.append(1))
+    stream_linears(model)
+    assert packed.kernels(model) == {"plain, streamed": 3 * 6 + 1, "plain": 3}, "wo has 60 inputs"
+    assert all(parameter is names[name] for name, parameter in model.named_parameters())
+    for n in (1, 2, 3):
+        tokens, at = random_tokens(args, n, 1), positions(0, n, 1)
+        torch.testing.assert_close(model(tokens, at, NoCache()), plain(tokens, at, NoCache()), rtol=0, atol=2e-4)
+    assert len(told) == 3
+    if packed.can_pack(torch.device("cpu"), torch.float32):
+        packed.pack_linears(model, tied_output=True)
+        assert packed.kernels(model) == {"plain, packed": 22}
+        model(tokens, at, NoCache())
+        assert len(told) == 4
+
+
+@pytest.mark.parametrize("args", [GQA, MQA, WINDOW, ALIBI], ids=["GQA", "MQA", "window", "ALiBi"])
+def test_a_model_gives_the_logits_of_the_torch_path(args, monkeypatch):
+    """Prefill in chunks into a context and a fork of it, then steps of one and of three tokens."""
+    model, both = random_model(args, torch.float32), []
+    for kind in (attend_chain, attend_by_torch):
+        monkeypatch.setattr(kernels, "takes", lambda *_, kind=kind: kind is attend_chain)
+        context = prefilled(model, random_tokens(args, 1, 70), 33)
+        question = KVCache.fork(context, 1, 9)
+        part = random_tokens(args, 1, 9, seed=4)
+        logits = [model(part, positions(70, 1, 9), caches.Prefill(question, 0, 9))]
+        cache = KVCache.fork(question, 5, 7)
+        assert cache.over_chain is kind
+        for begin, size in ((0, 1), (1, 3)):
+            logits.append(model(random_tokens(args, 5, size, seed=begin), positions(79 + begin, 5, size), cache))
+        both.append(torch.cat([each.flatten() for each in logits]))
+    torch.testing.assert_close(*both, rtol=0, atol=2e-4)
+
+
+@needs_stories
+def test_the_tokens_are_those_of_the_torch_path(monkeypatch):
+    engine = Engine.open(STORIES, "cpu", "float32", compile=False)
+    prompt, request = engine.encode("Once upon a time"), Request(5, 40, Sampling(0.8, top_k=50), seed=3)
+    drawn = [sample.tokens for sample in engine.generate(prompt, request)]
+    monkeypatch.setattr(kernels, "takes", lambda *_: False)
+    assert drawn == [sample.tokens for sample in engine.generate(prompt, request)]
+
+
+def test_the_compiled_step_holds_it_as_one_graph(monkeypatch):
+    """Without Inductor: what is asked is whether other sizes compile again."""
+    model, args = random_model(GQA, torch.float32), GQA
+    step = torch.compile(
+        lambda tokens, input_pos, cache: model(tokens, input_pos, cache), backend="eager", fullgraph=True, dynamic=False
+    )
+    for number, (n, length, slots) in enumerate(((3, 13, 64), (5, 40, 7), (2, 70, 65))):
+        cache = KVCache.fork(prefilled(model, random_tokens(args, 1, length), 64), n, slots)
+        tokens, input_pos = random_tokens(args, n, 1), positions(length, n, 1).clone()
+        graphs_marked(tokens, input_pos, cache)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            actual = step(tokens, input_pos, cache)
+        torch.testing.assert_close(actual, model(tokens, input_pos, cache), rtol=0, atol=1e-5)
+
+
+def graphs_marked(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
+    from graphs import StepInput, mark_dynamic
+
+    mark_dynamic(StepInput(tokens, input_pos, torch.arange(len(tokens)), torch.tensor(0)), cache)
+
+
+def test_threads_are_torchs_own(threads):
+    """A product of torch's and then the operator: no thread more."""
+    a = torch.randn(512, 512)
+    q, (k, v) = torch.randn(64, 8, 1, 16), torch.randn(2, 64, 8, 99, 16)
+    count = []
+    for _ in range(2):
+        (a @ a).exp_().sum()
+        torch.randn(1 << 20).exp_()
+        count.append(len(os.listdir("/proc/self/task")))
+        attend(q, [Part(k, v, None, None, zeros(64))], torch.full((64, 1), 98), None)
+        count.append(len(os.listdir("/proc/self/task")))
+    assert count[-1] == count[0], count
+
+
+@pytest.fixture
+def anew(monkeypatch, tmp_path) -> Iterator[Path]:
+    """The library is looked for again, in an empty cache folder; yields it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    kernels.library.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "name,value,note", [("PATH", "", "no C++ compiler"), ("CXX", "/bin/false", "not built: CalledProcessError")]
+)
+def test_without_a_compiler_torch_runs(anew, monkeypatch, capfd, name, value, note):
+    monkeypatch.setenv(name, value)
+    cpu = torch.device("cpu")
+    assert not kernels.takes(cpu, torch.float32, 64)
+    assert kernels.attention_kernel(cpu, torch.float32, 64) == f"torch ({note})"
+    cache = KVCache(torch.empty(0), 1, (2, 2, 5, 16), zeros(2))
+    k, v = torch.randn(2, 2, 2, 1, 16)
+    assert cache.over_chain is attend_by_torch and capfd.readouterr() == ("", "")
+    assert torch.equal(cache.attend(0, torch.randn(2, 4, 1, 16), k, v, zeros(2)[:, None], None)[:, ::2], v)
+
+
+def test_what_it_does_not_take():
+    cpu = torch.device("cpu")
+    taken = [(torch.float32, 64), (torch.bfloat16, 256), (torch.float64, 64), (torch.float16, 64), (torch.float32, 258)]
+    assert [kernels.takes(cpu, *each) for each in taken] == [True, True, False, False, False]
+    assert not kernels.takes(torch.device("cuda"), torch.float32, 64)
+    assert kernels.attention_kernel(cpu, torch.float64, 64) == "torch"
+
+
+def test_processes_that_build_at_once_find_one_library(tmp_path):
+    """By a compiler that takes its time and hands out the library of this process; a third process does not call it."""
+    real = next((kernels.cache_folder()).glob("*.so"))
+    slow = tmp_path / "slow"
+    slow.write_text(f'#!/bin/sh\nfor last; do :; done\necho built >> {tmp_path}/log\nsleep 1\ncp {real} "$last"\n')
+    slow.chmod(0o755)
+    code = "import kernels; print(kernels.library().note)"
+    environment = os.environ | {"CXX": str(slow), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", code]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [each.communicate()[0] for each in running] == ["kernels.cpp\n"] * 2
+    assert 1 <= len((tmp_path / "log").read_text().split()) <= 2
+    assert len(list((tmp_path / "cache" / "kernels").iterdir())) == 1
+    environment["CXX"] = str(slow)
+    (tmp_path / "log").unlink()
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout == "kernels.cpp\n"
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_memory_checker_finds_nothing(tmp_path):
+    flags = ["-O0", "-march=native", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined"]
+    made = tmp_path / "driver"
+    build = ["g++", *flags, "-fno-sanitize-recover=all", str(ROOT / "tests" / "kernels_driver.cpp"), "-o", str(made)]
+    if shutil.which("g++") is None or subprocess.run(build, capture_output=True).returncode:
+        pytest.skip("no g++ with its memory checkers")
+    done = subprocess.run([made], capture_output=True, text=True, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_instruction_sets_compile(tmp_path):
+    """What this machine cannot run is at least compiled: AVX-512 with and without bfloat16."""
+    if os.uname().machine != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("no g++ for x86")
+    every = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma".split()
+    for flags in (every, [*every, "-mavx512bf16"]):
+        command = ["g++", "-std=c++17", "-fsyntax-only", *flags, str(kernels.SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
