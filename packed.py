@@ -115,8 +115,9 @@ def stream_linears(model: nn.Module) -> None:
     """Makes one or two rows stream the weight of every plain linear layer that is large enough, shared ones too."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if type(child).forward is nn.Linear.forward and child.weight.numel() >= SMALLEST:
-                if streams(child.weight.device, child.weight.dtype, child.in_features):
+            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
+                large = child.weight.numel() >= SMALLEST
+                if large and streams(child.weight.device, child.weight.dtype, child.in_features):
                     take_place(parent, name, StreamedLinear(child))
 
 
