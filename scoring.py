@@ -19,6 +19,7 @@ from bifurcated_attention import merge_partials, shared_attention
 from cache import KVCache, Link, Prefill, sdpa
 from model import ModelArgs, Transformer
 from rotary import ScoreMod
+from sampling import check_finite
 
 SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
 SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
@@ -143,7 +144,8 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """sequences: context, which is at least one token, and continuation."""
+        """sequences: context, which is at least one token, and continuation. Raises FloatingPointError where logits
+        are not finite."""
         leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (context, continuation) in enumerate(sequences):
             if not context:
@@ -205,6 +207,8 @@ class Scorer:
         first = 0
         for number, places in asked:
             last = first + len(places)
+            for logprob in logprobs[first:last]:
+                check_finite(logprob)
             self.found[number] = Scored(logprobs[first:last], all(greedy[first:last]))
             first = last
         self.done(len(asked))

@@ -170,7 +170,7 @@ def test_a_wave_holds_no_more_than_its_own_rows(engine):
         pass
 
     class Stop(Monitor):
-        def wave(self) -> None:
+        def wave(self, rows) -> None:
             raise Begun
 
     with pytest.raises(Begun):
