@@ -8,13 +8,13 @@ the template sees it, and taken out again after the cut.
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -274,6 +274,14 @@ class Dialogue:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
+class Mark(NamedTuple):
+    """How far a conversation has come: slots of its context, tokens of its history, and those pending."""
+
+    slots: int
+    history: int
+    pending: tuple[int, ...]
+
+
 class Conversation:
     """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
 
@@ -286,19 +294,27 @@ class Conversation:
         self.pending: list[int] = []  # kept, but not yet in the context
         self.replies: dict[int, KVCache] = {}  # keys and values of the last turn's samples
 
+    def mark(self) -> Mark:
+        return Mark(self.context.slots, len(self.history), tuple(self.pending))
+
+    def back_to(self, mark: Mark) -> None:
+        """Forgets all that came since."""
+        self.context.resize(mark.slots)
+        self.history, self.pending, self.replies = self.history[: mark.history], list(mark.pending), {}
+
     def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> list[Sample]:
         """Reads the user's tokens and draws replies. Raises ValueError, with nothing changed, where they do not fit."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         deque(self.draw(run, tokens), maxlen=0)
         return run.samples
 
-    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Iterator[Piece]:
+    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Generator[Piece]:
         """`turn`, piece by piece as the text comes."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         run.live = True
         return self.draw(run, tokens)
 
-    def draw(self, run: Run, tokens: Sequence[int]) -> Iterator[Piece]:
+    def draw(self, run: Run, tokens: Sequence[int]) -> Generator[Piece]:
         new, slots = [*self.pending, *tokens], self.context.slots
         try:
             end = slots + len(new)
