@@ -218,14 +218,14 @@ def longest_context(
     return min(least, args.context_limit)
 
 
-def out_of_memory(error: BaseException) -> ValueError | None:
-    """What it means to the user that memory has run out; None where the error is another. On a CPU PyTorch raises a
-    RuntimeError."""
+def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --prefill_chunk") -> ValueError | None:
+    """What it means to the user that memory has run out, and the flags that lower what is needed; None where the error
+    is another. On a CPU PyTorch raises a RuntimeError."""
     told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if not told:
         return None
     why = next(iter(str(error).splitlines()), "") or "no memory is left"
-    return ValueError(f"{why}: give a lower --max_memory, fewer samples (-n), or a smaller --prefill_chunk")
+    return ValueError(f"{why}: give a lower {flags}")
 
 
 def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
