@@ -269,13 +269,15 @@ def profiled(go: Callable[[Session, Engine], None], session: Session, engine: En
 
 
 def export(profile: torch.profiler.profile, path: Path) -> None:
-    """Raises OSError where the trace is not whole, which PyTorch does not tell."""
+    """Raises OSError where the trace was not written, or not to its end, which PyTorch does not tell."""
     profile.export_chrome_trace(str(path))
-    if path.suffix != ".gz":
+    size = path.stat().st_size if path.exists() else 0
+    if size and path.suffix != ".gz":
         with path.open("rb") as file:
-            file.seek(-min(16, path.stat().st_size), os.SEEK_END)
-            if not file.read().rstrip().endswith(b"}"):
-                raise OSError("it was cut off")
+            file.seek(-min(16, size), os.SEEK_END)
+            size = file.read().rstrip().endswith(b"}")
+    if not size:
+        raise OSError("the disk is full, it seems")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr
     try:
         run(options)
     except BrokenPipeError:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 300  # characters of the line that tells an error
@@ -79,7 +80,8 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
         status = main() or 0
         if interruptible:
             signal.signal(signal.SIGINT, leave)  # what Python tidies up has no traceback either
-        sys.stdout.flush()
+        if status == 0:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:
@@ -126,14 +128,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` write to a temporary name, which then becomes `path`: whole, or not at all. Raises OSError."""
+    """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
     target = Path(os.path.realpath(path))  # a link stays one
-    unfinished = target.with_name(f".{os.getpid()}.unfinished{target.suffix}")
     try:
-        write(unfinished)
-        unfinished.replace(target)
+        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+            unfinished = Path(folder, target.name)
+            write(unfinished)
+            unfinished.replace(target)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
