@@ -114,6 +114,12 @@ def identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def check_plain(path: Path) -> None:
+    """Raises ValueError where what is there to be read is no plain file: a folder, or a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a plain file: put one there")
+
+
 def check_writable(path: Path) -> None:
     """Raises ValueError where no file can be written there, in place of one or as a new one."""
     target = os.path.realpath(path)  # what a link names

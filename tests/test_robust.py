@@ -4,15 +4,19 @@ stopped it), nothing on stdout but samples, nothing overwritten. Oracle: exit st
 
 import json
 import os
+import pty
 import re
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -20,12 +24,18 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, interruptible
-from test_cli import PROMPT, assert_refused, run
+from conftest import ROOT, TINY, Letters, interruptible
+from test_cli import PROMPT, assert_refused, lines_of, run
 
+import engine as road
 import eval as evaluate
 import generate
+from engine import Engine
+from options import build_parser
+from report import Console
+from samples import Ending, Request, Row
 from system import finish, start
+from talk import COMMANDS as COMMANDS_OF_TALK
 
 SHORT = [*PROMPT, "--max_new_tokens", 9]
 
@@ -90,6 +100,7 @@ def forked(*arguments, prepare: Callable[[], object] = lambda: None, stdin: str 
 def become_command(arguments: Sequence[object], prepare: Callable[[], object]) -> NoReturn:
     """What a fork does, whose descriptors 0, 1 and 2 are the command's: as Python and `python generate.py` would."""
     status = 99
+    signal.alarm(60)  # rather than hang
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
@@ -233,3 +244,196 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(tmp_path):
             capture_output=True, text=True, env=environment, preexec_fn=interruptible, timeout=60,
         )  # fmt: skip
         assert (result.returncode, result.stdout, result.stderr) == (130, "", ""), command
+
+
+def slowly(seconds: float = 0.05) -> None:
+    """Every step takes so long that there is time to interrupt it, on any machine."""
+    plain = road.Decoding.next
+
+    def next(*arguments):
+        time.sleep(seconds)
+        return plain(*arguments)
+
+    mock.patch.object(road.Decoding, "next", next).start()
+
+
+class Terminal:
+    """The command in a fork at a terminal of its own, where Ctrl-C is a key."""
+
+    def __init__(self, *arguments, prepare: Callable[[], object] = slowly) -> None:
+        self.child, self.master = pty.fork()
+        if not self.child:
+            become_command(arguments, prepare)
+        self.seen = ""
+
+    def until(self, pattern: str) -> str:
+        """What has come since the last time, up to the pattern."""
+        limit = time.monotonic() + 60
+        while (found := re.search(pattern, self.seen)) is None:
+            assert select.select([self.master], [], [], max(0, limit - time.monotonic()))[0], self.seen
+            self.seen += os.read(self.master, 4096).decode()
+        before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return before
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def end(self, keys: str = "") -> int:
+        """The exit status, when all has been read. keys: typed until it ends, since Python's readline overlooks a
+        signal that comes between the prompt and its waiting for a key."""
+        with suppress(OSError):  # the terminal is gone
+            while True:
+                self.type(keys)
+                while select.select([self.master], [], [], 1)[0]:
+                    self.seen += os.read(self.master, 4096).decode()
+        os.close(self.master)
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+
+CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+WORD = r"tokens of the prompt read.*\r\x1b\[K.*\w"  # the first of a reply, where the bar stood
+LONG = ["--max_new_tokens", 250, "--ignore_eos", "--seed", 1, "--dtype", "float32"]
+
+
+def test_ctrl_c_ends_a_reply_and_the_conversation_goes_on():
+    """At a terminal, twice at different places. Oracle: the reply without an interrupt begins so."""
+    flags = [*LONG, "--temperature", 0]
+    expected = run(*flags, "--prompt", "Once upon a time", "--quiet").stdout.replace("\n", "\r\n")
+    talk = Terminal("--interactive", *flags)
+    talk.until("> ")
+    talk.type("Once upon a time\r")
+    talk.until(re.escape(expected[:15]))
+    talk.type(CTRL_C)
+    rest, _, note = talk.until("> $").partition("^C")
+    assert expected.startswith(expected[:15] + rest) and len(rest) < 200
+    assert "Ctrl-C once more, or Ctrl-D, ends the conversation" in note
+    talk.type("The dog\r")
+    talk.until(WORD)
+    talk.type(CTRL_C)
+    talk.until("ends the conversation\r\n> $")
+    talk.type(UP + UP + "\x01\x0bThe cat\r")  # a line of the history; its beginning, and all after that is cut
+    assert "Once upon a time" in talk.until("The cat\r\n")
+    talk.until(WORD)
+    talk.type(CTRL_C)
+    talk.until("ends the conversation\r\n> $")
+    assert talk.end(CTRL_C) == 130 and "Traceback" not in talk.seen
+
+
+def test_what_was_said_of_a_reply_is_kept():
+    """Of several replies, the one that is picked. Oracle: the engine's own samples, as far, after all tokens so far."""
+    flags = [*LONG, "-n", 3, "--format", "jsonl", "--pick"]
+    engine = Engine.open(TINY, dtype="float32")
+    talk, context = Terminal("--interactive", *flags, prepare=partial(slowly, 0.1)), []
+    for text in ("Once upon a time", "The dog"):
+        talk.until("> ")
+        talk.type(f"{text}\r")
+        talk.until("[3-9] steps")
+        talk.type(CTRL_C)
+        (row,) = map(json.loads, re.findall(r"{.*}", talk.until(r"keep \[1-1\]: ")))
+        talk.type("\r")
+        context += (engine.encode if not context else engine.tokenizer.encode)(text)
+        drawn = engine.generate(context, Request(3, len(row["tokens"]), seed=1, eos_ids=frozenset()))
+        assert row["finish_reason"] == "interrupted" and row["tokens"] == drawn[row["sample"]].tokens
+        context += row["tokens"]
+    talk.until("> ")
+    assert talk.end(CTRL_D) == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_interrupted_run_shows_what_it_has_and_writes_its_report(tmp_path, n):
+    flags = [*LONG, "-n", n, "--prompt", "Once upon a time"]
+    command = Terminal(*flags, "--report", tmp_path / "r.json", "--selfcheck")
+    command.until("[3-9] steps" if n > 1 else WORD)
+    command.type(CTRL_C)
+    assert command.end() == 130 and "Traceback" not in command.seen
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["seed"], report["interrupted"], report["prefill_s"] > 0) == (1, True, True)
+    assert "seed 1" in command.seen and (", interrupted" in command.seen) == (n > 1)
+
+
+def row_of(index: int, logprobs: list[float], finish_reason: str | None = None) -> Row:
+    row = Row(index, Ending(frozenset(), (), 9), Letters(), [1], False)
+    row.sample.logprobs[:], row.sample.tokens[:] = logprobs, range(10, 10 + len(logprobs))
+    row.sample.finish_reason, row.sample.text = finish_reason, str(index) if finish_reason else ""
+    return row
+
+
+def test_of_an_interrupted_run_the_finished_are_shown_and_then_the_best_of_the_others(capsys):
+    """The best of all is one that had only begun; it may have been stopped between a token and its log-probability."""
+    options = build_parser().parse_args(["-n", "5", "--top", "2", "--format", "jsonl", "--quiet"])
+    rows = [row_of(0, [-3.0], "eos"), row_of(1, [-0.5, -0.1]), row_of(2, [-2.0]), row_of(3, []), row_of(4, [-1], "eos")]
+    rows[1].sample.tokens.append(77)
+    with pytest.raises(KeyboardInterrupt), Console(options, None, torch.device("cpu"), None) as console:
+        console.wave(rows)
+        for row in rows[::4]:
+            console.done(row.sample)
+        raise KeyboardInterrupt
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["rank"], row["sample"], row["finish_reason"]) for row in shown] == [
+        (1, 4, "eos"), (2, 0, "eos"), (3, 1, "interrupted")
+    ]  # fmt: skip
+    assert shown[2]["tokens"] == [10, 11] and shown[2]["text"] == Letters().decode([10, 11])
+
+
+TALK = ["--interactive", "--max_new_tokens", 12, "--seed", 1, "--dtype", "float32", "--format", "jsonl"]
+
+
+def said(*lines: str, flags: Sequence[object] = ()) -> list[list[int]]:
+    """The tokens of every reply of a conversation."""
+    return [row["tokens"] for row in lines_of(run(*TALK, *flags, input="".join(f"{line}\n" for line in lines)))]
+
+
+def test_commands_of_a_conversation():
+    """Oracle: the conversation without what was taken back; of /regenerate, the engine's next samples of the seed."""
+    first, second = said("Once upon a time", "The dog")
+    assert said("Once upon a time", "The cat", "/undo", "The dog")[2] == second
+    assert said("Once", "/undo", "/undo", "Once upon a time", "The dog")[1:] == [first, second]
+    assert said("Once", "The cat", "/reset", "Once upon a time", "The dog")[2:] == [first, second]
+    assert said("/help", "/undo", "/regenerate", "", "Once upon a time") == [first]
+    engine = Engine.open(TINY, dtype="float32")
+    drawn = [each.tokens for each in engine.generate(engine.encode("Once upon a time"), Request(3, 12, seed=1))]
+    assert said("Once upon a time", "/regenerate", "/regenerate") == drawn
+    again = said("Once upon a time", "/regenerate", "/undo", "Once upon a time", "/regenerate", "The dog")
+    assert again[:4] == [drawn[0], drawn[1]] * 2
+    shown = run(*TALK, input="/help\nOnce\n/undo\n/undo\n").stderr
+    assert all(command in shown for command in COMMANDS_OF_TALK) and "taken back: Once" in shown
+    assert "there is no turn to take back" in shown
+
+
+def test_a_reply_is_no_longer_than_what_the_conversation_has_left():
+    """320 tokens in all. Oracle: the tokens of the texts and of the replies before."""
+    base = ["--interactive", "--max_new_tokens", 500, "--seed", 1, "--ignore_eos", "--format", "jsonl"]
+    text = "Once upon a time " * 60
+    result = run(*base, input=f"{text}\nThe dog\n/reset\n{text}\n")
+    first, second = lines_of(result)
+    tokens = len(Engine.open(TINY).encode(text))
+    assert len(first["tokens"]) == 320 - tokens and first["tokens"] == second["tokens"]
+    assert result.stderr.count(f"{320 - tokens} tokens are left of 320: a reply ends there; /reset begins anew") == 2
+    assert re.search(r"error: prompt of 32\d tokens .* shorten one of them; /reset begins anew\n", result.stderr)
+    once = run(*base, "--prompt", text, input="")
+    assert lines_of(once) == [first]
+
+
+def test_a_choice_survives_any_answer_and_ends_with_the_input():
+    talk = [*TALK, "-n", 3, "--pick", "--temperature", 3]
+    result = run(*talk, input="Once\n" + "9" * 5000 + "\n²\n-1\n 2 \nThe dog\n")
+    assert len(lines_of(result)) == 6 and result.stderr.count("is not a number from 1 to 3") == 3
+    assert len(result.stderr) < 1000
+    plain = run(*talk, input="Once\n2\nThe dog\n1\n")
+    assert lines_of(plain) == lines_of(result)
+
+
+def test_a_conversation_is_planned_for_all_that_it_may_hold():
+    """Oracle: the plan of one prompt of that length; a limit of memory that is between."""
+    base = ["-n", 2, "--max_new_tokens", 20, "--dtype", "float32", "--no-compile"]
+    whole = run(*base, "--plan", "--interactive", "--max_memory", "1GB").stdout
+    assert whole == run(*base, "--plan", "--synthetic_prompt", 300, "--max_memory", "1GB").stdout
+    result = run(*base, "--interactive", "--max_memory", "8.2MB", input="Once\n" + "word " * 290 + "\n")
+    (room,) = re.findall(r"memory holds a conversation of (\d+) tokens, the model 320", result.stderr)
+    assert 20 < int(room) < 320 and "error: one sample needs" in result.stderr and result.returncode == 0
+
+
+def test_a_line_that_is_not_utf8_is_refused_and_the_conversation_goes_on():
+    with mock.patch("talk.ask", side_effect=[os.fsdecode(b"caf\xe9"), "Once", None]):
+        result = run(*TALK)
+    assert len(lines_of(result)) == 1 and "error: the text is not UTF-8 (character 3): convert it" in result.stderr
