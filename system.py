@@ -115,7 +115,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def check_plain(path: Path) -> None:
-    """Raises ValueError where what is there to be read is no plain file: a folder, or a pipe, which would be waited for."""
+    """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a plain file: put one there")
 
