@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from layouts import LAYOUTS
 from model import ModelArgs
 from plan import Workload
-from sampling import Sampling, check_finite
+from sampling import Sampling
+from scoring import check_finite
 from tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to

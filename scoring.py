@@ -9,6 +9,7 @@ Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads,
 K positions that are scored, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +20,6 @@ from bifurcated_attention import merge_partials, shared_attention
 from cache import KVCache, Link, Prefill, sdpa
 from model import ModelArgs, Transformer
 from rotary import ScoreMod
-from sampling import check_finite
 
 SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
 SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
@@ -228,6 +228,13 @@ class Scorer:
             greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
             logprobs[here] = logits.log_softmax(-1)[places, chosen]
         return logprobs.tolist(), greedy.tolist()
+
+
+def check_finite(logprob: float) -> None:
+    """Raises FloatingPointError for a log-probability of logits that hold nan or infinity. The host asks, which reads
+    the number anyhow: the device is not waited for."""
+    if not math.isfinite(logprob):
+        raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
 
 
 def tree(leaves: Sequence[Node], shortest: int, depth: int = 0, common: Sequence[int] | None = None) -> list[Node]:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible
 
 import download
 from hub import UNFINISHED, choose, fetch, is_whole, locate

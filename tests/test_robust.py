@@ -2,6 +2,7 @@
 stopped it), nothing on stdout but samples, nothing overwritten. Oracle: exit status, both streams and the files, by
 `main` in this process; what needs a signal, a terminal or a closed stream is a process of its own."""
 
+import base64
 import json
 import os
 import pty
@@ -437,3 +438,151 @@ def test_a_line_that_is_not_utf8_is_refused_and_the_conversation_goes_on():
     with mock.patch("talk.ask", side_effect=[os.fsdecode(b"caf\xe9"), "Once", None]):
         result = run(*TALK)
     assert len(lines_of(result)) == 1 and "error: the text is not UTF-8 (character 3): convert it" in result.stderr
+
+
+def edit(model: Path, **fields: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than 1024"),
+        ({"head_dim": 1 << 40}, "head_dim is 1099511627776, more than 65536"),
+        ({"hidden_size": 10**4000}, "hidden_size is a number of 13288 bits, more than 16777216"),
+        ({"vocab_size": 1 << 63}, "vocab_size is 9223372036854775808, more than"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is a number of 100 bits, more than"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, not a number above 0 and at most 1e15"),
+        ({"rope_theta": 10**400}, "rope_theta is a number of 1329 bits, not a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor is inf, not a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "factor is 1e+308, not a number above 0"),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 1000, "num_experts_per_tok": 2,
+             "num_hidden_layers": 1000},
+            "num_experts 1000 in each of 1000 layers are more than",
+        ),
+    ],
+    ids=lambda value: value.split(" is ")[0] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_shape_beyond_any_model_is_refused_before_it_is_made(model, fields, message):
+    edit(model, **fields)
+    with mock.patch("model.Transformer", side_effect=AssertionError("it is made")):
+        assert_refused(run(*SHORT, "--checkpoint_path", model, "--plan"), f"config.json: {message}")
+
+
+def test_the_largest_shape_is_planned_in_seconds(model):
+    """As far as each field goes by itself. Oracle: the plan says that it does not fit."""
+    most = 1 << 24
+    edit(model, hidden_size=most, intermediate_size=most, vocab_size=most, head_dim=1 << 16, num_hidden_layers=64)
+    edit(model, num_attention_heads=1 << 14, num_key_value_heads=1)
+    assert_refused(run(*SHORT, "--checkpoint_path", model, "--plan"), "one sample needs")
+
+
+def test_files_that_are_none_are_named_and_not_waited_for(model):
+    for name in ("config.json", "generation_config.json", "chat_template.jinja", "model.pth", "model.safetensors"):
+        path, aside = model / name, model / "aside"
+        weights = model / "model.pth"
+        if path.exists():
+            path.rename(aside)
+        elif name == "model.safetensors":
+            weights.rename(aside)
+        for make in (os.mkfifo, os.mkdir):
+            make(path)
+            if name == "model.safetensors" and make is os.mkdir:
+                (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+            result = run(*SHORT, "--checkpoint_path", model, "--chat")
+            assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+            assert re.search(f"{name} is not a plain file: put one there|no \\*.safetensors or", result.stderr)
+            path.unlink() if path.is_fifo() else path.rmdir()
+        if aside.exists():
+            aside.rename(weights if name == "model.safetensors" else path)
+
+
+def test_a_config_that_nests_too_deeply_is_named(model):
+    for name in ("config.json", "tokenizer_config.json"):
+        before = (model / name).read_text() if (model / name).exists() else "{}"
+        (model / name).write_text('{"a":' * 10**5)
+        assert_refused(run(*SHORT, "--checkpoint_path", model), f"{name} is not ")
+        (model / name).write_text(before)
+
+
+class Harmful:
+    """Runs a command where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+ODD = {
+    "meta": lambda tensor: tensor.to("meta"),
+    "sparse_coo": lambda tensor: tensor.float().to_sparse(),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor.float()]),
+    "qint8": lambda tensor: torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
+    "str": lambda tensor: "a tensor",
+    "Parameter of strings": lambda tensor: {"weight": tensor},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_dense_tensor_is_named(model, kind):
+    name = "layers.1.ffn_norm.weight"
+    state = torch.load(model / "model.pth")
+    torch.save(state | {name: ODD[kind](state[name])}, model / "model.pth")
+    result = run(*SHORT, "--checkpoint_path", model)
+    assert_refused(result, f"model.pth does not hold a plain state dict: '{name}' is ")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_would_run_code_is_refused_as_such(model, tmp_path, zipped):
+    torch.save({"norm.weight": Harmful()}, model / "model.pth", _use_new_zipfile_serialization=zipped)
+    result = run(*SHORT, "--checkpoint_path", model, cwd=tmp_path)
+    assert_refused(result, "model.pth would run code on loading (posix.system): refused")
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "twice", "gap"])
+def test_a_damaged_tiktoken_vocabulary_is_refused_before_its_library_panics(model, damage):
+    """Oracle: the library, which ends with a hundred lines where a byte or a rank is missing."""
+    ranks = {"cut": range(200), "twice": [*range(256), 3], "gap": [*range(256), 300]}[damage]
+    tokens = [bytes([place % 256] * (1 + place // 256)) for place in range(len(ranks))]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in zip(tokens, ranks, strict=True)]
+    (model / "tokenizer.model").write_text("".join(lines))
+    status, out, err = forked(*SHORT, "--checkpoint_path", model)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "it is truncated or damaged" in err
+
+
+def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():
+    long = ["9" * 5000 + "x", "y/" * 3000, "z\n" * 400]
+    for flags in (
+        ["--temperature", long[0]], ["--prompt_file", long[0]], ["--checkpoint_path", long[1]], ["--report", long[2]],
+        ["--stop", "", "--draft", *long], [f"--{long[1]}"], ["--seed", "1" * 4000], ["--speculate_k", long[2]],
+    ):  # fmt: skip
+        result = run(*SHORT[4:], *flags)
+        assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1, flags
+        assert result.stderr.startswith("error: ") and len(result.stderr) <= 301 and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "fail,told",
+    [
+        (lambda *_: torch.empty(1 << 50), "can't allocate memory: you tried to allocate"),
+        (lambda *_: bytearray(1 << 60), "no memory is left: "),
+        (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nMore")), "CUDA out of memory.: "),
+    ],
+    ids=["CPU", "Python", "CUDA"],
+)
+@pytest.mark.parametrize("where", ["generate.load_model", "engine.KVCache.empty"])
+def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
+    with mock.patch(where, side_effect=fail):
+        result = run(*SHORT, "-n", 3)
+    assert_refused(result, told)
+    assert "give a lower --max_memory, -n or --prefill_chunk" in result.stderr
+
+
+def test_what_some_systems_lack_is_imported_where_it_is_used():
+    """Windows has none of these modules of Python."""
+    for path in ROOT.glob("*.py"):
+        first = re.findall(r"^(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+        assert not {"resource", "readline", "fcntl", "termios", "pwd"} & set(first), path.name
