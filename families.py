@@ -174,7 +174,7 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
     # A softmax over the chosen experts alone, which is renormalising.
     seen = windows(fields, layers, None, lambda layer: True)
-    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True)}
+    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True), "norm_eps": 1e-5}
 
 
 def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("clip_qkv", None)
     renormalised = fields.switch("norm_topk_prob", False)
     experts = mixture(fields, layers, "intermediate_size", renormalised)
-    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True}
+    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": 1e-5}
 
 
 def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
-        norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
+        norm_eps=float(fields.number("rms_norm_eps", special.pop("norm_eps", 1e-6))),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
