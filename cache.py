@@ -151,14 +151,14 @@ class KVCache:
         self.start = self.start[index]
         self.links = tuple(link.keep(rows) for link in self.links)
 
-    def row(self, row: int, begin: int) -> "KVCache":
-        """A copy of what one row holds from the position `begin` on, without ancestors."""
+    def row(self, row: int, begin: int, length: int) -> "KVCache":
+        """A copy of `length` positions of one row, from `begin` on, without ancestors."""
         first = begin - int(self.start[row])
         k = self.k[0]
-        shape = (1, k.shape[1], self.slots - first, k.shape[3])
+        shape = (1, k.shape[1], length, k.shape[3])
         copy = KVCache(k, len(self.k), shape, self.start.new_tensor([begin]))
         for mine, theirs in zip(copy.tensors, self.tensors, strict=True):
-            mine.copy_(theirs[row : row + 1, :, first:])
+            mine.copy_(theirs[row : row + 1, :, first : first + length])
         return copy
 
     def append(self, other: "KVCache", length: int) -> None:

@@ -5,16 +5,19 @@ the names of control tokens. What a message says is never one of them: a mark is
 the template sees it, and taken out again after the cut.
 """
 
+import itertools
 import json
 import re
+import sys
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -25,9 +28,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
 from samples import Piece, Request, Sample, continuation_text
+from system import check_plain
 from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content
+LONGEST_RENDERING, LARGEST_VALUE = 5.0, 10**7  # seconds; characters, items or bits
 BARRIER = "\ue000"  # no token reaches from this character into what follows it
 
 
@@ -45,10 +50,50 @@ def refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def extent(value: object) -> int:
+    """Bits of an integer, items or characters of what has any."""
+    return value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, Sized) else 0
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses single operations that could take all memory or time."""
+
+    intercepted_binops = frozenset({"**", "*", "+"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        result = extent(left) + extent(right)
+        if operator == "**" and isinstance(right, int):
+            result = extent(left) * abs(right)
+        elif operator == "*" and isinstance(left, int) != isinstance(right, int):  # a text, so many times
+            count, value = (left, right) if isinstance(left, int) else (right, left)
+            result = abs(count) * extent(value)
+        if result > LARGEST_VALUE:
+            raise jinja2.TemplateError(f"the result of {operator} is too big")
+        return super().call_binop(context, operator, left, right)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Raises TemplateError where a template has run for LONGEST_RENDERING seconds of this thread's time: a template is
+    a program, and need not end."""
+    limit, before, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), itertools.count()
+
+    def trace(*_: object) -> Any:
+        if next(steps) % 64 == 0 and time.thread_time() > limit:
+            raise jinja2.TemplateError(f"it has run for {LONGEST_RENDERING} seconds")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
 @lru_cache(maxsize=8)
 def compile_template(template: str) -> jinja2.Template:
     extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -74,7 +119,9 @@ class Chat:
         values: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
         values |= {name: token for name, token in names.items() if token}
         try:
-            return compile_template(self.template).render(values, add_generation_prompt=add_generation_prompt)
+            compiled = compile_template(self.template)
+            with bounded():
+                return compiled.render(values, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
             roles = [message["role"] for message in messages]
             hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""
@@ -104,6 +151,7 @@ def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
     template, path = metadata.get("chat_template"), folder / "chat_template.jinja"
     try:
         if path.exists():
+            check_plain(path)
             template = path.read_text("utf-8")
         elif isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
@@ -274,6 +322,14 @@ class Dialogue:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
+class Mark(NamedTuple):
+    """How far a conversation has come: slots of its context, tokens of its history, and those pending."""
+
+    slots: int
+    history: int
+    pending: tuple[int, ...]
+
+
 class Conversation:
     """A context that grows by what the user says and the reply that is kept. Nothing is computed twice."""
 
@@ -286,19 +342,27 @@ class Conversation:
         self.pending: list[int] = []  # kept, but not yet in the context
         self.replies: dict[int, KVCache] = {}  # keys and values of the last turn's samples
 
+    def mark(self) -> Mark:
+        return Mark(self.context.slots, len(self.history), tuple(self.pending))
+
+    def back_to(self, mark: Mark) -> None:
+        """Forgets all that came since."""
+        self.context.resize(mark.slots)
+        self.history, self.pending, self.replies = self.history[: mark.history], list(mark.pending), {}
+
     def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> list[Sample]:
         """Reads the user's tokens and draws replies. Raises ValueError, with nothing changed, where they do not fit."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         deque(self.draw(run, tokens), maxlen=0)
         return run.samples
 
-    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Iterator[Piece]:
+    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Generator[Piece]:
         """`turn`, piece by piece as the text comes."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         run.live = True
         return self.draw(run, tokens)
 
-    def draw(self, run: Run, tokens: Sequence[int]) -> Iterator[Piece]:
+    def draw(self, run: Run, tokens: Sequence[int]) -> Generator[Piece]:
         new, slots = [*self.pending, *tokens], self.context.slots
         try:
             end = slots + len(new)

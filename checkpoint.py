@@ -7,11 +7,13 @@ metadata; nothing is guessed from a path. Weights are mapped, not read: a page c
 """
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from families import (
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
+from system import check_plain
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
@@ -93,7 +96,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         args = args_from_config(config)
         eos_ids = as_ids(config.get("eos_token_id"))
-    except (ValueError, TypeError, AttributeError) as error:  # a field of another type than it must be
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field is of another type or size
         raise ValueError(f"{source}: {error}") from error
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -151,10 +154,13 @@ def shards_of(index: Path) -> tuple[Path, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    check_plain(path)
     try:
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): put the file there") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
@@ -177,17 +183,12 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
             continue
         found = unpickle(path)
         found = found["state"] if is_quantised(found) else found
+        check_state(found["model"] if is_tinyllamas(found) else found, path)
         if is_tinyllamas(found):
             try:
                 state |= from_tinyllamas(found["model"], checkpoint.args.head_dim)
             except (RuntimeError, IndexError, AttributeError) as error:
                 raise ValueError(f"{path}: a tensor is not of the shape that model_args tell: {error}") from error
-        elif not isinstance(found, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
-        ):
-            raise ValueError(
-                f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py"
-            )
         else:
             state |= our_tensors(found, checkpoint.config) if path.suffix == ".bin" else found
     if checkpoint.args.tied_output and "tok_embeddings.weight" in state:
@@ -195,16 +196,31 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return state
 
 
+def check_state(found: Any, path: Path) -> None:
+    """Raises ValueError where an unpickled value is not a dictionary of dense tensors that hold values."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
+    for name, each in found.items():
+        whole = isinstance(each, Tensor) and each.layout is torch.strided and each.device.type == "cpu"
+        if not isinstance(name, str) or not whole or each.is_nested or each.is_quantized:
+            kind = f"a {each.layout} tensor on {each.device}" if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(f"{path} does not hold a plain state dict: {name!r} is {kind}, save dense tensors instead")
+
+
 def unpickle(path: Path) -> Any:
-    """What torch.save wrote, its tensors mapped. No code in the file is run."""
+    """What torch.save wrote, its tensors mapped. No code in the file is run. Raises ValueError."""
+    check_plain(path)
     mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
     try:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
+        if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ValueError(f"{path} would run code on loading ({code[1]}): refused, give plain tensors") from error
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

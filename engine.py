@@ -9,7 +9,7 @@ Shapes: N rows, S positions, k tokens that a step may give a row, T context leng
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
@@ -48,8 +48,8 @@ class Monitor:
     def prefilled(self) -> None:
         """The prompt has been read."""
 
-    def wave(self) -> None:
-        """A wave's cache is ready to decode."""
+    def wave(self, rows: Sequence[Row]) -> None:
+        """A wave's cache is ready to decode, for these rows."""
 
     def stepped(self, steps: int, tokens: int) -> None:
         """`steps` more decode steps have run, which drew `tokens` tokens for unfinished samples; steps is 0 for a
@@ -161,7 +161,7 @@ class Engine:
         deque(run.pieces(), maxlen=0)
         return run.samples
 
-    def stream(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> Iterator[Piece]:
+    def stream(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> Generator[Piece]:
         """`generate`, piece by piece as the text comes. What may turn out to begin a stop string is held back."""
         run = Run(self, request, prompt, monitor)
         run.live = True
@@ -252,7 +252,7 @@ class Run:
         self.kept: dict[int, KVCache] | None = None
         self.samples: list[Sample] = []
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Generator[Piece]:
         """Reads the prompt, then `draw`."""
         engine, reserve = self.engine, self.begin + self.own_slots if self.extends else 0
         context = KVCache.empty(engine.args, 1, self.begin, engine.model.norm.weight, reserve)
@@ -281,7 +281,7 @@ class Run:
         samples = torch.tensor([row.sample.index for row in rows], device=device)
         decoding = self.decoder(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
-        self.monitor.wave()
+        self.monitor.wave(rows)
         pending = [self.agreed(decoding.first(logits, self.begin))]
         token = pending[0][0]
         input_pos = torch.full((len(rows), 1), self.begin, device=device)
@@ -332,7 +332,7 @@ class Run:
                         row.record(token, logprob)
             if row.sample.finish_reason is not None:
                 if self.kept is not None:
-                    self.kept[row.sample.index] = cache.row(index, self.begin)
+                    self.kept[row.sample.index] = cache.row(index, self.begin, len(row.sample.tokens) - 1)
                 self.monitor.done(row.sample)
             if self.live:
                 yield row.piece(before)

@@ -24,14 +24,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
+from system import INTERRUPTED, check_writable, complain, finish, identity, start, write_file
+
+if __name__ == "__main__":
+    start()
+
 
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run
 from hub import locate
 from options import unescaped
-from plan import choose_device, choose_dtype, keep_freed_memory
+from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar, OneLineParser
 from samples import Request, Sample
 from sampling import Sampling
@@ -503,7 +507,7 @@ def run_pass_at(options: argparse.Namespace) -> None:
 
 def write(path: Path | None, text: str) -> None:
     if path is not None:
-        path.write_text(text + "\n", "utf-8")
+        write_file(path, lambda unfinished: unfinished.write_text(text + "\n", "utf-8"))
 
 
 def numbers(text: str) -> list[int]:
@@ -602,9 +606,8 @@ def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
     """Raises ValueError where --output cannot be written, or is what is read."""
     if output is None:
         return
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
-    if output.resolve() in [path.resolve() for path in inputs if path is not None]:
+    check_writable(output)
+    if (found := identity(output)) is not None and found in [identity(path) for path in inputs if path is not None]:
         raise ValueError(f"{output} is what is read: it would be replaced, give another file")
 
 
@@ -615,16 +618,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mode = check_options(options)
         keep_freed_memory()
         MODES[mode](options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}: give a lower --batch_tokens", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, FloatingPointError) as error:
+        return complain(error)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if (told := out_of_memory(error, "--batch_tokens")) is None:
+            raise
+        return complain(told)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -29,6 +29,22 @@ NEUTRAL = frozenset(
 )
 
 
+# What a shape must not exceed, where that is not 2^24: far beyond any model, and made in seconds.
+LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 14,
+    "head_dim": 1 << 16,
+    "num_experts": 1 << 10,
+    "max_position_embeddings": 1 << 40,
+    "original_max_position_embeddings": 1 << 40,
+}
+
+
+def told(value: object) -> str:
+    """A value for an error; Python writes out no integer of thousands of digits."""
+    return f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
+
+
 class Fields:
     """A config whose fields are ticked off as they are read, so that none that matters is passed over."""
 
@@ -47,16 +63,18 @@ class Fields:
         return self.config.get(name, default)
 
     def integer(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, default)
+        value, most = self.get(name, default), LARGEST.get(name, 1 << 24)
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, not a positive number: the model's shape is not known without it")
+        if value > most:
+            raise ValueError(f"{name} is {told(value)}, more than {most}: no such network can be made here")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """The field's value, which must be above 0; the default where the field is missing or null."""
         value = self.get(name, default)
-        if type(value) not in (int, float) or not value > 0:
-            raise ValueError(f"{name} is {value!r}, not a number above 0")
+        if type(value) not in (int, float) or not 0 < value <= 1e15:
+            raise ValueError(f"{name} is {told(value)}, not a number above 0 and at most 1e15")
         return value
 
     def optional(self, name: str) -> float | None:
@@ -147,13 +165,16 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
     """width: the field that holds an expert's. Either of two fields tells how many they are."""
     experts = fields.integer("num_experts", fields.get("num_local_experts"))
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
-    return Mixture(experts, used, size, renormalised, fields.get("shared_expert_intermediate_size", 0), dense)
+    shared = fields.get("shared_expert_intermediate_size", 0) and fields.integer("shared_expert_intermediate_size")
+    if layers * experts > 1 << 17:
+        raise ValueError(f"num_experts {experts} in each of {layers} layers are more than can be made here")
+    return Mixture(experts, used, size, renormalised, shared, dense)
 
 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
     # A softmax over the chosen experts alone, which is renormalising.
     seen = windows(fields, layers, None, lambda layer: True)
-    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True)}
+    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True), "norm_eps": 1e-5}
 
 
 def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
@@ -171,7 +192,7 @@ def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("clip_qkv", None)
     renormalised = fields.switch("norm_topk_prob", False)
     experts = mixture(fields, layers, "intermediate_size", renormalised)
-    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True}
+    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": 1e-5}
 
 
 def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
@@ -224,7 +245,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
-        norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
+        norm_eps=float(fields.number("rms_norm_eps", special.pop("norm_eps", 1e-6))),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),

@@ -10,18 +10,19 @@ import json
 import os
 import secrets
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__" and not sys.warnoptions:
-    warnings.simplefilter("ignore")  # before torch is imported, which warns where NumPy is not installed
+from system import INTERRUPTED, complain, finish, start, write_file
+
+if __name__ == "__main__":
+    start()
 
 import torch
 
-from chat import Conversation, Dialogue, choose_chat
+from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from drafts import Speculation, choose_draft
 from engine import Engine
@@ -33,6 +34,8 @@ from plan import (
     choose_device,
     choose_dtype,
     keep_freed_memory,
+    longest_context,
+    out_of_memory,
     plan_run,
     weigh_sizes,
 )
@@ -40,13 +43,15 @@ from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
 from samples import Ranked, Request, Sample, rank
 from sampling import Sampling
+from talk import Talk
 from tokenizer import load_tokenizer
+from tp import Shard
 
 
 @dataclass(frozen=True)
 class Session:
     """A validated command line and what it resolved to. prompt_tokens: empty in --interactive without a prompt.
-    request: what this replica draws."""
+    request: what this replica draws. room: tokens that a conversation may come to hold."""
 
     options: argparse.Namespace
     ranks: Ranks
@@ -60,6 +65,7 @@ class Session:
     available: int
     plan: Plan
     speculation: Speculation | None
+    room: int
 
 
 def decide(options: argparse.Namespace) -> tuple[str | None, int, torch.dtype]:
@@ -86,9 +92,9 @@ def set_up(
         first_index=mine.start,
     )
     checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
-    check_inputs_stay(options, checkpoint.folder)
-    args, shard = checkpoint.args, ranks.shard
-    local = shard.local(args)
+    draft = options.draft_checkpoint_path
+    check_inputs_stay(options, [checkpoint.folder, *([locate(draft)] if draft else [])])
+    args = checkpoint.args
     tokenizer = load_tokenizer(checkpoint.folder)
     chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
     dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
@@ -96,23 +102,43 @@ def set_up(
     request = replace(request, eos_ids=ends)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
+    if options.interactive:  # where a turn is given what is left
+        request = replace(request, max_new_tokens=min(options.max_new_tokens, max(1, args.context_limit - length)))
     if length and not options.plan:
         request.check_length(args, length)
-    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, len(mine), shard), args)
-    work = request.workload(length, options.num_runs)
-    drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
-    speculation = choose_draft(*drafting, checkpoint, (device, dtype, len(mine)))
-    if speculation is not None:
-        if speculation.draft.weights > weights.total:
-            print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
-        work, weights = speculation.widen(work, args), speculation.heavier(weights)
-    plan = plan_run(local, weights, work, device, dtype, available, options.compile)
+    plan, speculation, room = arrange(options, checkpoint, request, length, (device, dtype, ranks.shard), available)
     if options.synthetic_prompt and not options.plan:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
     return Session(
-        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation
+        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation, room
     )
+
+
+def arrange(
+    options: argparse.Namespace,
+    checkpoint: Checkpoint,
+    request: Request,
+    length: int,
+    place: tuple[torch.device, torch.dtype, Shard],
+    available: int,
+) -> tuple[Plan, Speculation | None, int]:
+    """The plan for a prompt of that length, or, where a conversation is only planned, for all that it may hold; the
+    draft; the tokens that a conversation may hold. Raises ValueError."""
+    (device, dtype, shard), args = place, checkpoint.args
+    rows, local = request.num_samples, shard.local(args)
+    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, rows, shard), args)
+    work = request.workload(length, options.num_runs)
+    drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
+    speculation = choose_draft(*drafting, checkpoint, (device, dtype, rows))
+    if speculation is not None:
+        if speculation.draft.weights > weights.total:
+            print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
+        work, weights = speculation.widen(work, args), speculation.heavier(weights)
+    room = longest_context(local, weights, work, device, dtype, available) if options.interactive else 0
+    if options.interactive and options.plan:
+        work = replace(work, context=max(length, room - work.max_new_tokens))
+    return plan_run(local, weights, work, device, dtype, available, options.compile), speculation, room
 
 
 def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
@@ -148,16 +174,21 @@ def run_once(session: Session, engine: Engine) -> None:
     """--num_runs runs of one prompt, then the samples, the self-check and the report."""
     options, runs = session.options, []
     samples: list[Sample] = []
-    for run in range(1, options.num_runs + 1):
-        with Console(options, session.plan, session.device, session.prompt_text, samples) as console:
-            console.streams &= run == options.num_runs
-            if console.streams:
-                console.show_live(engine.stream(session.prompt_tokens, session.request, console))
-                samples = console.finished
-            else:
-                drawn = engine.generate(session.prompt_tokens, session.request, console)
-                samples = session.ranks.gather(drawn)
-        runs.append(console)
+    try:
+        for run in range(1, options.num_runs + 1):
+            with Console(options, session.plan, session.device, session.prompt_text, samples) as console:
+                runs.append(console)
+                console.streams &= run == options.num_runs
+                if console.streams:
+                    console.show_live(engine.stream(session.prompt_tokens, session.request, console))
+                    samples = console.finished
+                else:
+                    drawn = engine.generate(session.prompt_tokens, session.request, console)
+                    samples = session.ranks.gather(drawn)
+    except KeyboardInterrupt:
+        if session.ranks.control is None:  # of several, each is interrupted somewhere else
+            finish_report(session, engine, runs, console.ranked)
+        raise
     ranked = rank(samples)[: options.top]
     try:
         console.show(ranked)
@@ -173,7 +204,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
-    if options.selfcheck:
+    if options.selfcheck and not report["interrupted"]:
         drawn = [each.sample for each in ranked]
         scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
@@ -186,53 +217,16 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     elif not options.quiet:
         print(summary(report, session.plan), file=sys.stderr)
     if options.report:
-        options.report.write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        text = json.dumps(report, indent=2) + "\n"
+        write_file(options.report, lambda path: path.write_text(text, "utf-8"))
 
 
 def interact(session: Session, engine: Engine) -> None:
-    """--interactive: a turn for the prompt, if given, then one per line of stdin, until it ends."""
-    options, dialogue, ranks = session.options, session.dialogue, session.ranks
-    conversation = Conversation(engine, session.request)
-    if not options.quiet:
-        print(f"seed {session.request.seed}", file=sys.stderr)
-    line: str | None = session.prompt_text
-    tokens = session.prompt_tokens
-    while tokens or (line := ranks.ask(partial(ask, "> "))) is not None:
-        line = line or ""
-        if not (tokens or line):
-            continue
-        try:
-            tokens = tokens or dialogue.encode_turn(line)
-            with Console(options, session.plan, session.device, None) as console:
-                if console.streams:
-                    console.show_live(conversation.stream(tokens, console))
-                else:
-                    conversation.turn(tokens, console)
-        except ValueError as error:
-            held = len(conversation.history)
-            hint = f"; the conversation holds {held} tokens, begin a new one to go on" if held else ""
-            print(f"error: {error}{hint}", file=sys.stderr)
-        else:
-            ranked = rank(ranks.gather(console.finished))[: options.top]
-            console.show(ranked)
-            reply = ranks.ask(partial(pick, ranked)) if options.pick else ranked[0].sample
-            conversation.keep(reply)
-            dialogue.keep(line, reply.text or "")
-        tokens = []
-
-
-def ask(question: str) -> str | None:
-    """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples."""
-    print(question, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    return line.rstrip("\n") if line else None
-
-
-def pick(ranked: Sequence[Ranked]) -> Sample:
-    """Asks which reply to keep, until a number answers; an empty answer keeps the best."""
-    while not (answer := ask(f"keep [1-{len(ranked)}]: ") or "1").isdecimal() or not 1 <= int(answer) <= len(ranked):
-        print(f"{answer!r} is not a number from 1 to {len(ranked)}", file=sys.stderr)
-    return ranked[int(answer) - 1].sample
+    """--interactive."""
+    room = session.room
+    Talk(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, room).run(
+        session.prompt_text
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -257,12 +251,33 @@ def run(options: argparse.Namespace) -> None:
         keep_freed_memory()
     engine = ranks.agree(lambda: open_engine(session))
     go = interact if options.interactive else run_once
-    if options.profile:
-        with torch.profiler.profile() as profile:
+    try:
+        profiled(go, session, engine) if options.profile else go(session, engine)
+    except FloatingPointError as error:
+        where = f"{session.checkpoint.weights[0]} in {str(session.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again") from error
+
+
+def profiled(go: Callable[[Session, Engine], None], session: Session, engine: Engine) -> None:
+    """The same, with a trace at --profile, also of a run that is interrupted."""
+    profile = torch.profiler.profile()
+    try:
+        with profile:
             go(session, engine)
-        profile.export_chrome_trace(str(options.profile))
-    else:
-        go(session, engine)
+    finally:
+        write_file(session.options.profile, partial(export, profile))
+
+
+def export(profile: torch.profiler.profile, path: Path) -> None:
+    """Raises OSError where the trace was not written, or not to its end, which PyTorch does not tell."""
+    profile.export_chrome_trace(str(path))
+    size = path.stat().st_size if path.exists() else 0
+    if size and path.suffix != ".gz":
+        with path.open("rb") as file:
+            file.seek(-min(16, size), os.SEEK_END)
+            size = file.read().rstrip().endswith(b"}")
+    if not size:
+        raise OSError("the disk is full, it seems")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,28 +285,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
-    # Started without one of them (">&-"), Python has None there.
-    sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr
     try:
         run(options)
     except BrokenPipeError:
-        # The reader has left. What Python still holds for stdout would raise again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0  # the reader has left, with what they wanted
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: {str(error).splitlines()[0]}: give a lower --max_memory, or fewer samples", file=sys.stderr)
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
-        return 130
-    except RuntimeError as error:
-        if (lost := lost_rank(error)) is None:
+        return INTERRUPTED
+    except (RuntimeError, MemoryError) as error:
+        if (told := out_of_memory(error) or lost_rank(error)) is None:
             raise
-        print(f"error: {lost}", file=sys.stderr)
-        return 2
+        return complain(told)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -1,9 +1,9 @@
 """The flags of the command line, every default once, and the checks that need nothing but them."""
 
 import argparse
-import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from layouts import LAYOUTS
 from plan import parse_size
 from report import OneLineParser
 from samples import Request
+from system import check_writable, identity
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
@@ -119,18 +120,19 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Raises ValueError where --report or --profile cannot be written."""
     outputs = [path for path in (options.report, options.profile) if path is not None]
     for path in outputs:
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-    if len({path.resolve() for path in outputs}) < len(outputs):
+        check_writable(path)
+    if len({identity(path) or path.resolve() for path in outputs}) < len(outputs):
         raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
 
 
-def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
-    """Raises ValueError where --report or --profile would replace the prompt, or what lies with the model."""
-    prompt = Path(options.prompt_file or "").resolve()
+def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
+    """Raises ValueError where --report or --profile would replace the prompt, the heads of a draft, or what lies with a
+    model, under whatever name. models: folders, or files in them."""
+    folders = [path if path.is_dir() else path.parent for path in models]
+    read = [options.prompt_file, *options.draft[1:], *(path for folder in folders for path in folder.iterdir())]
+    files = {identity(Path(path)) for path in read if path is not None}
     for path in (options.report, options.profile):
-        full = path and path.resolve()
-        if full and (full == prompt or (full.exists() and full.parent == folder.resolve())):
+        if path is not None and (found := identity(path)) is not None and found in files:
             raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
 
 

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-import resource
 import shutil
 import sys
 import sysconfig
@@ -219,6 +218,32 @@ def plan_run(
     )
 
 
+def longest_context(
+    args: ModelArgs, weights: Weights, work: Workload, device: torch.device, dtype: torch.dtype, available: int
+) -> int:
+    """How many tokens, prompt and new ones, fit the model, and with one sample of this workload the memory."""
+    least, most = work.max_new_tokens, max(work.max_new_tokens, args.context_limit)  # the first is taken to fit
+    while least < most:
+        total = (least + most + 1) // 2
+        try:
+            context = total - work.max_new_tokens
+            plan_run(args, weights, replace(work, context=context, num_samples=1), device, dtype, available, False)
+            least = total
+        except ValueError:
+            most = total - 1
+    return min(least, args.context_limit)
+
+
+def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --prefill_chunk") -> ValueError | None:
+    """What it means to the user that memory has run out, and the flags that lower what is needed; None where the error
+    is another. On a CPU PyTorch raises a RuntimeError."""
+    told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not told:
+        return None
+    why = next(iter(str(error).splitlines()), "") or "no memory is left"
+    return ValueError(f"{why}: give a lower {flags}")
+
+
 def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     """Whether rows that decode together need no fork: a single one goes on in the context's own cache, a chain of one.
     But the fused kernel that splits long keys over a GPU takes no mask, and so wants the context by itself."""
@@ -284,6 +309,10 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held on the device so far; on a CPU its resident pages."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return 0
+    import resource  # not on every system
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

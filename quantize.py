@@ -24,6 +24,11 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from system import INTERRUPTED, complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -308,12 +313,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(quantise(parser.parse_args(arguments)))
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -176,7 +176,7 @@ def take_device(device: torch.device, local: int) -> None:
     torch.cuda.set_device(local)
 
 
-def lost_rank(error: RuntimeError) -> str | None:
+def lost_rank(error: BaseException) -> str | None:
     """What a failed collective means to the user; None where the error is another."""
     known = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
     if not dist.is_initialized() or not known:

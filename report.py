@@ -6,8 +6,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from typing import NoReturn, Self
 
 import torch
@@ -16,7 +17,8 @@ from engine import Engine, Monitor
 from kernels import attention_kernel
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
-from samples import Piece, Ranked, Request, Sample, rank
+from samples import Piece, Ranked, Request, Row, Sample, rank
+from system import complain
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -24,7 +26,9 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
-        self.exit(2, f"error: {message}; see --help\n" if told else None)
+        if told:
+            complain(f"{message}; see --help")
+        self.exit(2)
 
 
 class Stopwatch(Monitor):
@@ -35,6 +39,7 @@ class Stopwatch(Monitor):
         self.prefill_s = self.first_token_s = 0.0
         self.step_s: list[float] = []
         self.decode_tokens = self.waves = 0
+        self.interrupted = False
         self.finished: list[Sample] = []
 
     def lap(self) -> float:
@@ -44,7 +49,7 @@ class Stopwatch(Monitor):
     def prefilled(self) -> None:
         self.prefill_s = self.lap()
 
-    def wave(self) -> None:
+    def wave(self, rows: Sequence[Row]) -> None:
         self.waves += 1
         self.lap()
 
@@ -82,7 +87,8 @@ class Bar:
 class Console(Stopwatch):
     """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
 
-    Used as a context manager around a run: where it is interrupted, what is finished is printed.
+    Used as a context manager around a run: where it is interrupted, what is finished is printed, and the best of what
+    is not.
     """
 
     def __init__(
@@ -100,6 +106,8 @@ class Console(Stopwatch):
         self.streams = self.options.num_samples == 1 and self.options.format == "text"
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
+        self.rows: Sequence[Row] = ()  # of this wave
+        self.ranked: list[Ranked] = []  # what an interrupted run leaves
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
@@ -109,9 +117,9 @@ class Console(Stopwatch):
         release_freed_memory(self.device)  # decoding needs blocks of other sizes
         super().prefilled()
 
-    def wave(self) -> None:
-        self.begun = len(self.step_s)
-        super().wave()
+    def wave(self, rows: Sequence[Row]) -> None:
+        self.begun, self.rows = len(self.step_s), rows
+        super().wave(rows)
 
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
@@ -122,14 +130,15 @@ class Console(Stopwatch):
             note = f"{in_wave} steps, {finished}/{total} samples finished"
             self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
-    def show_live(self, pieces: Iterable[Piece]) -> None:
+    def show_live(self, pieces: Generator[Piece]) -> None:
         """Runs to the end, and prints the text as it comes where there is one sample."""
         if self.streams and self.options.echo:
             print(self.prompt, end="", flush=True)
-        for piece in pieces:
-            self.bar.clear()
-            if self.streams and piece.text:
-                print(piece.text, end="", flush=True)
+        with closing(pieces):  # now, and not when an interrupt has been forgotten
+            for piece in pieces:
+                self.bar.clear()
+                if self.streams and piece.text:
+                    print(piece.text, end="", flush=True)
 
     def show(self, ranked: Sequence[Ranked]) -> None:
         """Prints these samples, unless they were shown live."""
@@ -144,7 +153,13 @@ class Console(Stopwatch):
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
         if kind is KeyboardInterrupt:
-            self.show(rank(self.earlier or self.finished)[: self.options.top])
+            self.interrupted = True
+            self.ranked = rank(self.earlier or self.finished)
+            begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
+            best = rank([sample for sample in begun if sample.tokens])[:1]
+            best = [replace(each, rank=len(self.ranked) + 1) for each in best]
+            self.ranked = self.ranked[: self.options.top] + best
+            self.show(self.ranked)
 
 
 def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str) -> None:
@@ -202,9 +217,10 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
     step = statistics.median(steps) if steps else None
     drawn = sum(run.decode_tokens for run in runs)
     rate = drawn / (sum(steps) + step * len(first)) if step else None
-    reads = runs[1:] if compiled_prefill else runs
+    reads = [run for run in (runs[1:] if compiled_prefill else runs) if run.first_token_s]  # not interrupted before
     prefill_s = statistics.median(run.prefill_s for run in reads) if reads else None
     return {
+        "interrupted": any(run.interrupted for run in runs),
         "waves": plan.waves,
         "prefill_s": prefill_s,
         "prefill_tokens_per_s": prefill_s and plan.workload.context / prefill_s,

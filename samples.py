@@ -10,6 +10,7 @@ from layouts import LAYOUTS
 from model import ModelArgs
 from plan import Workload
 from sampling import Sampling
+from scoring import check_finite
 from tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
@@ -64,8 +65,8 @@ class Request:
 
 @dataclass
 class Sample:
-    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length.
-    text: None where there is no tokenizer."""
+    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length, or
+    interrupted, where the user stopped it. text: None where there is no tokenizer."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
@@ -178,7 +179,9 @@ class Row:
         self.shown = 0  # characters that pieces have given
 
     def record(self, token: int, logprob: float) -> None:
-        """Adds a token to an unfinished sample, and finishes it where its end is reached."""
+        """Adds a token to an unfinished sample, and finishes it where its end is reached. Raises FloatingPointError
+        where its logits were not finite."""
+        check_finite(logprob)
         sample, stream = self.sample, self.stream
         sample.tokens.append(token)
         sample.logprobs.append(logprob)
@@ -199,6 +202,16 @@ class Row:
         ends = [at for stop in self.ending.stop if (at := sample.text.find(stop, overlap)) >= 0]
         if ends:
             sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
+
+    def cut(self) -> Sample:
+        """The sample as far as it has come, if it is unfinished: the user has stopped it, maybe within `record`."""
+        sample = self.sample
+        if sample.finish_reason is None:
+            del sample.tokens[len(sample.logprobs) :]
+            sample.finish_reason = "interrupted"
+            if self.tokenizer:
+                sample.text = continuation_text(self.tokenizer, self.history, sample.tokens)
+        return sample
 
     def piece(self, before: int) -> Piece:
         """What is new since the sample had `before` tokens. What may begin a stop string is held back."""

@@ -138,6 +138,7 @@ def draw_rows(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tens
         probs, ids = candidates(logits, sampling)
         cdf = probs.cumsum(-1, dtype=torch.float64)  # [N,K]
         # 1 - uniform is in (0,1], so the first entry that reaches the target has a probability above 0.
-        token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:])  # [N,1]
+        # Where logits are nan none does: any token that exists will do, since their log-probability is not finite.
+        token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:]).clamp_max(cdf.shape[-1] - 1)  # [N,1]
         token = token if ids is None else ids.gather(-1, token)
     return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]

@@ -9,6 +9,7 @@ Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads,
 K positions that are scored, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -143,7 +144,8 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """sequences: context, which is at least one token, and continuation."""
+        """sequences: context, which is at least one token, and continuation. Raises FloatingPointError where logits
+        are not finite."""
         leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (context, continuation) in enumerate(sequences):
             if not context:
@@ -205,6 +207,8 @@ class Scorer:
         first = 0
         for number, places in asked:
             last = first + len(places)
+            for logprob in logprobs[first:last]:
+                check_finite(logprob)
             self.found[number] = Scored(logprobs[first:last], all(greedy[first:last]))
             first = last
         self.done(len(asked))
@@ -224,6 +228,13 @@ class Scorer:
             greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
             logprobs[here] = logits.log_softmax(-1)[places, chosen]
         return logprobs.tolist(), greedy.tolist()
+
+
+def check_finite(logprob: float) -> None:
+    """Raises FloatingPointError for a log-probability of logits that hold nan or infinity. The host asks, which reads
+    the number anyhow: the device is not waited for."""
+    if not math.isfinite(logprob):
+        raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
 
 
 def tree(leaves: Sequence[Node], shortest: int, depth: int = 0, common: Sequence[int] | None = None) -> list[Node]:

@@ -42,13 +42,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         try:
-            entries = json.loads(path.read_text("utf-8")) if path.exists() else {}
+            entries = json.loads(path.read_text("utf-8")) if path.is_file() else {}
             if name == "added_tokens.json":
                 entries = {"specials": {token: int(id) for token, id in entries.items()}}
             for id, token in entries.pop("added_tokens_decoder", {}).items():
                 found["specials"] |= {token["content"]: int(id)} if token.get("special") else {}
             found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not what it must be, fetch it again: {error!r}") from error
     return found
 
@@ -98,6 +98,8 @@ class TiktokenTokenizer:
         lines = filter(None, path.read_bytes().splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         self.base = base = len(ranks)
+        if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+            raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
         self.encoding = Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
         self.bos_id: int | None = self.specials["<|begin_of_text|>"]
@@ -161,7 +163,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     metadata = read_metadata(folder)
     for name in ("tokenizer.model", "tokenizer.json"):
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             continue
         try:
             if path.suffix == ".json":

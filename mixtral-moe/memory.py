@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 from checkpoint import read_json
 from families import args_from_config
 from model import ModelArgs, empty_model
@@ -44,8 +49,7 @@ def main() -> int:
     try:
         args = args_from_config(read_json(Path(sys.argv[1])) if len(sys.argv) > 1 else MIXTRAL)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     names = ["weights", "weights", "experts", *(f"read at N = {rows}" for rows in ROWS)]
     names += [f"each of {devices}" for devices in DEVICES]
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
@@ -58,4 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

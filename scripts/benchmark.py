@@ -32,6 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
@@ -873,8 +878,7 @@ def main() -> int:
 
                 log("\n".join(map(str, draw([asdict(cell) for cell in cells], options.charts))))
     except (ValueError, OSError) as error:
-        log(f"error: {error}")
-        return 2
+        return complain(error)
     except KeyboardInterrupt:
         return 130
     leave()
@@ -882,4 +886,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -16,6 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 from torch import Tensor
 
@@ -162,10 +167,9 @@ def main() -> int:
         for each in price(checkpoint, options.quantised) if options.price else times(checkpoint, options):
             print(each, flush=True)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -20,6 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 
 from checkpoint import read_checkpoint
@@ -136,4 +141,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

@@ -19,6 +19,11 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "examples")]
 
+from system import finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 import transformers
 from torch import Tensor
@@ -106,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

@@ -12,6 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 from checkpoint import check_weights, hugging_face_files, read_checkpoint, read_weights, save_model
 from hub import COMPANIONS
 from model import empty_model
@@ -52,10 +57,9 @@ def main() -> int:
         if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             print(f"{folder} has no tokenizer: {out} needs that of this model", file=sys.stderr)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -12,6 +12,11 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 from hub import CHECKPOINTS, fetch
 
 
@@ -35,10 +40,9 @@ def main() -> int:
         print("\ninterrupted: whole files are kept; the same command fetches the others", file=sys.stderr)
         return 130
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

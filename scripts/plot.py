@@ -11,6 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -96,10 +103,9 @@ def main() -> int:
             raise ValueError("no shape was measured at two values of N or of the context")
         print(*files, sep="\n")
     except (ValueError, TypeError, KeyError, OSError) as error:
-        print(f"error: {options.cells} cannot be drawn: {error}", file=sys.stderr)
-        return 2
+        return complain(f"{options.cells} cannot be drawn: {error}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

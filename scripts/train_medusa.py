@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import check_writable, complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +98,7 @@ def main() -> int:
     try:
         if min(options.heads, options.steps) < 1:
             raise ValueError(f"heads {options.heads} and steps {options.steps} must be at least 1")
+        check_writable(options.out)
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
         tokenizer, args = load_tokenizer(checkpoint.folder), checkpoint.args
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -102,8 +108,7 @@ def main() -> int:
         if len(tokens) < 2 * WINDOW:
             raise ValueError(f"{options.text} has {len(tokens)} tokens: give at least {2 * WINDOW}")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return complain(error)
     keep_freed_memory()
     model = load_model(checkpoint, "cpu", torch.float32)
     ids = frequent(tokens, options.vocabulary, args.vocab_size)
@@ -125,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

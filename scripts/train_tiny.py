@@ -17,6 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -162,8 +167,8 @@ def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
         for part in (encoded[:-held_out], encoded[-held_out:])
     )
     if min(len(training), len(validation)) <= SEQUENCE:
-        sys.exit(
-            f"error: {corpus} holds {len(training)} tokens in {len(stories)} stories: that is too little to train on"
+        raise ValueError(
+            f"{corpus} holds {len(training)} tokens in {len(stories)} stories: that is too little to train on"
         )
     log(f"{len(stories)} stories, {len(training)} training tokens, {len(validation)} validation tokens")
 
@@ -197,7 +202,7 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description="Make the model that ships with the repository.")
     commands = parser.add_subparsers(required=True, dest="command")
     corpus = commands.add_parser("sample", help="append stories, sampled from a checkpoint, to a text file")
@@ -212,11 +217,15 @@ def main() -> None:
     training.add_argument("--batch", type=int, default=32)
     training.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args())
-    if options.pop("command") == "sample":
-        sample_corpus(**options)
-    else:
-        train(**options)
+    try:
+        if options.pop("command") == "sample":
+            sample_corpus(**options)
+        else:
+            train(**options)
+    except (ValueError, OSError) as error:
+        return complain(error)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

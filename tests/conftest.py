@@ -2,8 +2,10 @@
 shared data lies if it does."""
 
 import os
+import signal
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 TINY = ROOT / "checkpoints" / "tiny"
 STORIES = SHARED / "models" / "stories15M"
+
+# For a child: one that pytest was started to ignore (nohup) is inherited, and Ctrl-C would not reach it.
+interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 torch.set_num_threads(1)  # the models here are too small to share

@@ -228,7 +228,7 @@ def test_a_context_takes_over_the_tokens_of_a_row(layout):
     root = prefilled(model, context, 9)
     cache = LAYOUTS[layout](root, 3, 4)
     model(decoded, positions(9, 3, 4), cache)
-    root.append(cache.row(2, 9), 3)
+    root.append(cache.row(2, 9, 3), 3)
     assert root.slots == 12
     logits = model(decoded[2:3, 3:], positions(12, 1, 1), KVCache.fork(root, 1, 1))
     expected = full(model, torch.cat([context, decoded[2:3]], 1))[:, 12:]
@@ -272,15 +272,15 @@ def test_values_stay_where_they_are_through_resize_keep_row_and_append():
     assert [tensor.data_ptr() for tensor in cache.tensors] == where and cache.start.tolist() == [0] * 3
     for tensor, old in zip(cache.tensors, before, strict=True):
         assert torch.equal(tensor, old[[3, 0, 3], :, :4])
-    row = cache.row(1, 2)
-    assert (row.rows, row.slots, row.start.tolist()) == (1, 2, [2]) and not row.links
+    row = cache.row(1, 1, 2)  # of the three slots from there on
+    assert (row.rows, row.slots, row.start.tolist()) == (1, 2, [1]) and not row.links
     for tensor, old in zip(row.tensors, before, strict=True):
-        assert torch.equal(tensor, old[0:1, :, 2:4])
+        assert torch.equal(tensor, old[0:1, :, 1:3])
     cache.resize(200)  # beyond what was reserved
     cache.k[0].zero_()
     for tensor, old in zip(cache.tensors[1:], before[1:], strict=True):
         assert torch.equal(tensor[:, :, :4], old[[3, 0, 3], :, :4]) and not tensor[:, :, 4:].any()
-    assert torch.equal(row.k[0], before[0][0:1, :, 2:4])  # a copy
+    assert torch.equal(row.k[0], before[0][0:1, :, 1:3])  # a copy
     target = filled(GQA, 1, 3, torch.float32)
     first = [tensor.clone() for tensor in target.tensors]
     target.append(row, 1)
@@ -321,7 +321,7 @@ def test_int8_refuses_what_would_lose_its_scales():
     k = torch.zeros(1, 2, 1, 10)
     for call in (
         lambda: context.resize(60), lambda: context.keep([0]), lambda: context.append(other, 2),
-        lambda: context.row(0, 3), lambda: context.write(0, k, k, torch.tensor([[3]])),
+        lambda: context.row(0, 3, 1), lambda: context.write(0, k, k, torch.tensor([[3]])),
         lambda: context.attend(0, torch.zeros(1, 6, 1, 10), k, k, torch.tensor([[3]]), None),
     ):  # fmt: skip
         with pytest.raises(TypeError, match="a context in int8 is only read: fork it"):

@@ -10,6 +10,7 @@ import base64
 import functools
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -182,11 +183,33 @@ def test_tokens_that_the_model_lacks_are_undefined_in_the_template_as_in_transfo
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "not safely callable|unsafe"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "too big"),
+        ("{{ 10 ** (10 ** 10) }}", r"the result of \*\* is too big"),
+        ("{{ ('ab' * 10 ** 9) | length }}", r"the result of \* is too big"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            r"the result of \+ is too big",
+        ),
     ],
 )
 def test_a_template_that_fails_is_an_error_with_its_message(template, message):
     with pytest.raises(ValueError, match=f"the chat template cannot render user: .*({message})"):
         Chat(template).render(conversation(1))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "{% for i in range(99999) %}{{ range(9999) | map('abs') | list | length }}{% endfor %}",
+    ],
+)
+def test_a_template_that_need_not_end_is_ended(template, monkeypatch):
+    monkeypatch.setattr("chat.LONGEST_RENDERING", 0.1)
+    before = sys.gettrace()
+    with pytest.raises(ValueError, match="cannot render user: it has run for 0.1 seconds"):
+        Chat(template).render(conversation(1))
+    assert sys.gettrace() is before
 
 
 def with_bos(tokenizer, ids: list[int]) -> list[int]:

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, interruptible
 
 import generate
 from chat import Dialogue, choose_chat
@@ -307,7 +307,8 @@ def test_an_interrupt_prints_what_is_finished_and_exits_130():
     """256 rows decode up to 300 tokens; those that reached their end by the time of the interrupt are printed."""
     command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "256", "--max_new_tokens", "300"]
     master, slave = pty.openpty()  # a terminal on stderr shows the progress that tells when to interrupt
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True, env=ENVIRONMENT) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": slave, "text": True, "preexec_fn": interruptible}
+    with subprocess.Popen(command, env=ENVIRONMENT, **streams) as process:
         os.close(slave)
         seen, limit = "", time.monotonic() + 100
         while not re.search(r" [1-9]\d*/256 samples finished", seen):

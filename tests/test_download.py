@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, interruptible
 
 import download
 from hub import UNFINISHED, choose, fetch, is_whole, locate
@@ -220,7 +220,8 @@ def interrupt(hub: Hub, command: list[str], name: str) -> subprocess.CompletedPr
     """Ctrl-C while the file `name` stands halfway; the program must end although it still does."""
     hub.paused.set()
     pipe, environment = subprocess.PIPE, os.environ | hub.environment
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT) as process:
+    streams = {"stdout": pipe, "stderr": pipe, "text": True, "preexec_fn": interruptible}
+    with subprocess.Popen(command, env=environment, cwd=ROOT, **streams) as process:
         limit = time.monotonic() + 20
         while name not in hub.fetched:
             time.sleep(0.02)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import engine as road
 from cache import KVCache
-from chat import Conversation
+from chat import Conversation, Dialogue
 from engine import Engine, Monitor, bucket, rows_to_keep
 from graphs import StepInput
 from layouts import LAYOUTS
@@ -170,7 +170,7 @@ def test_a_wave_holds_no_more_than_its_own_rows(engine):
         pass
 
     class Stop(Monitor):
-        def wave(self) -> None:
+        def wave(self, rows) -> None:
             raise Begun
 
     with pytest.raises(Begun):
@@ -209,6 +209,22 @@ def test_end_tokens_are_the_engines_own_unless_the_request_has_some():
     assert any(each.finish_reason == "eos" for each in expected)
     assert draws(engine.generate(PROMPT, request(9, 40))) == draws(expected)
     assert all(len(each.tokens) == 40 for each in engine.generate(PROMPT, request(9, 40, eos_ids=frozenset())))
+
+
+def test_bos_ends_a_text():
+    """A text after which the next one would begin. Oracle: the samples without an end, cut there by hand."""
+
+    class Begun(Letters):
+        bos_id = 7
+
+    engine = Engine(random_model(GQA), Begun())
+    assert engine.eos_ids == {7}
+    whole = engine.generate(PROMPT, request(9, 60, eos_ids=frozenset()))
+    ends = [each.tokens.index(7) + 1 if 7 in each.tokens else 60 for each in whole]
+    assert min(ends) < 60
+    for each, sample, end in zip(engine.generate(PROMPT, request(9, 60)), whole, ends, strict=True):
+        assert each.tokens == sample.tokens[:end] and each.finish_reason == ("eos" if 7 in each.tokens else "length")
+    assert 7 in Dialogue(Begun(), 97, None, None).eos_ids
 
 
 def test_rows_to_keep():

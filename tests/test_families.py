@@ -382,3 +382,19 @@ def test_a_file_of_tinyllamas_equals_the_model_it_was_made_from(tmp_path, tied):
     torch.testing.assert_close(full(read(tmp_path / "stories.pt"), tokens), expected, rtol=0, atol=1e-4)
     converted = convert(tmp_path / "stories.pt", tmp_path / "out")
     torch.testing.assert_close(full(read(converted), tokens), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in FAMILIES.values()}))
+def test_where_a_config_leaves_out_the_epsilon_it_is_that_of_transformers(tmp_path, name):
+    fields = next(fields for each, fields in FAMILIES.values() if each == name)
+    config = getattr(transformers, f"{name}Config")(**SHAPE | fields, architectures=[f"{name}ForCausalLM"])
+    written = {key: value for key, value in config.to_dict().items() if key != "rms_norm_eps"}
+    assert args_from_config(written).norm_eps == type(config)().rms_norm_eps
+
+
+def test_windows_of_qwen_begin_at_a_layer_where_no_types_are_given():
+    """The first max_window_layers layers see all."""
+    fields = {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2}
+    config = SHAPE | fields | {"architectures": ["Qwen2ForCausalLM"]}
+    del config["initializer_range"]
+    assert args_from_config(config).windows == (None, None, 17, 17)

@@ -118,3 +118,13 @@ def test_greedy_text_of_stories15m_equals_that_of_transformers():
     expected = reference.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, len(prompt) :].tolist()
     assert sample.tokens[: len(expected)] == expected
     assert tokenizer.decode(expected).strip() in sample.text
+
+
+def test_the_scale_of_embeddings_is_rounded_to_the_dtype():
+    """Oracle: as transformers' Gemma has it, a tensor in the dtype of the embeddings, by hand. 48 ** 0.5 is 6.9282, and
+    6.9375 in bfloat16."""
+    for dtype, scale in ((torch.bfloat16, 6.9375), (torch.float64, 48**0.5)):
+        model = random_model(replace(GQA, embedding_scale=48**0.5), dtype)
+        tokens = random_tokens(GQA, 3, 5)
+        hidden = model.hidden(tokens, positions(0, 3, 5), NoCache(), layers=0)
+        assert torch.equal(hidden, model.tok_embeddings.weight[tokens] * torch.tensor(scale, dtype=dtype))

@@ -201,6 +201,12 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
     assert probs.shape == ids.shape == (2, 3) and (probs > 0).all()
 
 
+def test_top_p_at_an_exact_tie_keeps_one():
+    """The first of two that are equally likely holds the mass by itself."""
+    probs, ids = candidates(torch.tensor([[0.0, 0.0, -50.0, -50.0]]), Sampling(1.0, top_p=0.5))
+    assert int((probs > 0).sum()) == 1 and ids[0, probs[0] > 0].item() in (0, 1)
+
+
 def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_interval():
     """The smallest and the largest number that `uniform` gives."""
     logits = torch.tensor([[-math.inf, 1.0, -math.inf, 2.0, -math.inf]]).expand(2, -1)

@@ -437,10 +437,11 @@ def test_added_tokens_of_sentencepiece_are_special(tmp_path):
 def test_the_kind_is_chosen_by_content_not_by_name(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
-    lines = [f"{token} {rank}" for rank, token in enumerate(["YQ==", "Yg==", "YWI="])]
+    tokens = [*(bytes([byte]) for byte in range(256)), b"ab"]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_text("\n".join(lines))
     tiktoken = load_tokenizer(tmp_path)
-    assert tiktoken.encode("ab") == [2] and tiktoken.bos_id == 3
+    assert tiktoken.encode("ab") == [256] and tiktoken.bos_id == 257
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -1,0 +1,146 @@
+"""A command and the system that it runs in: streams that are closed or full, Ctrl-C at any moment, files written whole.
+
+`start` goes before the imports that take seconds, so nothing slow is imported here.
+"""
+
+import os
+import signal
+import stat
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn, TextIO
+
+LONGEST = 300  # characters of the line that tells an error
+INTERRUPTED = 130  # the exit status where the user stopped a command
+
+
+class Stream:
+    """stdout. Where it cannot be written the error names it; a reader who has left is no error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def failed(self, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error
+        raise OSError(f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere") from error
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            self.failed(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.failed(error)
+
+
+class Notes(Stream):
+    """stderr. Where it cannot be written the command goes on: what matters is on stdout and in files."""
+
+    def failed(self, error: OSError) -> None:
+        pass
+
+
+def start() -> None:
+    """What a command does first: it has all three streams, no library's warning reaches the user, and Ctrl-C ends the
+    imports without a traceback."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be one of the streams
+        pass
+    os.close(null)
+    # Started without one of them (">&-"), Python has None there.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout, sys.stderr = Stream(sys.stdout or open(os.devnull, "w")), Notes(sys.stderr or open(os.devnull, "w"))
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def leave(*_: object) -> NoReturn:
+    os._exit(INTERRUPTED)
+
+
+def finish(main: Callable[[], int | None]) -> NoReturn:
+    """Runs a command that has started, and ends the process with its exit status."""
+    interruptible = signal.getsignal(signal.SIGINT) is leave
+    try:
+        if interruptible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = main() or 0
+        if interruptible:
+            signal.signal(signal.SIGINT, leave)  # what Python tidies up has no traceback either
+        if status == 0:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        status = 0
+    except OSError as error:
+        status = complain(error)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still holds for it would raise again at exit
+    sys.exit(status)
+
+
+def complain(error: object) -> int:
+    """Tells an error on stderr in one line, of a long one the beginning and the end, which has the remedy. Returns the
+    exit status, 2."""
+    text = " ".join(f"error: {error}".split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
+    print(text, file=sys.stderr)
+    return 2
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of a file: links to it, hard links, other spellings. None: there is no such file."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a plain file: put one there")
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where no file can be written there, in place of one or as a new one."""
+    target = os.path.realpath(path)  # what a link names
+    try:
+        fits = stat.S_ISREG(os.stat(target).st_mode) and os.access(target, os.W_OK)
+    except FileNotFoundError:
+        fits = not os.path.lexists(target)
+    except OSError:  # a name that is too long, a circle of links
+        fits = False
+    if not (fits and os.access(os.path.dirname(target), os.W_OK)):
+        raise ValueError(f"{path} cannot be written: give a plain file in a folder that exists")
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
+    target = Path(os.path.realpath(path))  # a link stays one
+    try:
+        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+            unfinished = Path(folder, target.name)
+            write(unfinished)
+            unfinished.replace(target)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error

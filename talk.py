@@ -1,0 +1,194 @@
+"""A conversation on the command line: lines and commands, the replies that are kept, Ctrl-C."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from chat import Conversation, Dialogue, Mark
+from engine import Engine
+from plan import Plan, out_of_memory
+from ranks import Ranks
+from report import Console
+from samples import Ranked, Request, Sample, rank
+from system import complain
+
+
+class Talk:
+    """--interactive. room: tokens that the conversation may come to hold, prompt and replies together."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        ranks: Ranks,
+        dialogue: Dialogue,
+        engine: Engine,
+        request: Request,
+        plan: Plan,
+        room: int,
+    ) -> None:
+        self.options, self.ranks, self.dialogue, self.engine = options, ranks, dialogue, engine
+        self.request, self.plan, self.room = request, plan, room
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was said; the system prompt stays."""
+        self.conversation = Conversation(self.engine, self.request)
+        self.dialogue.messages.clear()
+        self.turns: list[tuple[str, Mark, int]] = []  # of each its text, and what was there before it
+        self.again = 0  # how often the last turn was drawn anew
+
+    def say(self, text: str) -> None:
+        if not self.options.quiet:
+            print(text, file=sys.stderr)
+
+    def run(self, line: str | None) -> None:
+        """A turn for the line, if one is given, then one per line of stdin, until it ends or Ctrl-C comes twice."""
+        self.say(f"seed {self.request.seed}")
+        if self.room < self.engine.args.context_limit:
+            self.say(f"memory holds a conversation of {self.room} tokens, the model {self.engine.args.context_limit}")
+        goes_on, stopped = True, False
+        while goes_on:
+            try:
+                line = self.ranks.ask(partial(ask, "> ")) if line is None else line
+                stopped = False
+                goes_on = line is not None and self.obey(line)
+            except KeyboardInterrupt:
+                if stopped or self.ranks.control is not None:
+                    raise
+                stopped = True
+                self.say("\nCtrl-C once more, or Ctrl-D, ends the conversation")
+            line = None
+
+    def obey(self, line: str) -> bool:
+        """A command, or else a turn; an empty line is neither. Returns whether the conversation goes on."""
+        if (command := COMMANDS.get(line.strip())) is not None:
+            return command(self)
+        self.again = 0
+        return not line or self.turn(line)
+
+    def turn(self, text: str) -> bool:
+        """Draws replies, shows and keeps. What is refused, or is stopped before a word was said, changes nothing."""
+        mark, messages, interrupt = self.conversation.mark(), len(self.dialogue.messages), None
+        console = Console(self.options, self.plan, self.engine.device, None)
+        try:
+            tokens = self.dialogue.encode_turn(text)
+            self.conversation.request = self.fitting(len(tokens))
+            with console:
+                if console.streams:
+                    console.show_live(self.conversation.stream(tokens, console))
+                else:
+                    self.conversation.turn(tokens, console)
+            ranked = rank(self.ranks.gather(console.finished))[: self.options.top]
+            console.show(ranked)
+        except KeyboardInterrupt as error:
+            if self.ranks.control is not None:
+                raise
+            ranked, interrupt = console.ranked, error
+        except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+            told = error if isinstance(error, ValueError | FloatingPointError) else out_of_memory(error)
+            if told is None:
+                raise
+            self.conversation.back_to(mark)
+            if self.ranks.leads:
+                complain(f"{told}; /reset begins anew" if self.turns else told)
+            return True
+        if ranked:
+            reply = self.ranks.ask(partial(pick, ranked)) if self.options.pick else ranked[0].sample
+            if reply is None:
+                return False
+            self.conversation.keep(reply)
+            self.dialogue.keep(text, reply.text or "")
+            self.turns.append((text, mark, messages))
+        else:
+            self.conversation.back_to(mark)
+        if interrupt is not None:
+            raise interrupt
+        return True
+
+    def fitting(self, tokens: int) -> Request:
+        """The request for a turn of so many tokens, its replies no longer than what is left."""
+        left = self.room - len(self.conversation.history) - tokens
+        length = min(self.request.max_new_tokens, max(1, left))
+        if 1 <= left < self.request.max_new_tokens:
+            self.say(f"{left} tokens are left of {self.room}: a reply ends there; /reset begins anew")
+        index = self.request.first_index + self.again * self.options.num_samples
+        return replace(self.request, max_new_tokens=length, first_index=index)
+
+    def take_back(self) -> str | None:
+        """Forgets the last turn, and returns its text; None where there is none."""
+        if not self.turns:
+            self.say("there is no turn to take back")
+            return None
+        text, mark, messages = self.turns.pop()
+        self.conversation.back_to(mark)
+        del self.dialogue.messages[messages:]
+        return text
+
+
+def begin_anew(talk: Talk) -> bool:
+    talk.reset()
+    talk.say("the conversation is empty")
+    return True
+
+
+def undo(talk: Talk) -> bool:
+    if (text := talk.take_back()) is not None:
+        talk.say(f"taken back: {text}")
+    return True
+
+
+def regenerate(talk: Talk) -> bool:
+    """The next samples of the same seed."""
+    if (text := talk.take_back()) is None:
+        return True
+    talk.again += 1
+    return talk.turn(text)
+
+
+HELP = """\
+/regenerate  other replies to the last text
+/undo        takes back the last text and its reply
+/reset       begins anew
+/help        this
+Any other line is said to the model. Ctrl-C ends a reply, and what was said of it is kept; twice, or Ctrl-D, it ends the
+conversation."""
+
+
+def show_help(talk: Talk) -> bool:
+    print(HELP, file=sys.stderr)
+    return True
+
+
+COMMANDS: dict[str, Callable[[Talk], bool]] = {
+    "/reset": begin_anew,
+    "/undo": undo,
+    "/regenerate": regenerate,
+    "/help": show_help,
+}
+
+
+def ask(question: str) -> str | None:
+    """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples; on a terminal there
+    is line editing, and a history."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):  # of Python's, not on every system
+            import readline  # noqa: F401
+        with suppress(EOFError):
+            return input(question)
+        return None
+    print(question, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")
+    return line.rstrip("\r\n") if line else None
+
+
+def pick(ranked: Sequence[Ranked]) -> Sample | None:
+    """Asks which reply to keep, until a number answers; an empty answer keeps the best. None: the input has ended."""
+    numbers = {str(each): ranked[each - 1].sample for each in range(1, len(ranked) + 1)}
+    while (answer := ask(f"keep [1-{len(ranked)}]: ")) is not None:
+        if (answer.strip() or "1") in numbers:
+            return numbers[answer.strip() or "1"]
+        print(f"{answer[:20]!r} is not a number from 1 to {len(ranked)}", file=sys.stderr)
+    return None
