@@ -25,6 +25,7 @@ from torch import Tensor
 from cache import KVCache, Link
 from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
 from graphs import StepInput
+from model import ModelArgs
 from plan import Plan, Workload, plan_run
 from rotary import ScoreMod
 from samples import Ending, Request, Row, Sample
@@ -74,6 +75,11 @@ class Tally:
     busy: int = 0
     capacity: int = 0
     spared: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """What another replica has done."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,11 @@ def numbers(node: Node) -> Iterator[int]:
         yield from numbers(child)
 
 
-def workload(sharing: Sharing, request: Request, device: torch.device) -> Workload:
+def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:
     """The rows that decode together, if memory holds them, after the longest prompt, as often as they are filled."""
-    total = len(sharing.lengths) * request.num_samples
+    total = len(lengths) * request.num_samples
     rows = min(total, request.rows_at_once or ROWS[device.type])
-    return replace(request, num_samples=rows).workload(max(sharing.lengths), -(-total // rows))
+    return replace(request, num_samples=rows).workload(max(lengths), -(-total // rows))
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,7 @@ class Batch:
         # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
         self.shares = scaling is None or scaling.kind != "dynamic"
         self.sharing = sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
-        work = workload(sharing, request, engine.device)
+        work = workload(sharing.lengths, request, engine.device)
         plan = plan_run(
             engine.args, engine.weights, work, engine.device, engine.dtype, engine.available, engine.compile
         )
@@ -522,14 +528,14 @@ class Batch:
                 self.places[at], self.moved = None, True
 
 
-def refusal(engine: Engine, request: Request, prompt: Prompt) -> str | None:
+def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
     """Why a prompt cannot be run; None: it can."""
     try:
-        request.check_length(engine.args, len(prompt.tokens))
+        request.check_length(args, len(prompt.tokens))
     except ValueError as error:
         return str(error)
-    if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < engine.args.vocab_size:
-        return f"token {max(prompt.tokens)} is not of the model, whose vocabulary is {engine.args.vocab_size}"
+    if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < args.vocab_size:
+        return f"token {max(prompt.tokens)} is not of the model, whose vocabulary is {args.vocab_size}"
     return None
 
 
@@ -548,7 +554,7 @@ def generate_many(
         raise ValueError("many prompts run with attention bifurcated, kv_dtype auto and without a draft")
     if request.stop and engine.tokenizer is None:
         raise ValueError(f"stop strings {request.stop} need a tokenizer")
-    refused = [refusal(engine, request, prompt) for prompt in prompts]
+    refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
     batch = Batch(engine, sound, request, tally or Tally()) if sound else None
 

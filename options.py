@@ -49,6 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
+    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    flag("--prompts", lines, metavar="FILE")
+    flag("--prompt_separator", "--prompts is plain text, divided by this", metavar="TEXT", type=unescaped)
+    flag("--skip_bad", "leave out lines of --prompts that cannot be used", action="store_true")
     flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
@@ -82,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    flag("--output", "of --prompts: append each prompt's samples to this file; default: stdout", type=Path)
+    flag("--resume", "go on where a killed run has stopped writing --output", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
     flag("--report", "write the report as JSON to this file", type=Path)
     flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
@@ -109,29 +115,60 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
     if options.synthetic_prompt and (options.chat or options.interactive):
         raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
-    given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
+    given = [
+        name for name in ("prompt", "prompt_file", "prompts", "synthetic_prompt") if getattr(options, name) is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
     check_outputs(options)
+    check_batch(options)
+
+
+def check_batch(options: argparse.Namespace) -> None:
+    """Raises ValueError where flags do not go with --prompts, or ask for it."""
+    alone = {
+        "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
+        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None,
+    }  # fmt: skip
+    many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
+    for name, default in alone.items() if options.prompts is not None else many.items():
+        if getattr(options, name) != default:
+            way = "is for one prompt: leave out" if name in alone else "is for many prompts: give"
+            raise ValueError(f"--{name} {way} --prompts")
+    if options.prompt_separator == "":
+        raise ValueError("--prompt_separator is empty: give what stands between two prompts")
+    if options.resume and options.output is None:
+        raise ValueError("--resume goes on with a file: add --output")
+    if options.output is not None and options.output.exists() and not options.resume:
+        raise ValueError(f"{options.output} exists: add --resume to go on with it, or give another file")
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError where --report or --profile cannot be written."""
-    outputs = [path for path in (options.report, options.profile) if path is not None]
+    """Raises ValueError where --report, --profile or --output cannot be written."""
+    outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
     for path in outputs:
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
-    if len({path.resolve() for path in outputs}) < len(outputs):
-        raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
+    for path in outputs:
+        if [other.resolve() for other in outputs].count(path.resolve()) > 1:
+            raise ValueError(f"two of --report, --profile and --output are {path}: give a file for each")
 
 
 def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
-    """Raises ValueError where --report or --profile would replace the prompt, or what lies with the model."""
-    prompt = Path(options.prompt_file or "").resolve()
-    for path in (options.report, options.profile):
+    """Raises ValueError where what is written would replace the prompt, or what lies with the model."""
+    prompt = Path(options.prompt_file or options.prompts or "").resolve()
+    for path in (options.report, options.profile, options.output):
         full = path and path.resolve()
         if full and (full == prompt or (full.exists() and full.parent == folder.resolve())):
             raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
+
+
+def read_prompts(options: argparse.Namespace) -> bytes:
+    """What --prompts names. Raises ValueError where it cannot be read."""
+    try:
+        return sys.stdin.buffer.read() if options.prompts == "-" else Path(options.prompts).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): give a file") from error
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
