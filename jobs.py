@@ -51,11 +51,12 @@ def parse(number: int, line: str) -> Record:
     value = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ValueError("neither a text nor an object with one of prompt and messages")
-    said = value["prompt"] if "prompt" in value else value["messages"]
-    if not (is_conversation(said) if "messages" in value else isinstance(said, str)):
-        raise ValueError(
-            "prompt is not a text" if "prompt" in value else "messages are not objects of role and content"
-        )
+    json.dumps(value, ensure_ascii=False).encode()  # raises where an escape is half of a character
+    said = value.get("prompt", value.get("messages"))
+    if "prompt" in value and not isinstance(said, str):
+        raise ValueError("the prompt is not a text")
+    if "messages" in value and not is_conversation(said):
+        raise ValueError("messages are not a list of objects with role and content")
     if not said:
         raise ValueError("the prompt is empty: give some text")
     id = value.get("id", number)
