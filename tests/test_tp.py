@@ -203,6 +203,24 @@ def test_replicas_divide_the_samples():
     assert float(report["selfcheck_max_difference"]) < 1e-4
 
 
+def test_replicas_divide_the_prompts(tmp_path):
+    """Two of two ranks each, which write to one file. Oracle: one process."""
+    path, report = tmp_path / "p.jsonl", tmp_path / "r.json"
+    path.write_text(
+        "".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "big dog", "bird", "man", "red car"))
+    )
+    arguments = tiny("-n", 3, "--max_new_tokens", 9, "--ignore_eos", "--prompts", path, "--output")
+    many = torchrun("--standalone", "--nproc_per_node=4", *arguments, tmp_path / "2", "--tp", 2, "--report", report)
+    assert (many.returncode, many.stdout) == (0, ""), many.stderr
+    assert run(*arguments[1:], tmp_path / "1").returncode == 0
+    names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
+    found = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "12"]
+    one, two = (sorted([line.get(name) for name in names] for line in lines[1:]) for lines in found)
+    assert one == two and len(one) == 15 and found[0][0] == found[1][0]
+    made = json.loads(report.read_text())
+    assert (made["prompts"], made["replicas"], made["tokens"]) == (5, 2, 5 * 3 * 9)
+
+
 def test_two_machines_with_different_memory(tmp_path):
     """Two agents of torchrun, as on two machines, which hold one network; the smaller memory decides for both."""
     port = free_port()
