@@ -70,6 +70,7 @@ def compare(options: argparse.Namespace, engine: Engine) -> Iterator[str]:
         begin, tally = time.perf_counter(), Tally()
         together = {each.prompt.id: each.samples for each in generate_many(engine, prompts, asked, tally)}
         middle = time.perf_counter()
+        print(f"batch: {middle - begin:.1f} s", file=sys.stderr)
         alone = replace(asked, rows_at_once=None)
         apart = {p.id: engine.generate(p.tokens, replace(alone, seed=seed_of(1, p.id))) for p in prompts}
         took, longer = middle - begin, time.perf_counter() - middle
