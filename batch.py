@@ -63,10 +63,11 @@ def seed_of(seed: int, id: str | int) -> int:
 
 @dataclass
 class Tally:
-    """What a batch has done so far. asked: tokens of its prompts. read: those that the network has read for them.
-    busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. spared: the most bytes that copies
-    of its context for each row would have taken beyond those that are held."""
+    """What a batch has done so far. rows: that decode together. asked: tokens of its prompts. read: those that the
+    network has read for them. busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. spared:
+    the most bytes that copies of its context for each row would have taken beyond those that are held."""
 
+    rows: int = 0
     prompts: int = 0
     drawn: int = 0
     asked: int = 0
@@ -183,7 +184,7 @@ class Room:
         prompts = min(len(sharing.lengths), fill + (fill if n > 1 else fill // 4))
         groups = min(len(sharing.groups), prompts // 2 + 1)
         token = plan.context // plan.workload.context
-        held = sharing.root + prompts * sharing.longest_rest + groups * sharing.longest_group
+        held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
         own = plan.decoded_per_sample + plan.workspace_per_sample
         return cls(rows, prompts, groups, plan.weights.total + held * token + rows * own)
 
@@ -314,6 +315,7 @@ class Batch:
         engine.prepare(plan)
         self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
         self.room = room = Room.within(plan, sharing, request.num_samples)
+        tally.rows = room.rows
         eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
         self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.waiting, self.at = deque(sharing.order()), sharing.places()
@@ -341,7 +343,7 @@ class Batch:
             self.cache.links += (Link(self.root, [0] * room.rows, None),)
         self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # of one row
         self.token = torch.zeros(room.rows, 1, dtype=torch.long, device=like.device)
-        self.input_pos, self.live = self.token.clone(), self.token.clone()
+        self.input_pos = self.token.clone()
         self.samples, self.seeds = self.token[:, 0].clone(), self.token[:, 0].clone()
 
     @torch.no_grad()
@@ -359,6 +361,7 @@ class Batch:
             self.shrink()
             self.advance()
             yield from self.hand_out()
+        assert not self.waiting and not self.ready, "a prompt was left"
 
     def hand_out(self) -> Iterator[Outcome]:
         ended, self.ended = self.ended, []
@@ -375,20 +378,21 @@ class Batch:
             self.places[at] = self.ready.popleft()
         rows = torch.tensor(idle, device=self.token.device)
         entries = [self.entry(self.places[at]) for at in idle]
-        token, start, sample, seed, live = torch.tensor(entries, device=self.token.device).T
-        self.token[rows, 0], self.input_pos[rows, 0], self.live[rows, 0] = token, start, live
+        token, start, sample, seed = torch.tensor(entries, device=self.token.device).T
+        self.token[rows, 0], self.input_pos[rows, 0] = token, start
         self.cache.start[rows] = start
         self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
         self.samples[rows], self.seeds[rows] = sample, seed
         self.moved = False
         self.seat()
 
-    def entry(self, place: tuple[Held, Row] | None) -> tuple[int, int, int, int, int]:
-        """Of a row: its last token, where that is, the sample's index, its seed, and whether it moves."""
+    def entry(self, place: tuple[Held, Row] | None) -> tuple[int, int, int, int]:
+        """Of a row: its last token, where that is, the sample's index, its seed. An idle one is before all others, as
+        ALiBi wants it, whose biases are relative to the last position of a step."""
         if place is None:
-            return 0, 0, 0, 0, 0
+            return 0, 0, 0, 0
         held, row = place
-        return row.sample.tokens[-1], len(held.prompt.tokens), row.sample.index, held.seed, 1
+        return row.sample.tokens[-1], len(held.prompt.tokens), row.sample.index, held.seed
 
     def seat(self) -> None:
         """Tells the links which row of theirs each row continues."""
@@ -503,7 +507,7 @@ class Batch:
         if len(kept) < len(self.places):
             self.cache.keep(kept)
             self.places = [self.places[at] for at in kept]
-            self.token, self.input_pos, self.live = self.token[kept], self.input_pos[kept], self.live[kept]
+            self.token, self.input_pos = self.token[kept], self.input_pos[kept]
             self.samples, self.seeds = self.samples[kept], self.seeds[kept]
             self.seat()
 
@@ -517,7 +521,7 @@ class Batch:
             inputs = StepInput(self.token, self.input_pos, self.samples, self.seeds)
             drawn.append(self.agreed(self.step(inputs, self.cache)))
             self.token = drawn[-1][0][:, None]
-            self.input_pos = torch.minimum(self.input_pos + self.live, last)  # a row that is done may be at its end
+            self.input_pos = torch.minimum(self.input_pos + 1, last)  # a row that is done may be at its end
         tally, held = self.tally, self.shelf.tokens + self.groups.tokens + self.sharing.root
         context = sum(len(place[0].prompt.tokens) for place in self.places if place is not None)
         tally.spared = max(tally.spared, (context - held) * self.token_bytes)

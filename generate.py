@@ -291,7 +291,6 @@ def describe_batch(session: Session) -> dict[str, object]:
         "num_samples": session.request.num_samples,
         "seed": session.request.seed,
         "prompts_done_before": len(session.job.begun.done),
-        "rows": session.plan.rows_at_once,
         "replicas": session.ranks.replicas,
         "compiled": session.plan.compiled,
         "compile_reason": session.plan.compile_reason,

@@ -301,6 +301,7 @@ class Progress:
         for each, _ in replicas:
             tally.add(each)
         return {
+            "rows": tally.rows,
             "prompts": tally.prompts,
             "prompts_refused": sum(errors for _, errors in replicas),
             "seconds": seconds,

@@ -21,6 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 
 import batch
+import engine as road
 from batch import Prompt, Tally, generate_many, seed_of
 from benchmark import SHAPES, random_model
 from engine import Engine
@@ -67,6 +68,7 @@ def compare(options: argparse.Namespace, engine: Engine) -> Iterator[str]:
         engine.runs = len(prompts)
         warm = made_prompts(2, 8, 16, engine.args.vocab_size)
         list(generate_many(engine, warm, replace(asked, max_new_tokens=3)))
+        engine.generate(warm[0].tokens, replace(asked, max_new_tokens=3))
         begin, tally = time.perf_counter(), Tally()
         together = {each.prompt.id: each.samples for each in generate_many(engine, prompts, asked, tally)}
         middle = time.perf_counter()
@@ -112,7 +114,7 @@ def main() -> None:
     model = random_model(SHAPES[options.shape], device, choose_dtype(options.dtype, device))
     engine = Engine(model, compile=options.compile)
     if options.vary:
-        batch.Row = varied(options.vary)  # type: ignore[misc]
+        batch.Row = road.Row = varied(options.vary)  # type: ignore[misc]
     for line in flat(options, engine) if options.flat else compare(options, engine):
         print(line, flush=True)
     release_freed_memory(device)

@@ -33,7 +33,7 @@ def engine() -> Engine:
     return Engine(random_model(TWO), compile=False)
 
 
-def prompts_of(preamble: int, groups: int, common: int, count: int = 11, seed: int = 0) -> list[Prompt]:
+def prompts_of(preamble: int, groups: int, common: int, count: int = 8, seed: int = 0) -> list[Prompt]:
     """Ragged ones behind a preamble, some of them behind what a group has in common; the last is that of another."""
     rng = random.Random(seed)
 
@@ -59,13 +59,13 @@ def drawn(outcomes: Iterable[Outcome]) -> dict[str | int, list[tuple]]:
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("shape", [(0, 0, 0), (20, 0, 0), (20, 3, 70), (0, 4, 66)], ids=str)
 def test_samples_are_those_of_each_prompt_alone(engine, n, shape):
-    """More prompts than fit, ragged, with and without what all or some begin with; rows at once 1, 5 and all; in
-    another order too."""
-    prompts, asked = prompts_of(*shape), request(n, 12, eos_ids=ENDS)
+    """More prompts than fit, ragged, with and without what all or some begin with; 5 rows at once and all; in another
+    order too."""
+    prompts, asked = prompts_of(*shape), request(n, 10, eos_ids=ENDS)
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
     if n == 3:  # the same prompt twice is not the same draw
         assert len({str(each) for each in expected.values()}) == len(prompts)
-    for rows in (1, 5, None):
+    for rows in (5, None):
         assert drawn(generate_many(engine, prompts, replace(asked, rows_at_once=rows))) == expected
         prompts = prompts[::-1]
 
@@ -86,6 +86,14 @@ def test_in_fp32_with_text_and_stop_strings():
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
     assert drawn(generate_many(engine, prompts, asked)) == expected
     assert {reason for each in expected.values() for _, reason, _ in each} == {"stop", "length"}
+
+
+def test_a_host_that_looks_every_few_steps_draws_the_same(engine, monkeypatch):
+    """As on a GPU: rows go on for a while after their sample's end."""
+    prompts, asked = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", 5)
+    assert drawn(generate_many(engine, prompts, asked)) == expected
 
 
 def test_long_prompts_are_read_in_chunks(engine):
@@ -192,30 +200,30 @@ def test_what_is_shared_is_read_once(engine):
     sharing = Sharing.among([prompt.tokens for prompt in prompts])
     list(generate_many(engine, prompts, request(2, 5, rows_at_once=4), tally))
     saved = 20 * (len(prompts) - 1) + sum((len(group.members) - 1) * (group.length - 20) for group in sharing.groups)
-    assert len(sharing.groups) >= 3 and sharing.root == 20
+    assert len(sharing.groups) >= 2 and sharing.root == 20
     assert tally.asked - tally.read == saved and tally.asked == sum(sharing.lengths)
     assert tally.prompts == len(prompts) and tally.spared > 0
 
 
-def nested_bytes(batch: Batch) -> int:
+def held_bytes(batch: Batch) -> int:
+    """What its caches take, less the slot of each that is never in view."""
     caches = (batch.root, batch.groups.cache, batch.shelf.cache, batch.cache)
-    return sum(tensor.nbytes for cache in caches for side in cache.buffers for tensor in side)
+    buffers = [buffer for cache in caches for side in cache.buffers for buffer in side]
+    return sum(buffer[:, :, 1:].numel() * buffer.element_size() for buffer in buffers)
 
 
-@pytest.mark.parametrize("shape", [(20, 0, 0), (20, 3, 70)], ids=str)
-def test_memory_stays_within_what_there_is(shape):
-    """What the caches hold (less the slot of each that is never in view) within the plan's bytes, and the plan's within
-    what is available; with less memory fewer rows, and the same samples."""
+def test_memory_stays_within_what_there_is():
+    """What the caches hold within the plan's bytes, and those within what is available; with less memory fewer rows,
+    and the same samples."""
     engine = Engine(random_model(TWO, torch.float32), compile=False)
-    prompts, asked = prompts_of(*shape), request(3, 12)
+    prompts, asked = prompts_of(20, 3, 70), request(3, 12)
     expected, rows = drawn(generate_many(engine, prompts, asked)), []
     for spare in (1 << 19, 1 << 18, 0):
         one = Batch(engine, prompts, replace(asked, rows_at_once=1), Tally())
         engine.available = one.room.bytes + spare
         made = Batch(engine, prompts, asked, Tally())
-        own = nested_bytes(made) * 12 // 13 if made.room.rows > 1 else 0
-        assert made.room.bytes <= engine.available and own <= made.room.bytes - engine.weights.total
-        assert drawn(made.outcomes()) == expected
+        assert held_bytes(made) + engine.weights.total <= made.room.bytes <= engine.available
+        assert drawn(made.outcomes()) == expected and made.shelf.tokens == made.groups.tokens == 0
         rows.append(made.room.rows)
     assert rows == sorted(rows, reverse=True) and len(set(rows)) == 3 and rows[-1] == 1, rows
     engine.available = engine.weights.total
@@ -254,10 +262,10 @@ def test_one_compiled_step_serves_prompts_that_come_and_go(monkeypatch):
     model = random_model(replace(GQA, n_layer=1))
     eager, compiled = (Engine(model, compile=each) for each in (False, True))
     first = prompts_of(20, 3, 70)
-    asked = request(3, 90, eos_ids=ENDS, rows_at_once=5)
+    asked = request(3, 83, eos_ids=ENDS, rows_at_once=5)
     steps = generate_many(compiled, first, asked)
     found = [next(steps)]
     with torch.compiler.set_stance("fail_on_recompile"):
         assert drawn([*found, *steps]) == drawn(generate_many(eager, first, asked))
-        second, other = prompts_of(33, 4, 66, 15, seed=1), replace(asked, num_samples=2, rows_at_once=9)
+        second, other = prompts_of(33, 4, 66, seed=1), replace(asked, num_samples=2, rows_at_once=9)
         assert drawn(generate_many(compiled, second, other)) == drawn(generate_many(eager, second, other))

@@ -15,7 +15,7 @@ from jobs import Output, block_of, encode, read_begun, read_records
 from samples import Sample
 from tokenizer import load_tokenizer
 
-TEXTS = ["Once upon a time", "The cat sat", "Once upon a time there was a dog", "A bird", "Tom had a red car", "Sam"]
+TEXTS = ["Once upon a time", "The cat sat", "Once upon a time there was a dog", "Tom"]
 FLAGS = ["--max_new_tokens", 12, "--seed", 5, "--dtype", "float32", "--quiet"]
 
 
@@ -208,7 +208,7 @@ def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path):
     whole, other = path.read_bytes(), block("other")
     ends = [len(whole) - sum(len(block(id)) for id in ids[at:]) for at in range(3)]
     for cut in range(len(whole)):
-        for after in (b"", other) if cut >= ends[0] else (b"",):
+        for after in (b"", other) if cut >= ends[0] and (cut % 5 == 0 or cut in ends) else (b"",):
             path.write_bytes(whole[:cut] + after)
             begun, output = read_begun(path), Output(path)
             sound = {json.dumps(id) for id, end in zip(ids, ends[1:], strict=True) if cut >= end}
@@ -238,7 +238,7 @@ def test_two_runs_do_not_write_to_one_file(prompts, tmp_path):
 def test_a_run_that_is_killed_ten_times_loses_and_repeats_nothing(tmp_path):
     """kill -9 at random moments and in the middle of writing. Oracle: the run that was not killed."""
     path, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
-    path.write_text("".join(json.dumps(f"{text} {at}") + "\n" for at in range(2) for text in TEXTS))
+    path.write_text("".join(json.dumps(f"{text} {at}") + "\n" for at in range(3) for text in TEXTS))
     flags = ["--prompts", path, "--output", output, "-n", 3, *FLAGS]
     command = [sys.executable, ROOT / "tests" / "job_worker.py", 10, 1, *flags]
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
