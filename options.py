@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
+def add_batch(flag: Callable[..., argparse.Action]) -> None:
+    """The flags of --prompts."""
+    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    flag("--prompts", help=lines, metavar="FILE")
+    flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
+    flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
+    flag("--output", help="append each prompt's samples to this file; default: stdout", type=Path)
+    flag("--resume", help="go on where a killed run has stopped writing --output", action="store_true")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
     parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
@@ -44,21 +55,22 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoint_path", where, default=str(TINY))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    precision = "auto is bfloat16 where the device has instructions for it, else float32"
-    flag("--dtype", precision, choices=dtypes, default="auto")
+    flag(
+        "--dtype",
+        "auto: bfloat16 where the device has instructions for it, else float32",
+        choices=dtypes,
+        default="auto",
+    )
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
-    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
-    flag("--prompts", lines, metavar="FILE")
-    flag("--prompt_separator", "--prompts is plain text, divided by this", metavar="TEXT", type=unescaped)
-    flag("--skip_bad", "leave out lines of --prompts that cannot be used", action="store_true")
     flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
     flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
+    add_batch(parser.add_argument_group("many prompts").add_argument)
     group = parser.add_argument_group("sampling")
     drawn = Request()
     flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
@@ -86,8 +98,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
-    flag("--output", "of --prompts: append each prompt's samples to this file; default: stdout", type=Path)
-    flag("--resume", "go on where a killed run has stopped writing --output", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
     flag("--report", "write the report as JSON to this file", type=Path)
     flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
@@ -151,7 +161,7 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise ValueError(f"{path} cannot be written: give a file in a folder that exists")
     for path in outputs:
         if [other.resolve() for other in outputs].count(path.resolve()) > 1:
-            raise ValueError(f"two of --report, --profile and --output are {path}: give a file for each")
+            raise ValueError(f"two of --report, --profile and --output are {path}: give two files")
 
 
 def check_inputs_stay(options: argparse.Namespace, folder: Path) -> None:
