@@ -56,10 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     flag(
-        "--dtype",
-        "auto: bfloat16 where the device has instructions for it, else float32",
-        choices=dtypes,
-        default="auto",
+        "--dtype", "auto is bfloat16 where the device has it in hardware, else float32", choices=dtypes, default="auto"
     )
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
