@@ -55,9 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoint_path", where, default=str(TINY))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    flag(
-        "--dtype", "auto is bfloat16 where the device has it in hardware, else float32", choices=dtypes, default="auto"
-    )
+    flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
