@@ -32,7 +32,7 @@ from samples import Ending, Request, Row, Sample
 from sampling import draw, uniform
 from scoring import SMALL, Node, Rows, batches, shared, tree
 
-# Rows that decode together, if memory holds them: many more are no faster each (BENCHMARKS.md).
+# Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (BENCHMARKS.md).
 ROWS = {"cpu": 64, "cuda": 512}
 # Tokens that a root and a group must have, since every step pays for a further link of the chain.
 ROOT, GROUP = 8, 64
@@ -105,12 +105,13 @@ class Sharing:
     lengths: tuple[int, ...]
 
     @classmethod
-    def among(cls, prompts: Sequence[Sequence[int]], args_share: bool = True) -> "Sharing":
-        """The last token of a prompt is shared with none, so that each has one whose logits it draws from."""
+    def among(cls, prompts: Sequence[Sequence[int]], share: bool = True) -> "Sharing":
+        """The last token of a prompt is shared with none, so that each has one whose logits it draws from. share:
+        whether anything may be."""
         leaves = [Node(tuple(tokens), 2, (number,)) for number, tokens in enumerate(prompts)]
         leaves.sort(key=lambda leaf: leaf.tokens)  # type: ignore[arg-type, return-value]
         lengths = tuple(map(len, prompts))
-        if len(leaves) < 2 or not args_share:
+        if len(leaves) < 2 or not share:
             return cls(0, (), lengths)
         common = shared(leaves[0], leaves[-1])
         root = common if common >= ROOT else 0
