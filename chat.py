@@ -223,15 +223,19 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begi
 
 
 def opening_tokens(chat: Chat, tokenizer: Tokenizer, system: str | None, user: str) -> list[int]:
-    """Ids of the first prompt, with BOS once, whether or not the template writes it, and the generation prompt.
+    """Ids of the first prompt, as prompt_tokens."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return prompt_tokens(chat, tokenizer, [*before, {"role": "user", "content": user}])
+
+
+def prompt_tokens(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Ids of a whole conversation, with BOS once, whether or not the template writes it, and the generation prompt.
 
     Raises ValueError where the template refuses or drops the system message.
     """
-    messages = [{"role": "user", "content": user}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    mark, sentinel = unused([chat.template, user, system or ""])
-    if system is not None and sentinel not in chat.render([{"role": "system", "content": sentinel}, messages[1]]):
+    mark, sentinel = unused([chat.template, *(message["content"] for message in messages)])
+    first = messages[0] | {"content": sentinel}
+    if first["role"] == "system" and sentinel not in chat.render([first, *messages[1:]]):
         raise ValueError("the chat template drops a system message: leave the system prompt out")
     ids = encode_chat(chat, tokenizer, chat.render(defused(messages, tokenizer, mark)), mark, begins=True)
     bos = tokenizer.bos_id
@@ -309,6 +313,17 @@ class Dialogue:
             tokens = opening_tokens(self.chat, self.tokenizer, self.system, text)
         else:
             tokens = ([] if self.messages else self.bos) + self.tokenizer.encode(text)
+        return self.checked(tokens)
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """A whole conversation, with the system text before it where it has none. Raises as `encode_turn`."""
+        if self.chat is None:
+            raise ValueError("messages need a chat template: leave out --no-chat")
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return self.checked(prompt_tokens(self.chat, self.tokenizer, messages))
+
+    def checked(self, tokens: list[int]) -> list[int]:
         if max(tokens, default=0) >= self.vocab_size:
             raise ValueError(
                 f"the tokenizer gives token {max(tokens)}, the model has {self.vocab_size}: it is not its tokenizer"

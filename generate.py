@@ -22,12 +22,26 @@ if __name__ == "__main__":
 
 import torch
 
+from batch import Tally, generate_many, refusal, workload
 from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from drafts import Speculation, choose_draft
 from engine import Engine
 from hub import locate
-from options import build_parser, check_inputs_stay, check_options, read_prompt
+from jobs import (
+    Begun,
+    Decided,
+    Job,
+    Output,
+    Progress,
+    block_of,
+    read_begun,
+    read_records,
+    set_up_job,
+    skip_bad,
+)
+from jobs import summary as summarise
+from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
 from plan import (
     Plan,
     available_memory,
@@ -36,6 +50,7 @@ from plan import (
     keep_freed_memory,
     longest_context,
     out_of_memory,
+    peak_memory,
     plan_run,
     weigh_sizes,
 )
@@ -66,20 +81,30 @@ class Session:
     plan: Plan
     speculation: Speculation | None
     room: int
+    job: Job | None
 
 
-def decide(options: argparse.Namespace) -> tuple[str | None, int, torch.dtype]:
-    """What one rank decides for all: the prompt's text, the seed, the dtype. Raises ValueError."""
+def decide(options: argparse.Namespace) -> Decided:
+    """Raises ValueError."""
     check_options(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
-    return read_prompt(options), secrets.randbelow(2**31) if options.seed is None else options.seed, dtype
+    begun = Begun() if options.output is None else read_begun(options.output)
+    text, records, seed = None, None, options.seed
+    if options.prompts is None:
+        text = read_prompt(options)
+    else:
+        records, bad = read_records(read_prompts(options), options.prompt_separator)
+        skip_bad(bad, options)
+    if seed is None:
+        seed = secrets.randbelow(2**31) if begun.header is None else begun.header["seed"]
+    return Decided(text, seed, dtype, records, begun)
 
 
-def set_up(
-    options: argparse.Namespace, ranks: Ranks, text: str | None, seed: int, dtype: torch.dtype, available: int
-) -> Session:
+def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, available: int) -> Session:
     """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
-    device, mine = choose_device(options.device), ranks.samples(options.num_samples)
+    text, seed, dtype, records = decided.text, decided.seed, decided.dtype, decided.records
+    device = choose_device(options.device)
+    mine = ranks.samples(options.num_samples) if records is None else range(options.num_samples)
     request = Request(
         len(mine),
         options.max_new_tokens,
@@ -96,22 +121,39 @@ def set_up(
     check_inputs_stay(options, [checkpoint.folder, *([locate(draft)] if draft else [])])
     args = checkpoint.args
     tokenizer = load_tokenizer(checkpoint.folder)
-    chat = choose_chat(checkpoint.folder, tokenizer, options.chat, options.interactive)
+    messages = any(not isinstance(record.said, str) for record in records or ())
+    asked = True if messages and options.chat is None else options.chat
+    chat = choose_chat(checkpoint.folder, tokenizer, asked, options.interactive)
     dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends)
+    job = None if records is None else set_up_job(options, ranks, decided, checkpoint, dialogue)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
     if options.interactive:  # where a turn is given what is left
         request = replace(request, max_new_tokens=min(options.max_new_tokens, max(1, args.context_limit - length)))
     if length and not options.plan:
         request.check_length(args, length)
-    plan, speculation, room = arrange(options, checkpoint, request, length, (device, dtype, ranks.shard), available)
+    place = device, dtype, ranks.shard
+    plan, speculation, room = arrange(options, checkpoint, request, length, place, available, job)
     if options.synthetic_prompt and not options.plan:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
     return Session(
-        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation, room
+        options,
+        ranks,
+        device,
+        dtype,
+        checkpoint,
+        dialogue,
+        text,
+        tokens,
+        request,
+        available,
+        plan,
+        speculation,
+        room,
+        job,
     )
 
 
@@ -122,15 +164,18 @@ def arrange(
     length: int,
     place: tuple[torch.device, torch.dtype, Shard],
     available: int,
+    job: Job | None,
 ) -> tuple[Plan, Speculation | None, int]:
     """The plan for a prompt of that length, or, where a conversation is only planned, for all that it may hold; the
     draft; the tokens that a conversation may hold. Raises ValueError."""
     (device, dtype, shard), args = place, checkpoint.args
-    rows, local = request.num_samples, shard.local(args)
-    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, rows, shard), args)
-    work = request.workload(length, options.num_runs)
+    local, work = shard.local(args), request.workload(length, options.num_runs)
+    if job is not None:
+        sound = [len(prompt.tokens) for prompt in job.prompts if refusal(local, request, prompt) is None]
+        work = workload(sound or [1], request, device)
+    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
     drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
-    speculation = choose_draft(*drafting, checkpoint, (device, dtype, rows))
+    speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
     if speculation is not None:
         if speculation.draft.weights > weights.total:
             print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
@@ -147,10 +192,10 @@ def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
 
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
-    text, seed, dtype = ranks.share(lambda: decide(options))
+    decided = ranks.share(lambda: decide(options))
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
-    session = ranks.agree(lambda: set_up(options, ranks, text, seed, dtype, available))
+    session = ranks.agree(lambda: set_up(options, ranks, decided, available))
     return replace(session, plan=ranks.share(lambda: session.plan))
 
 
@@ -158,7 +203,8 @@ def open_engine(session: Session) -> Engine:
     """The model of a session, which will run as it was planned."""
     options = session.options
     shard = session.ranks.shard
-    model = load_model(session.checkpoint, session.device, session.dtype, session.request.num_samples, shard)
+    rows = session.plan.workload.num_samples
+    model = load_model(session.checkpoint, session.device, session.dtype, rows, shard)
     compile = options.compile if session.ranks.control is None else session.plan.compiled
     engine = Engine(model, session.dialogue.tokenizer, compile, shard)
     if session.speculation is not None:
@@ -212,13 +258,67 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
             for sample, score in zip(drawn, scores, strict=True)
             for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
         )
+    tell(options, report, summary(report, session.plan))
+
+
+def tell(options: argparse.Namespace, report: dict[str, object], lines: str) -> None:
+    """The report, or these lines of it, on stderr, and at --report."""
     if options.verbose:
         print_report(report)
     elif not options.quiet:
-        print(summary(report, session.plan), file=sys.stderr)
+        print(lines, file=sys.stderr)
     if options.report:
         text = json.dumps(report, indent=2) + "\n"
         write_file(options.report, lambda path: path.write_text(text, "utf-8"))
+
+
+def open_output(session: Session) -> Output | None:
+    """The file that --prompts writes to, which one rank begins. Raises ValueError where it cannot be."""
+    if session.job is None or session.options.output is None:
+        return None
+    output = Output(session.options.output)
+    if session.ranks.leads:
+        output.begin(session.job.begun, session.job.header)
+    return output
+
+
+def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
+    """--prompts: the lines of each prompt when its last sample is finished."""
+    options, ranks, job, tally = session.options, session.ranks, session.job, Tally()
+    assert job is not None
+    progress = Progress(options.quiet, len(job.prompts), tally)
+    try:
+        for outcome in generate_many(engine, job.prompts, session.request, tally):
+            fields = job.fields.get(json.dumps(outcome.prompt.id), {})
+            block = block_of(outcome, fields, session.request.seed, options.top)
+            if output is None:
+                print(block, end="", flush=True)
+            elif ranks.shard.rank == 0:
+                output.append(block.encode())
+            progress.show(outcome)
+    finally:
+        progress.bar.clear()
+    ranks.wait()
+    report = describe_batch(session) | progress.report(ranks.all((tally, progress.errors))[:: ranks.shard.world])
+    report["peak_memory_bytes"] = peak_memory(session.device)
+    tell(options, report, summarise(report))
+
+
+def describe_batch(session: Session) -> dict[str, object]:
+    """The part of the report that was decided before the run."""
+    assert session.job is not None
+    return {
+        "num_samples": session.request.num_samples,
+        "seed": session.request.seed,
+        "prompts_done_before": len(session.job.begun.done),
+        "replicas": session.ranks.replicas,
+        "compiled": session.plan.compiled,
+        "compile_reason": session.plan.compile_reason,
+        "packed_weights": session.plan.packed,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "device": session.device.type,
+        "torch": torch.__version__,
+    }
 
 
 def interact(session: Session, engine: Engine) -> None:
@@ -243,7 +343,12 @@ def run(options: argparse.Namespace) -> None:
         limit = session.checkpoint.args.context_limit
         print(f"{plan}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
         return
-    if plan.waves > 1 and not options.quiet:
+    output = ranks.agree(lambda: open_output(session))
+    if session.job is not None and not session.job.left:
+        if not options.quiet:
+            print("every prompt is done", file=sys.stderr)
+        return
+    if session.job is None and plan.waves > 1 and not options.quiet:
         print(f"running in {plan.waves} waves: memory does not hold all at once", file=sys.stderr)
     if plan.compiled and not options.quiet:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
@@ -251,6 +356,8 @@ def run(options: argparse.Namespace) -> None:
         keep_freed_memory()
     engine = ranks.agree(lambda: open_engine(session))
     go = interact if options.interactive else run_once
+    if session.job is not None:
+        go = partial(run_batch, output=output)
     try:
         profiled(go, session, engine) if options.profile else go(session, engine)
     except FloatingPointError as error:

@@ -16,7 +16,7 @@ from cache import KVCache
 
 class StepInput(NamedTuple):
     """The rows of a decode step besides their cache: tokens [N,1] at input_pos [N,1], the index of each row's sample
-    [N], and the seed, a scalar."""
+    [N], and the seed, a scalar, or [N] where rows have their own."""
 
     tokens: Tensor
     input_pos: Tensor
@@ -45,7 +45,7 @@ def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
 
     A size of 1 cannot be marked: torch.compile always specialises on it.
     """
-    marks = [(tensor, 0) for tensor in inputs[:3]]
+    marks = [(tensor, 0) for tensor in inputs if tensor.dim()]
     for each in (cache, *(link.cache for link in cache.links)):
         marks += [(tensor, dim) for tensor in each.tensors for dim in (0, 2)] + [(each.start, 0)]
     for link in cache.links:

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,16 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
+def add_batch(flag: Callable[..., argparse.Action]) -> None:
+    """The flags of --prompts."""
+    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    flag("--prompts", help=lines, metavar="FILE")
+    flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
+    flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
+    flag("--output", help="append each prompt's samples to this file; default: stdout", type=Path)
+    flag("--resume", help="go on where a killed run has stopped writing --output", action="store_true")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
     parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
@@ -45,8 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoint_path", where, default=str(TINY))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    precision = "auto is bfloat16 where the device has instructions for it, else float32"
-    flag("--dtype", precision, choices=dtypes, default="auto")
+    flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
@@ -56,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
     flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
+    add_batch(parser.add_argument_group("many prompts").add_argument)
     group = parser.add_argument_group("sampling")
     drawn = Request()
     flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
@@ -110,30 +120,67 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
     if options.synthetic_prompt and (options.chat or options.interactive):
         raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
-    given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
+    given = [
+        name for name in ("prompt", "prompt_file", "prompts", "synthetic_prompt") if getattr(options, name) is not None
+    ]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
     check_outputs(options)
+    check_batch(options)
+
+
+def check_batch(options: argparse.Namespace) -> None:
+    """Raises ValueError where flags do not go with --prompts, or ask for it."""
+    alone = {
+        "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
+        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None,
+    }  # fmt: skip
+    many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
+    for name, default in alone.items() if options.prompts is not None else many.items():
+        if getattr(options, name) != default:
+            way = "is for one prompt: leave out" if name in alone else "is for many prompts: give"
+            raise ValueError(f"--{name} {way} --prompts")
+    if options.prompt_separator == "":
+        raise ValueError("--prompt_separator is empty: give what stands between two prompts")
+    if options.resume and options.output is None:
+        raise ValueError("--resume goes on with a file: add --output")
+    if options.output is not None and options.output.exists() and not options.resume:
+        raise ValueError(f"{options.output} exists: add --resume to go on with it, or give another file")
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError where --report or --profile cannot be written."""
-    outputs = [path for path in (options.report, options.profile) if path is not None]
+    """Raises ValueError where --report, --profile or --output cannot be written."""
+    outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
     for path in outputs:
         check_writable(path)
-    if len({identity(path) or path.resolve() for path in outputs}) < len(outputs):
-        raise ValueError(f"--report and --profile are both {outputs[0]}: give two files")
+    names = [identity(path) or path.resolve() for path in outputs]
+    for path, name in zip(outputs, names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two of --report, --profile and --output are {path}: give two files")
 
 
 def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
-    """Raises ValueError where --report or --profile would replace the prompt, the heads of a draft, or what lies with a
+    """Raises ValueError where what is written would replace the prompts, the heads of a draft, or what lies with a
     model, under whatever name. models: folders, or files in them."""
     folders = [path if path.is_dir() else path.parent for path in models]
-    read = [options.prompt_file, *options.draft[1:], *(path for folder in folders for path in folder.iterdir())]
+    read = [
+        options.prompt_file,
+        options.prompts,
+        *options.draft[1:],
+        *(path for folder in folders for path in folder.iterdir()),
+    ]
     files = {identity(Path(path)) for path in read if path is not None}
-    for path in (options.report, options.profile):
+    for path in (options.report, options.profile, options.output):
         if path is not None and (found := identity(path)) is not None and found in files:
             raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
+
+
+def read_prompts(options: argparse.Namespace) -> bytes:
+    """What --prompts names. Raises ValueError where it cannot be read."""
+    try:
+        return sys.stdin.buffer.read() if options.prompts == "-" else Path(options.prompts).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): give a file") from error
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:

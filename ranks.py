@@ -85,10 +85,14 @@ class Ranks:
             try:
                 return make() if self.leads else None
             finally:
-                if self.patient is not None:
-                    dist.barrier(self.patient)
+                self.wait()
 
         return self.all(self.agree(wait))[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Until all are here, who may have had more to do than others."""
+        if self.patient is not None:
+            dist.barrier(self.patient)
 
     def samples(self, total: int) -> range:
         """The indices of the samples that this replica draws; the first draw the most. Raises ValueError where there is

@@ -168,9 +168,7 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
     for each in ranked:
         drawn = each.sample
         if options.format == "jsonl":
-            fields = asdict(drawn)
-            row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
-            print(json.dumps(row | {"mean_logprob": drawn.mean_logprob}, ensure_ascii=False))
+            print(json.dumps(sample_fields(each), ensure_ascii=False))
         elif options.num_samples == 1:
             print(f"{before}{drawn.text}")
         else:
@@ -178,6 +176,13 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
             print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
             print(f"{before}{drawn.text}", end="\n\n")
     sys.stdout.flush()
+
+
+def sample_fields(each: Ranked) -> dict[str, object]:
+    """A sample as one JSON object."""
+    fields = asdict(each.sample)
+    row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
+    return row | {"mean_logprob": each.sample.mean_logprob}
 
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:

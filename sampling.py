@@ -62,11 +62,11 @@ def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
     """The random number of each (seed, sample, position): uniform in [0,1), fp64 of 53 bits.
 
-    seed: int64 scalar; sample and position: int64, broadcast against each other. A number depends on nothing else, so a
-    sample is the same for every N, wave, layout and device, and for every length that it is drawn to.
+    int64, broadcast against each other; seed has no more dimensions than the others. A number depends on nothing else,
+    so a sample is the same for every N, wave, layout and device, and for every length that it is drawn to.
     """
     sample, position = torch.broadcast_tensors(sample, position)
-    key = torch.stack([seed & WORD, seed >> 32]).view(2, *[1] * sample.dim())
+    key = torch.stack([seed & WORD, seed >> 32]).view(2, *[1] * (sample.dim() - seed.dim()), *seed.shape)
     even, odd = philox(torch.stack([sample & WORD, position & WORD]), torch.stack([sample >> 32, position >> 32]), key)
     return ((even[0] << 21) | (odd[0] >> 11)).double() * 2.0**-53
 
@@ -81,13 +81,13 @@ class UniformBlocks:
         self.samples, self.block, self.first = torch.empty(0), torch.empty(0), torch.empty(0)
 
     def __call__(self, seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """seed scalar, sample [N], position [N] or [N,S], rising -> the same. As long as `sample` is the same tensor,
-        so must be the seed."""
+        """seed scalar or [N], sample [N], position [N] or [N,S], rising -> the same. As long as `sample` is the same
+        tensor, so must be the seed."""
         where = position.view(len(sample), -1)  # [N,S]
         if sample is not self.samples or not self.hold(where):
             self.samples, self.first = sample, where[:, :1]
             ahead = torch.arange(max(self.BLOCK, where.shape[1]), device=position.device)
-            self.block = uniform(seed, sample[:, None], self.first + ahead)  # [N,BLOCK]
+            self.block = uniform(seed.view(-1, 1), sample[:, None], self.first + ahead)  # [N,BLOCK]
         return self.block.gather(1, where - self.first).view_as(position)
 
     def hold(self, where: Tensor) -> bool:

@@ -20,7 +20,7 @@ NETWORKED = [
     "python generate.py",
     "python examples/transformers_shared.py",
 ]
-OTHERS = ("NAME", "model_int8", "SMALL", "medusa")
+OTHERS = ("NAME", "model_int8", "SMALL", "medusa", "PROMPTS")
 RUNS = [line for line in COMMANDS if "python generate.py" in line and not any(each in line for each in OTHERS)]
 
 
@@ -43,7 +43,7 @@ def run(command: str, folder, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 def test_the_readme_has_what_is_tested_here():
-    assert len(EXAMPLES) == 2 and len(RUNS) == 8 and MAKE == [["make", "generate"], ["make", "test"]]
+    assert len(EXAMPLES) == 2 and len(RUNS) == 9 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
 def test_the_two_commands_are_targets_of_the_makefile():
@@ -61,6 +61,16 @@ def test_commands(command, checkout):
     result = run(command, checkout, stdin="Once upon a time\n2\n" if "--interactive" in command else "")
     assert result.returncode == 0, result.stderr
     assert result.stdout
+
+
+def test_many_prompts_from_a_file(checkout):
+    """As it stands, twice: the second time every prompt is done."""
+    (checkout / "PROMPTS.jsonl").write_text('{"id": "A", "prompt": "Once upon a time"}\n"The cat"\n')
+    (line,) = [line for line in COMMANDS if "PROMPTS" in line]
+    for words in ("2 prompts, 2 samples of each", "every prompt is done"):
+        result = run(line.replace("-n 16", "-n 2 --max_new_tokens 9"), checkout)
+        assert result.returncode == 0 and words in result.stderr, result.stderr
+    assert len((checkout / "samples.jsonl").read_text().splitlines()) == 5
 
 
 def test_several_processes(checkout):

@@ -261,3 +261,12 @@ def test_rows_drawn_some_at_a_time_are_the_same(monkeypatch, sampling):
 def test_impossible_sampling_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(*values)
+
+
+def test_rows_may_have_seeds_of_their_own():
+    """Oracle: each row by itself, also where the numbers are made in blocks."""
+    seeds, samples, positions = torch.tensor([3, 2**40 + 1, 0]), torch.tensor([0, 5, 2]), torch.tensor([7, 90, 3])
+    rows = zip(seeds, samples, positions, strict=True)
+    expected = torch.stack([uniform(seed, sample, position) for seed, sample, position in rows])
+    assert torch.equal(uniform(seeds, samples, positions), expected)
+    assert torch.equal(UniformBlocks()(seeds, samples, positions), expected)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from conftest import ALIBI, ROOT, TINY, positions, random_model, random_tokens
 from test_cli import lines_of, run
-from tp_worker import collectives
+from tp_worker import collectives, tokens_of
 
 from cache import KVCache, NoCache
 from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
@@ -84,7 +84,7 @@ PROMPT = random_tokens(BASE, 11).tolist()
 def alone(checkpoint: Checkpoint, each: list[Request]) -> list[list[list[int]]]:
     engine = Engine(load_model(checkpoint, "cpu", torch.float32, 3), compile=False)
     engine.available = 1 << 40
-    return [[sample.tokens for sample in engine.generate(PROMPT, request)] for request in each]
+    return tokens_of(engine, PROMPT, each)
 
 
 def torchrun(*arguments, timeout: float = 200, **settings) -> subprocess.CompletedProcess:
@@ -146,8 +146,8 @@ def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
-    """Every kind of network, N = 1, 3 and 5; and a rank holds its part of the weights and no more. At 4 those that are
-    cut otherwise than at 2."""
+    """Every kind of network, N = 1, 3 and 5, and two prompts in one batch; and a rank holds its part of the weights and
+    no more. At 4 those that are cut otherwise than at 2."""
     kinds = checkpoints if world == 2 else ("gqa", "mqa", "packed", "int4")
     cases = [(name, checkpoints[name], PROMPT, requests(), False) for name in kinds]
     if world == 2:  # one graph, with the sums in it
@@ -207,6 +207,24 @@ def test_replicas_divide_the_samples():
     report = dict(re.findall(r"^ *(\w+)  (.*)$", result.stderr, re.MULTILINE))
     assert (report["tp"], report["replicas"], report["num_samples"]) == ("2", "2", "5")
     assert float(report["selfcheck_max_difference"]) < 1e-4
+
+
+def test_replicas_divide_the_prompts(tmp_path):
+    """Two replicas, which write to one file. Oracle: one process."""
+    path, report = tmp_path / "p.jsonl", tmp_path / "r.json"
+    path.write_text(
+        "".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "big dog", "bird", "man", "red car"))
+    )
+    arguments = tiny("-n", 3, "--max_new_tokens", 9, "--ignore_eos", "--prompts", path, "--output")
+    many = torchrun("--standalone", "--nproc_per_node=2", *arguments, tmp_path / "2", "--tp", 1, "--report", report)
+    assert (many.returncode, many.stdout) == (0, ""), many.stderr
+    assert run(*arguments[1:], tmp_path / "1").returncode == 0
+    names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
+    found = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "12"]
+    one, two = (sorted([line.get(name) for name in names] for line in lines[1:]) for lines in found)
+    assert one == two and len(one) == 15 and found[0][0] == found[1][0]
+    made = json.loads(report.read_text())
+    assert (made["prompts"], made["replicas"], made["tokens"]) == (5, 2, 5 * 3 * 9)
 
 
 def test_two_machines_with_different_memory(tmp_path):

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
+from batch import Prompt, generate_many
 from cache import KVCache
 from checkpoint import load_model
 from engine import Engine, Run
 from ranks import join, leave
+from samples import Request
 
 
 def die_while_decoding(flags: list[str]) -> int:
@@ -52,6 +55,15 @@ def step(engine: Engine, n: int) -> None:
     engine.model(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long), cache)
 
 
+def tokens_of(engine: Engine, prompt: list[int], requests: list[Request]) -> list[list[list[int]]]:
+    """The samples of each request, and where there are several, of the prompt and its beginning in one batch."""
+    tokens = [[each.tokens for each in engine.generate(prompt, request)] for request in requests]
+    prompts = [Prompt("whole", prompt), Prompt("part", prompt[:5])] if len(requests) > 1 else []
+    for outcome in generate_many(engine, prompts, replace(requests[0], num_samples=3, rows_at_once=4)):
+        tokens.append([each.tokens for each in outcome.samples])
+    return tokens
+
+
 def draw_cases(cases: str, out: str) -> None:
     ranks = join(None, torch.device("cpu"))
     drawn = {}
@@ -61,8 +73,7 @@ def draw_cases(cases: str, out: str) -> None:
         engine.available = 1 << 40
         held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
         counted = {n: collectives(partial(step, engine, n)) for n in (1, 3)}
-        tokens = [[each.tokens for each in engine.generate(prompt, request)] for request in requests]
-        drawn[name] = tokens, held, counted
+        drawn[name] = tokens_of(engine, prompt, requests), held, counted
     if ranks.leads:
         Path(out).write_text(json.dumps(drawn))
     leave()

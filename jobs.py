@@ -1,0 +1,369 @@
+"""A batch as a job: prompts from a file, samples to a file, and where a run that was killed goes on.
+
+The output is JSON lines. The first is a header: all that decides the samples. Then the lines of each prompt when it is
+finished, at once and at the end, so that what a kill leaves is whole prompts, and at most one that is not: it is told
+by its ranks, which are not all there, and drawn again.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from batch import Outcome, Prompt, Tally, seed_of
+from chat import Dialogue, Message
+from checkpoint import Checkpoint
+from plan import human
+from ranks import Ranks
+from report import Bar, sample_fields
+from samples import rank
+
+Id = str | int
+OWN = frozenset(
+    "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
+)
+EDGE = 1 << 20  # bytes at both ends of a file of weights that tell it from others of its size
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt as its file has it. number: of its line, from 1. said: a text, or the messages of a conversation.
+    fields: what is carried over."""
+
+    number: int
+    id: Id
+    said: str | list[Message]
+    fields: dict[str, Any]
+
+
+def parse(number: int, line: str) -> Record:
+    """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    value = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ValueError("neither a text nor an object with one of prompt and messages")
+    json.dumps(value, ensure_ascii=False).encode()  # raises where an escape is half of a character
+    said = value.get("prompt", value.get("messages"))
+    if "prompt" in value and not isinstance(said, str):
+        raise ValueError("the prompt is not a text")
+    if "messages" in value and not is_conversation(said):
+        raise ValueError("messages are not a list of objects with role and content")
+    if not said:
+        raise ValueError("the prompt is empty: give some text")
+    id = value.get("id", number)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
+    fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
+    if taken := sorted(fields.keys() & OWN):
+        raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
+    return Record(number, id, said, fields)
+
+
+def is_conversation(said: object) -> bool:
+    return isinstance(said, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(name), str) for name in ("role", "content")) for each in said
+    )
+
+
+def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:
+    """The prompts of a file, and what is wrong with the lines that are none. separator: of plain texts; None: the file
+    is JSON lines. Empty lines, and empty texts between separators, are none."""
+    found: dict[str, Record] = {}
+    bad = []
+    parts = data.split(b"\n") if separator is None else data.removesuffix(b"\n").split(separator.encode())
+    for number, part in enumerate(parts, 1):
+        if not part.strip():
+            continue
+        try:
+            text = part.decode("utf-8")
+            record = parse(number, text) if separator is None else Record(number, number, text, {})
+            if (key := json.dumps(record.id)) in found:
+                raise ValueError(f"id {key} is also that of line {found[key].number}: give each its own")
+        except UnicodeError as error:
+            bad.append(f"line {number}: not UTF-8 ({error.reason})")  # type: ignore[attr-defined]
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+        else:
+            found[key] = record
+    return list(found.values()), bad
+
+
+def encode(records: Sequence[Record], spoken: Dialogue, plain: Dialogue) -> tuple[list[Prompt], list[str]]:
+    """The tokens of each prompt, messages by `spoken`, and what is wrong with those that have none."""
+    prompts, bad = [], []
+    for record in records:
+        try:
+            said = record.said
+            tokens = plain.encode_turn(said) if isinstance(said, str) else spoken.encode_messages(said)
+            prompts.append(Prompt(record.id, tokens))
+        except ValueError as error:
+            bad.append(f"line {record.number}: {error}")
+    return prompts, bad
+
+
+def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
+    """Names the lines that cannot be used, where they may be left out. Raises ValueError where not."""
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    if bad and not options.skip_bad:
+        raise ValueError(f"{options.prompts}, {bad[0]}{more}: mend it, or --skip_bad")
+    for each in bad:
+        if not options.quiet:
+            print(f"warning: {options.prompts}, {each}: skipped", file=sys.stderr)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells a model from others: its shape, recipe and end tokens, and of its weights the sizes and both ends."""
+    digest = hashlib.sha256(repr((checkpoint.args, checkpoint.recipe, sorted(checkpoint.eos_ids))).encode())
+    for path in sorted(checkpoint.weights):
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode() + file.read(EDGE))
+            file.seek(max(0, size - EDGE))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.id, list(prompt.tokens)]).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Begun:
+    """What an output file already holds. done: the ids, as JSON, of the prompts that are whole. torn: whether there is
+    more than those."""
+
+    header: dict[str, Any] | None = None
+    done: set[str] = field(default_factory=set)
+    torn: bool = False
+
+
+def lines_of(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of an output file after the header, and what it says; None: it was cut."""
+    with path.open("rb") as file:
+        file.readline()
+        for line in file:
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                value = None
+            whole = isinstance(value, dict) and {"id", "rank", "of"} <= value.keys()
+            yield line, value if whole else None
+
+
+def read_begun(path: Path) -> Begun:
+    """Raises ValueError where the file was not begun by a batch."""
+    if not path.exists():
+        return Begun()
+    with path.open("rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n") and b'{"header": '.startswith(first[:11]):
+        return Begun(torn=bool(first))  # killed before the header was written
+    try:
+        header = json.loads(first)["header"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} has no header of a batch: give another --output") from None
+    ranks: dict[str, set[int]] = {}
+    totals: dict[str, int] = {}
+    torn = False
+    for _, value in lines_of(path):
+        if value is None:
+            torn = True
+            continue
+        key = json.dumps(value["id"])
+        ranks.setdefault(key, set()).add(value["rank"])
+        totals[key] = value["of"]
+    done = {key for key, seen in ranks.items() if len(seen) == totals[key]}
+    return Begun(header, done, torn or len(done) < len(ranks))
+
+
+def check_header(path: Path, begun: Begun, header: dict[str, Any]) -> None:
+    """Raises ValueError where a file was begun by another command."""
+    if begun.header is None:
+        return
+    for name, value in header.items():
+        if begun.header.get(name) != value:
+            old = json.dumps(begun.header.get(name))
+            raise ValueError(
+                f"{path} was begun with {name} {old}, not {json.dumps(value)}: give the same command, or another file"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """prompts: those that this replica is to draw; left: of all replicas. fields: what is carried over, by the id as
+    JSON. begun: what an earlier run has finished."""
+
+    prompts: list[Prompt]
+    left: int
+    fields: dict[str, dict[str, Any]]
+    header: dict[str, Any]
+    begun: Begun
+
+
+HEADER = ("num_samples", "top", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos")
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What one rank decides for all. text: the prompt's. records: the prompts of --prompts, and what of them an earlier
+    run has finished; None: it is not given."""
+
+    text: str | None
+    seed: int
+    dtype: torch.dtype
+    records: list[Record] | None
+    begun: Begun
+
+
+def make_job(
+    options: argparse.Namespace,
+    records: Sequence[Record],
+    begun: Begun,
+    spoken: Dialogue,
+    header: dict[str, Any],
+    part: slice,
+) -> Job:
+    """What is still to be done, of which this replica does a part. header: what decides the samples besides flags and
+    prompts. Raises ValueError where a line cannot be used, or the output was begun by another command."""
+    plain = spoken if options.chat else Dialogue(spoken.tokenizer, spoken.vocab_size, None, None)
+    prompts, bad = encode(records, spoken, plain)
+    skip_bad(bad, options)
+    header |= {name: getattr(options, name) for name in HEADER} | {"prompts": digest_of(prompts)}
+    if options.output is not None:
+        check_header(options.output, begun, header)
+    left = [prompt for prompt in prompts if json.dumps(prompt.id) not in begun.done]
+    fields = {json.dumps(record.id): record.fields for record in records if record.fields}
+    return Job(left[part], len(left), fields, header, begun)
+
+
+def set_up_job(
+    options: argparse.Namespace, ranks: Ranks, decided: Decided, checkpoint: Checkpoint, dialogue: Dialogue
+) -> Job:
+    """What --prompts asks of this replica. Raises ValueError."""
+    if ranks.replicas > 1 and options.output is None:
+        raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
+    header = {"model": fingerprint(checkpoint), "dtype": str(decided.dtype), "seed": decided.seed}
+    header["ends"] = [] if options.ignore_eos else sorted(dialogue.eos_ids)
+    part = slice(ranks.replica, None, ranks.replicas)
+    assert decided.records is not None
+    return make_job(options, decided.records, decided.begun, dialogue, header, part)
+
+
+class Output:
+    """The file that a batch appends to. Several processes may, on one machine or where they share a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] | None = None
+
+    def begin(self, begun: Begun, header: dict[str, Any]) -> None:
+        """Opens the file for this run alone, with its header, and without what a kill has left of a prompt. Raises
+        ValueError where another run holds it."""
+        with self.path.open("ab") as file:
+            self.lock(file)
+            if begun.header is None:
+                self.replace(iter([json.dumps({"header": header}).encode() + b"\n"]))
+            elif begun.torn:
+                self.replace(self.whole(begun.done))
+        self.file = self.path.open("ab", buffering=0)
+        self.lock(self.file)
+
+    def lock(self, file: IO[bytes]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run writes to {self.path}: wait for it, or give another --output") from None
+
+    def whole(self, done: set[str]) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            yield file.readline()
+        for line, value in lines_of(self.path):
+            if value is not None and json.dumps(value["id"]) in done:
+                yield line
+
+    def replace(self, lines: Iterator[bytes]) -> None:
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("wb") as file:
+            file.writelines(lines)
+        os.replace(part, self.path)
+
+    def append(self, block: bytes) -> None:
+        """The lines of a prompt, in one write."""
+        if self.file is None:  # a replica's
+            self.file = self.path.open("ab", buffering=0)
+        while block:
+            block = block[self.file.write(block) :]
+
+
+class Progress:
+    """What a person sees of a batch: a bar while it runs, a report at its end."""
+
+    def __init__(self, quiet: bool, total: int, tally: Tally) -> None:
+        self.bar, self.total, self.tally = Bar(quiet), total, tally
+        self.begin, self.done, self.errors = time.perf_counter(), 0, 0
+
+    def show(self, outcome: Outcome) -> None:
+        self.done, self.errors = self.done + 1, self.errors + (outcome.error is not None)
+        seconds = time.perf_counter() - self.begin
+        note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
+        self.bar.show(self.done / self.total, note, seconds * (self.total / self.done - 1))
+
+    def report(self, replicas: Sequence[tuple[Tally, int]]) -> dict[str, Any]:
+        """replicas: the tally of each, and how many of its prompts could not be run."""
+        tally, seconds = Tally(), time.perf_counter() - self.begin
+        for each, _ in replicas:
+            tally.add(each)
+        return {
+            "rows": tally.rows,
+            "prompts": tally.prompts,
+            "prompts_refused": sum(errors for _, errors in replicas),
+            "seconds": seconds,
+            "tokens": tally.drawn,
+            "tokens_per_s": tally.drawn / seconds,
+            "steps": tally.steps,
+            "rows_busy": tally.busy / max(1, tally.capacity),
+            "context_tokens": tally.asked,
+            "context_tokens_read": tally.read,
+            "kv_spared_bytes": tally.spared,
+        }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Three lines: what ran, how fast, what sharing saved."""
+    refused, before = report["prompts_refused"], report["prompts_done_before"]
+    notes = f", {refused} could not be run" * bool(refused) + f", {before} were done before" * bool(before)
+    how = "compiled" if report["compiled"] else "eager"
+    return (
+        f"{report['prompts']} prompts, {report['num_samples']} samples of each, seed {report['seed']}{notes}: {how}, "
+        f"{report['dtype']} on {report['device']}\n"
+        f"{report['tokens']} tokens in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
+        f"{report['rows']} rows at once, {report['rows_busy']:.0%} of them busy\n"
+        f"{report['context_tokens_read']} tokens of context read, not {report['context_tokens']}; "
+        f"{human(report['kv_spared_bytes'])} of their keys and values not held again; "
+        f"peak {human(report['peak_memory_bytes'])}"
+    )
+
+
+def block_of(outcome: Outcome, fields: dict[str, Any], seed: int, top: int | None) -> str:
+    """The lines of a prompt: its best samples, or why there are none."""
+    begin = {"id": outcome.prompt.id, **fields}
+    if outcome.error is not None:
+        return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"
+    begin["seed"], ranked = seed_of(seed, outcome.prompt.id), rank(outcome.samples)[:top]
+    lines = ({**begin, "rank": each.rank, "of": len(ranked), **sample_fields(each)} for each in ranked)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -1,0 +1,271 @@
+"""Many prompts at once. Oracles: the run of each prompt alone; a plain trie; torch.compile that may not do so again."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, request
+from torch import Tensor
+
+import batch
+import engine as road
+from batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
+from engine import Engine
+from experts import Mixture
+from rotary import RopeScaling
+from samples import Ending, Request, Row
+
+TWO = replace(GQA, n_layer=2)
+ENDS = frozenset(range(3, 97, 9))  # about one token in nine
+KINDS = {
+    "windows": replace(WINDOW, n_layer=2, windows=(5, None)),
+    "ALiBi": replace(ALIBI, n_layer=2, windows=(None, 4)),
+    "experts": replace(TWO, mixture=Mixture(5, 2, 24, True)),
+    "dynamic": replace(TWO, rope_scaling=RopeScaling("dynamic", 2.0, original_context=16)),
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(random_model(TWO), compile=False)
+
+
+def prompts_of(preamble: int, groups: int, common: int, count: int = 8, seed: int = 0) -> list[Prompt]:
+    """Ragged ones behind a preamble, some of them behind what a group has in common; the last is that of another."""
+    rng = random.Random(seed)
+
+    def tokens(length: int) -> list[int]:
+        return [rng.randrange(GQA.vocab_size) for _ in range(length)]
+
+    begin = tokens(preamble)
+    shared = [tokens(common) for _ in range(groups)] + [[]]
+    made = [Prompt(number, begin + rng.choice(shared) + tokens(rng.choice((1, 5, 30)))) for number in range(count)]
+    return [*made, Prompt("again", made[count // 2].tokens)]
+
+
+def alone(engine: Engine, prompt: Prompt, asked: Request) -> list[tuple]:
+    return draws(engine.generate(prompt.tokens, replace(asked, seed=seed_of(asked.seed, prompt.id))))
+
+
+def drawn(outcomes: Iterable[Outcome]) -> dict[str | int, list[tuple]]:
+    found = list(outcomes)
+    assert len({outcome.prompt.id for outcome in found}) == len(found) and not any(each.error for each in found)
+    return {outcome.prompt.id: draws(outcome.samples) for outcome in found}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("shape", [(0, 0, 0), (20, 0, 0), (20, 3, 70), (0, 4, 66)], ids=str)
+def test_samples_are_those_of_each_prompt_alone(engine, n, shape):
+    """More prompts than fit, ragged, with and without what all or some begin with; 5 rows at once and all; in another
+    order too."""
+    prompts, asked = prompts_of(*shape), request(n, 10, eos_ids=ENDS)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    if n == 3:  # the same prompt twice is not the same draw
+        assert len({str(each) for each in expected.values()}) == len(prompts)
+    for rows in (5, None):
+        assert drawn(generate_many(engine, prompts, replace(asked, rows_at_once=rows))) == expected
+        prompts = prompts[::-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_networks(kind):
+    """Where distance matters, where rows meet experts, and where nothing may be shared."""
+    engine = Engine(random_model(KINDS[kind]), compile=False)
+    prompts, asked, tally = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5), Tally()
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    assert drawn(generate_many(engine, prompts, asked, tally)) == expected
+    assert (tally.read == tally.asked) == (kind == "dynamic")
+
+
+def test_in_fp32_with_text_and_stop_strings():
+    engine = Engine(random_model(TWO, torch.float32), Letters(), compile=False)
+    prompts, asked = prompts_of(20, 0, 0), request(3, 12, stop=("q", "AB"), rows_at_once=5)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    assert drawn(generate_many(engine, prompts, asked)) == expected
+    assert {reason for each in expected.values() for _, reason, _ in each} == {"stop", "length"}
+
+
+def test_a_host_that_looks_every_few_steps_draws_the_same(engine, monkeypatch):
+    """As on a GPU: rows go on for a while after their sample's end."""
+    prompts, asked = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", 5)
+    assert drawn(generate_many(engine, prompts, asked)) == expected
+
+
+def test_long_prompts_are_read_in_chunks(engine):
+    prompts = [Prompt(each.id, prompts_of(9, 0, 0)[0].tokens[:9] * 40 + each.tokens) for each in prompts_of(9, 0, 0, 3)]
+    prompts.append(Prompt("short", prompts[0].tokens[:10]))
+    asked = request(2, 5, prefill_chunk=100)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    assert drawn(generate_many(engine, prompts, asked)) == expected
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_samples_of_one_and_two_tokens(engine, length):
+    prompts, asked = prompts_of(0, 0, 0), request(3, length, eos_ids=ENDS, rows_at_once=4)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    assert drawn(generate_many(engine, prompts, asked)) == expected
+
+
+def test_a_replicas_indices_count_from_the_first(engine):
+    prompts, asked = prompts_of(0, 0, 0, 3), request(4, 6)
+    expected = drawn(generate_many(engine, prompts, asked))
+    later = drawn(generate_many(engine, prompts, replace(asked, num_samples=2, first_index=2)))
+    assert later == {id: each[2:] for id, each in expected.items()}
+
+
+def test_what_cannot_be_run_is_said_and_the_others_go_on(engine):
+    long = Prompt("long", [1] * GQA.context_limit)
+    bad = [long, Prompt("empty", []), Prompt("foreign", [1, 97]), Prompt("negative", [-1, 1])]
+    good = prompts_of(0, 0, 0, 2)
+    found = list(generate_many(engine, [good[0], *bad, *good[1:]], request(2, 5)))
+    errors = {outcome.prompt.id: outcome.error for outcome in found if outcome.error is not None}
+    assert errors.keys() == {"long", "empty", "foreign", "negative"} and "4096" in errors["long"]
+    assert {outcome.prompt.id for outcome in found if len(outcome.samples) == 2} == {prompt.id for prompt in good}
+    assert list(generate_many(engine, [], request())) == []
+    assert [outcome.error is None for outcome in generate_many(engine, bad[:1], request())] == [False]
+
+
+def test_requests_for_one_prompt_are_refused(engine):
+    two = prompts_of(0, 0, 0, 2)
+    for asked, given, words in (
+        (request(), [two[0], two[0]], "same id"),
+        (request(attention="contiguous"), two, "attention bifurcated"),
+        (request(kv_dtype="int8"), two, "kv_dtype auto"),
+        (request(stop=("a",)), two, "need a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate_many(engine, given, asked)
+
+
+def test_ids_have_seeds_of_their_own():
+    seeds = {seed_of(seed, id) for seed in (0, 1, 2**62) for id in (0, 1, "1", "0", "a", "é")}
+    assert len(seeds) == 18 and all(0 <= seed < 2**53 for seed in seeds)
+
+
+def plain_trie(prompts: Sequence[Sequence[int]]) -> dict:
+    """Each node: its children by token, and under None the prompts, less their last token, at or below it."""
+    root: dict = {None: set(range(len(prompts)))}
+    for number, tokens in enumerate(prompts):
+        node = root
+        for token in tokens[:-1]:
+            node = node.setdefault(token, {None: set()})
+            node[None].add(number)
+    return root
+
+
+def most_saved(node: dict, depth: int, least: int) -> int:
+    """Tokens that disjoint groups can save at best, each at least `least` tokens longer than one that it is within."""
+    layer = [node]
+    for _ in range(least):
+        layer = [child for each in layer for token, child in each.items() if token is not None]
+    total = 0
+    for each in layer:
+        length, members = depth + least, each[None]
+        while together := [child for token, child in each.items() if token is not None and child[None] == members]:
+            each, length = together[0], length + 1
+        if len(members) > 1:
+            total += max((len(members) - 1) * length, most_saved(each, length, least))
+    return total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sharing_is_that_of_a_plain_trie(seed, monkeypatch):
+    monkeypatch.setattr(batch, "GROUP", 5)
+    rng = random.Random(seed)
+    parts = [[rng.randrange(3) for _ in range(rng.choice((3, 6, 11)))] for _ in range(5)]
+    begin = [7] * rng.choice((0, 4, 13))
+    prompts = [begin + sum(rng.choices(parts, k=rng.randrange(1, 4)), []) for _ in range(40)]
+    found, trie = Sharing.among(prompts), plain_trie(prompts)
+    root, node = 0, trie
+    while len(node) == 2 and all(len(prompt) > root + 1 for prompt in prompts):
+        root, node = root + 1, next(child for token, child in node.items() if token is not None)
+    if root < batch.ROOT:
+        root, node = 0, trie
+    assert found.root == root
+    assert sum(group.saved for group in found.groups) == most_saved(node, root, batch.GROUP) > 0
+    seen = [member for group in found.groups for member in group.members]
+    assert len(seen) == len(set(seen)) and sorted(found.order()) == list(range(40))
+    for group in found.groups:
+        assert len({tuple(prompts[member][: group.length]) for member in group.members}) == 1
+        assert all(len(prompts[member]) > group.length for member in group.members)
+
+
+def test_what_is_shared_is_read_once(engine):
+    prompts, tally = prompts_of(20, 3, 70), Tally()
+    sharing = Sharing.among([prompt.tokens for prompt in prompts])
+    list(generate_many(engine, prompts, request(2, 5, rows_at_once=4), tally))
+    saved = 20 * (len(prompts) - 1) + sum((len(group.members) - 1) * (group.length - 20) for group in sharing.groups)
+    assert len(sharing.groups) >= 2 and sharing.root == 20
+    assert tally.asked - tally.read == saved and tally.asked == sum(sharing.lengths)
+    assert tally.prompts == len(prompts) and tally.spared > 0
+
+
+def held_bytes(batch: Batch) -> int:
+    """What its caches take, less the slot of each that is never in view."""
+    caches = (batch.root, batch.groups.cache, batch.shelf.cache, batch.cache)
+    buffers = [buffer for cache in caches for side in cache.buffers for buffer in side]
+    return sum(buffer[:, :, 1:].numel() * buffer.element_size() for buffer in buffers)
+
+
+def test_memory_stays_within_what_there_is():
+    """What the caches hold within the plan's bytes, and those within what is available; with less memory fewer rows,
+    and the same samples."""
+    engine = Engine(random_model(TWO, torch.float32), compile=False)
+    prompts, asked = prompts_of(20, 3, 70), request(3, 12)
+    expected, rows = drawn(generate_many(engine, prompts, asked)), []
+    for spare in (1 << 19, 1 << 18, 0):
+        one = Batch(engine, prompts, replace(asked, rows_at_once=1), Tally())
+        engine.available = one.room.bytes + spare
+        made = Batch(engine, prompts, asked, Tally())
+        assert held_bytes(made) + engine.weights.total <= made.room.bytes <= engine.available
+        assert drawn(made.outcomes()) == expected and made.shelf.tokens == made.groups.tokens == 0
+        rows.append(made.room.rows)
+    assert rows == sorted(rows, reverse=True) and len(set(rows)) == 3 and rows[-1] == 1, rows
+    engine.available = engine.weights.total
+    with pytest.raises(ValueError, match="one sample needs"):
+        generate_many(engine, prompts, asked)
+
+
+def test_rows_are_kept_busy(monkeypatch):
+    """32 prompts, 8 samples of 8 to 128 tokens each, 64 rows: at least 85 % of them draw for a sample that is not done,
+    the end included, where nothing waits."""
+
+    def row(index: int, ending: Ending, *rest) -> Row:
+        return Row(index, replace(ending, length=8 + (index * 7919 + sum(rest[1]) * 31) % 121), *rest)
+
+    monkeypatch.setattr(batch, "Row", row)
+    engine, tally = Engine(random_model(replace(GQA, n_layer=1), torch.float32), compile=False), Tally()
+    prompts = prompts_of(0, 0, 0, 31)
+    found = list(generate_many(engine, prompts, request(8, 128), tally))
+    lengths = [len(sample.tokens) for outcome in found for sample in outcome.samples]
+    assert len(lengths) == 256 and min(lengths) < 12 and max(lengths) > 124
+    assert tally.busy == sum(lengths) - 256 and tally.busy >= 0.85 * tally.capacity, tally
+
+
+def test_one_compiled_step_serves_prompts_that_come_and_go(monkeypatch):
+    """Traced and guarded as ever, without the C++ compiler: groups, rows that leave at the end, another batch of other
+    sizes. Oracle: the eager step's tokens, in fp64. The random numbers, which take most of the time to trace, are not
+    what is asked."""
+
+    def numbers(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        return (seed % 1013 + sample * 7919 + position * 31) % 1009 / 1009
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(road, "uniform", numbers)
+    monkeypatch.setattr(road, "UniformBlocks", lambda: numbers)
+    torch.compiler.reset()
+    model = random_model(replace(GQA, n_layer=1))
+    eager, compiled = (Engine(model, compile=each) for each in (False, True))
+    first = prompts_of(20, 3, 70)
+    asked = request(3, 83, eos_ids=ENDS, rows_at_once=5)
+    steps = generate_many(compiled, first, asked)
+    found = [next(steps)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert drawn([*found, *steps]) == drawn(generate_many(eager, first, asked))
+        second, other = prompts_of(33, 4, 66, seed=1), replace(asked, num_samples=2, rows_at_once=9)
+        assert drawn(generate_many(compiled, second, other)) == drawn(generate_many(eager, second, other))

@@ -1,0 +1,248 @@
+"""A batch as a job. Oracles: the run of each prompt alone, an uninterrupted run, the file cut at every byte."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from test_cli import ENVIRONMENT, lines_of, run
+
+from batch import Outcome, Prompt
+from chat import Chat, Dialogue
+from jobs import Output, block_of, encode, read_begun, read_records
+from samples import Sample
+from tokenizer import load_tokenizer
+
+TEXTS = ["Once upon a time", "The cat sat", "Once upon a time there was a dog", "Tom"]
+FLAGS = ["--max_new_tokens", 12, "--seed", 5, "--dtype", "float32", "--quiet"]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{at}", "prompt": text}) + "\n" for at, text in enumerate(TEXTS)))
+    return path
+
+
+def batch(prompts: Path, *flags, **settings) -> subprocess.CompletedProcess:
+    return run("--prompts", prompts, *FLAGS, *flags, **settings)
+
+
+def written(path: Path) -> list[dict]:
+    header, *lines = path.read_text("utf-8").splitlines()
+    assert json.loads(header).keys() == {"header"}
+    return [json.loads(line) for line in lines]
+
+
+def samples_of(lines: list[dict]) -> dict[tuple, list[float]]:
+    """What a sample is, and its log-probabilities, which depend on what decodes beside it by rounding."""
+    found = {
+        (line["id"], line["sample"], line["count"], line["of"], line["text"], *line["tokens"]): line["logprobs"]
+        for line in lines
+    }
+    assert len(found) == len(lines)
+    return found
+
+
+def assert_same(one: list[dict], other: list[dict]) -> None:
+    one, other = samples_of(one), samples_of(other)
+    assert one.keys() == other.keys()
+    for key, logprobs in one.items():
+        assert logprobs == pytest.approx(other[key], abs=1e-4)
+
+
+def test_lines_are_those_of_each_prompt_alone(prompts, tmp_path):
+    """In groups by prompt, ranked, the best two of three; the line names the seed that draws the same alone."""
+    output = tmp_path / "out.jsonl"
+    assert batch(prompts, "-n", 3, "--top", 2, "--output", output).returncode == 0
+    lines = written(output)
+    blocks = {line["id"]: [each for each in lines if each["id"] == line["id"]] for line in lines}
+    assert [line["id"] for line in lines] == [line["id"] for block in blocks.values() for line in block]
+    assert blocks.keys() == {f"p{at}" for at in range(len(TEXTS))}
+    for id, block in blocks.items():
+        assert [(line["rank"], line["of"]) for line in block] == [(1, 2), (2, 2)]
+        flags = ["-n", 3, "--top", 2, "--format", "jsonl", *FLAGS, "--seed", block[0]["seed"]]
+        alone = lines_of(run("--prompt", TEXTS[int(id[1:])], *flags))
+        assert_same(block, [line | {"id": id, "of": 2} for line in alone])
+        assert alone[0].keys() | {"id", "of", "seed"} == block[0].keys()
+
+
+def test_without_an_output_lines_go_to_stdout(prompts):
+    lines = lines_of(batch(prompts, "-n", 2))
+    assert len(lines) == 2 * len(TEXTS) and all(line["id"] for line in lines)
+
+
+def test_plain_texts_stdin_and_a_report(tmp_path):
+    """Numbers are ids; empty texts are none; the same text twice is two draws."""
+    text = "Once upon a time\n---\n\n---\nThe cat\n---\nThe cat\n---\n"
+    flags = ["--prompt_separator", r"\n---\n", "-n", 2, "--report", tmp_path / "r.json"]
+    lines = lines_of(batch("-", *flags, input=text))
+    assert {line["id"] for line in lines} == {1, 3, 4} and len(samples_of(lines)) == 6
+    texts = {id: {line["text"] for line in lines if line["id"] == id} for id in (3, 4)}
+    assert texts[3] != texts[4]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["prompts"] == 3 and report["tokens"] == sum(len(line["tokens"]) for line in lines)
+
+
+def test_other_fields_are_carried_over_and_one_prompt_too_long_is_said(tmp_path):
+    path, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    path.write_text(
+        '{"id": "long", "prompt": "%s", "level": [1]}\n\n{"prompt": "A bird", "level": "é"}\n"A cat"\n'
+        % ("word " * 320)
+    )
+    result = run("--prompts", path, *FLAGS[:-1], "--output", output)
+    assert result.returncode == 0 and "1 could not be run" in result.stderr, result.stderr
+    lines = {line["id"]: line for line in written(output)}
+    assert lines.keys() == {"long", 3, 4} and lines["long"]["level"] == [1] and lines[3]["level"] == "é"
+    assert "context limit of 320" in lines["long"]["error"] and "level" not in lines[4]
+    assert run("--prompts", path, *FLAGS, "--output", output, "--resume").returncode == 0
+    assert len(written(output)) == 3
+
+
+def test_an_empty_file_is_no_prompt(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n")
+    assert batch(tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl").returncode == 0
+    assert written(tmp_path / "o.jsonl") == []
+
+
+BAD = [
+    (b'{"prompt": "a"', "not JSON"), (b"[1]", "neither a text nor an object"), (b'{"text": "a"}', "neither a text"),
+    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": [{"role": "user"}]}', "messages are not a list"),
+    (b'""', "the prompt is empty"), (b'{"messages": []}', "the prompt is empty"),
+    (b'{"prompt": "a", "messages": []}', "with one of prompt and messages"),
+    (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),
+    (b'{"id": 1, "prompt": "a"}', "id 1 is also that of line 1"), (b'{"prompt": "a", "rank": 1}', "the field rank"),
+    (b'"\xff"', "not UTF-8"), (b'"\\ud800"', "not UTF-8"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line,words", BAD, ids=[str(line) for line, _ in BAD])
+def test_a_bad_line_is_named(line, words):
+    records, bad = read_records(b'"first"\n' + line + b'\n"third"', None)
+    assert [record.number for record in records] == [1, 3]
+    assert len(bad) == 1 and bad[0].startswith("line 2: ") and words in bad[0]
+
+
+def test_bad_lines_are_refused_before_loading_or_skipped(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('"A cat"\n{"prompt": 3}\nx\n')
+    result = batch(path, "--checkpoint_path", "nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "p.jsonl, line 2: the prompt is not a text (and 1 more)" in result.stderr
+    result = run("--prompts", path, *FLAGS[:-1], "--skip_bad")
+    assert [line["id"] for line in lines_of(result)] == [1]
+    assert result.stderr.count("skipped") == 2
+
+
+def test_messages_are_put_into_the_chat_template():
+    tokenizer = load_tokenizer(TINY)
+    chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    spoken, plain = (Dialogue(tokenizer, 2048, each, None) for each in (chat, None))
+    data = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}\n"hello"'
+    (first, second), bad = encode(read_records(data, None)[0], spoken, plain)
+    assert not bad and tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
+    assert second.tokens == plain.encode_turn("hello")
+    assert encode(read_records(data, None)[0], plain, plain)[1][0].startswith("line 1: messages need a chat template")
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--resume"], "--resume goes on with a file"),
+        (["--echo"], "--echo is for one prompt"),
+        (["--attention", "expanded"], "--attention is for one prompt"),
+        (["--draft", "prompt"], "--draft is for one prompt"),
+        (["--prompt", "a"], "--prompt and --prompts are both given"),
+        (["--prompt_separator", ""], "--prompt_separator is empty"),
+        (["--output", ROOT / "README.md"], "exists: add --resume"),
+        (["--output", ROOT / "README.md", "--resume"], "no header of a batch"),
+        (["--output", ROOT / "none" / "o.jsonl"], "cannot be written"),
+    ],
+)
+def test_flags_that_do_not_go_together(prompts, flags, words):
+    result = batch(prompts, *flags)
+    assert (result.returncode, result.stdout) == (2, "") and words in result.stderr
+
+
+def test_flags_of_a_batch_ask_for_one(tmp_path):
+    for flags in (["--output", tmp_path / "o"], ["--skip_bad"], ["--resume"], ["--prompt_separator", "x"]):
+        result = run("--prompt", "a", *flags)
+        assert result.returncode == 2 and "is for many prompts: give --prompts" in result.stderr
+
+
+def test_another_command_is_refused(prompts, tmp_path):
+    output = tmp_path / "o.jsonl"
+    assert batch(prompts, "--output", output).returncode == 0
+    before = output.read_bytes()
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(prompts.read_bytes() + b'"more"\n')
+    for path, flags, word in (
+        (prompts, ["--temperature", 0.5], "temperature 0.8, not 0.5"),
+        (prompts, ["--seed", 6], "seed 5, not 6"),
+        (prompts, ["--stop", "a"], "stop"),
+        (more, [], "prompts"),
+    ):
+        result = batch(path, "--output", output, "--resume", *flags)
+        assert result.returncode == 2 and f"was begun with {word}" in result.stderr
+    assert output.read_bytes() == before
+    assert run("--prompts", prompts, *FLAGS[:2], *FLAGS[4:], "--output", output, "--resume").returncode == 0  # its seed
+
+
+def block(id: str) -> bytes:
+    samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length") for at in range(2)]
+    return block_of(Outcome(Prompt(id, [1]), samples), {}, 3, None).encode()
+
+
+def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path):
+    """At every byte: what is whole is kept, what is not goes, and what is missing is appended. Also where another
+    process has written after the cut: its lines stay, unless the first of them has become a part of the cut one."""
+    path, header, ids = tmp_path / "o.jsonl", {"seed": 3}, ["a", "b"]
+    output = Output(path)
+    output.begin(read_begun(path), header)
+    for id in ids:
+        output.append(block(id))
+    assert output.file is not None
+    output.file.close()
+    whole, other = path.read_bytes(), block("other")
+    ends = [len(whole) - sum(len(block(id)) for id in ids[at:]) for at in range(3)]
+    for cut in range(len(whole)):
+        for after in (b"", other) if cut >= ends[0] and (cut % 5 == 0 or cut in ends) else (b"",):
+            path.write_bytes(whole[:cut] + after)
+            begun, output = read_begun(path), Output(path)
+            sound = {json.dumps(id) for id, end in zip(ids, ends[1:], strict=True) if cut >= end}
+            if after and whole[cut - 1 : cut] == b"\n":
+                sound.add('"other"')
+            assert begun.done == sound and (begun.header == header) == (cut >= ends[0])
+            output.begin(begun, header)
+            for id in [*ids, "other"]:
+                if json.dumps(id) not in begun.done:
+                    output.append(block(id))
+            assert output.file is not None
+            output.file.close()
+            lines = path.read_bytes().splitlines(keepends=True)
+            assert sorted(lines) == sorted((whole + other).splitlines(keepends=True)) and b"header" in lines[0]
+
+
+def test_two_runs_do_not_write_to_one_file(prompts, tmp_path):
+    output = tmp_path / "o.jsonl"
+    other = Output(output)
+    other.begin(read_begun(output), {})
+    output.write_bytes(b"")  # killed before its header
+    result = batch(prompts, "--output", output, "--resume")
+    other.file.close()
+    assert result.returncode == 2 and "another run writes to" in result.stderr
+
+
+def test_a_run_that_is_killed_ten_times_loses_and_repeats_nothing(tmp_path):
+    """kill -9 at random moments and in the middle of writing. Oracle: the run that was not killed."""
+    path, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    path.write_text("".join(json.dumps(f"{text} {at}") + "\n" for at in range(3) for text in TEXTS))
+    flags = ["--prompts", path, "--output", output, "-n", 3, *FLAGS]
+    command = [sys.executable, ROOT / "tests" / "job_worker.py", 10, 1, *flags]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    sizes = json.loads(result.stdout)
+    assert len(sizes) == 10 and sizes[-1] > 0
+    assert_same(written(output), written(tmp_path / "whole.jsonl"))
