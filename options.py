@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dtype", precision, choices=dtypes, default="auto")
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
-    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
+    flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
+    flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
     flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
@@ -60,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
     flag("--top", "print the so many best; default: all", type=int)
     flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
+    ranks = "ended: what ended by itself before what its length cut; mean: by mean log-probability alone"
+    flag("--rank", ranks, choices=("ended", "mean"), default="ended")
     flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
@@ -82,6 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
     flag("--report", "write the report as JSON to this file", type=Path)
     flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
@@ -105,6 +109,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
     if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
         raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
+    if options.unranked and (options.format != "jsonl" or options.top or options.pick):
+        raise ValueError("--unranked prints objects as they come: add --format jsonl, leave out --top and --pick")
     if options.interactive and options.verbose:
         raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
     if options.synthetic_prompt and (options.chat or options.interactive):
@@ -112,6 +118,8 @@ def check_options(options: argparse.Namespace) -> None:
     given = [name for name in ("prompt", "prompt_file", "synthetic_prompt") if getattr(options, name) is not None]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+    if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
+        raise ValueError("--keep_newline is for a prompt from stdin: leave it out")
     check_outputs(options)
 
 
@@ -145,8 +153,9 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     if name is None and sys.stdin.isatty():
         return STORY
     try:
-        data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
-        text = data.decode("utf-8").removesuffix("\n")  # which echo and editors add
+        piped = name in (None, "-")
+        text = (sys.stdin.buffer.read() if piped else Path(name or "").read_bytes()).decode("utf-8")
+        text = text.removesuffix("\n") if piped and not options.keep_newline else text
     except OSError as error:
         raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
     except UnicodeDecodeError as error:

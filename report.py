@@ -91,14 +91,33 @@ class Console(Stopwatch):
         device: torch.device,
         prompt: str | None,
         earlier: Sequence[Sample] = (),
+        turn: int | None = None,
     ) -> None:
-        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before."""
+        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before. turn:
+        of a conversation, from 1 on."""
         super().__init__()
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
-        self.streams = self.options.num_samples == 1 and self.options.format == "text"
+        self.streams, self.unranked = options.num_samples == 1 and options.format == "text", options.unranked
+        self.marks = {"seed": options.seed} | ({} if turn is None else {"turn": turn})
+        self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
+
+    def hold(self) -> None:
+        """Shows nothing as it comes: the run will be repeated."""
+        self.streams = self.unranked = False
+
+    def done(self, sample: Sample) -> None:
+        super().done(sample)
+        if self.unranked:
+            self.bar.clear()
+            self.tell(sample)
+
+    def tell(self, sample: Sample) -> None:
+        """Prints a sample as one object, without a rank."""
+        self.told.add(sample.index)
+        print(json_line({"sample": sample.index}, sample, self.marks), flush=True)
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
@@ -130,10 +149,16 @@ class Console(Stopwatch):
             if self.streams and piece.text:
                 print(piece.text, end="", flush=True)
 
-    def show(self, ranked: Sequence[Ranked]) -> None:
-        """Prints these samples, unless they were shown live."""
-        if not self.streams:
-            print_samples(ranked, self.options, self.prompt)
+    def show(self, samples: Sequence[Sample]) -> list[Ranked]:
+        """Prints these samples, unless they were shown live; returns their ranking as far as --top."""
+        ranked = rank(samples, self.options.rank)[: self.options.top]
+        if self.options.unranked:
+            for sample in samples:
+                if sample.index not in self.told:  # another replica's
+                    self.tell(sample)
+        elif not self.streams:
+            print_samples(ranked, self.options, self.prompt, self.marks)
+        return ranked
 
     def __enter__(self) -> Self:
         return self
@@ -143,18 +168,23 @@ class Console(Stopwatch):
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
         if kind is KeyboardInterrupt:
-            self.show(rank(self.earlier or self.finished)[: self.options.top])
+            self.show(self.earlier or self.finished)
 
 
-def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str) -> None:
+def json_line(place: dict[str, int], sample: Sample, marks: dict[str, int]) -> str:
+    """A sample as one JSON object. place: its number and rank. marks: the seed, and in a conversation the turn."""
+    fields = asdict(sample)
+    del fields["index"]
+    return json.dumps(place | marks | fields | {"mean_logprob": sample.mean_logprob}, ensure_ascii=False)
+
+
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, int]) -> None:
     """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
     before = prompt if options.echo else ""
     for each in ranked:
         drawn = each.sample
         if options.format == "jsonl":
-            fields = asdict(drawn)
-            row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
-            print(json.dumps(row | {"mean_logprob": drawn.mean_logprob}, ensure_ascii=False))
+            print(json_line({"rank": each.rank, "sample": drawn.index, "count": each.count}, drawn, marks))
         elif options.num_samples == 1:
             print(f"{before}{drawn.text}")
         else:
@@ -202,6 +232,7 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
     rate = drawn / (sum(steps) + step * len(first)) if step else None
     reads = runs[1:] if compiled_prefill else runs
     prefill_s = statistics.median(run.prefill_s for run in reads) if reads else None
+    peak, mapped = peak_memory(device)
     return {
         "waves": plan.waves,
         "prefill_s": prefill_s,
@@ -217,7 +248,8 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
         "kv_unshared_bytes": plan.unshared,
         "bytes_per_step": plan.per_step,
         "bandwidth_gb_s": step and plan.per_step / step / 1e9,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak,
+        "mapped_file_bytes": mapped,
     }
 
 
@@ -239,13 +271,15 @@ def summary(report: dict, plan: Plan) -> str:
         gain = f"{number('speedup_over_plain')} times plain decoding"
         drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
+    mapped = report["mapped_file_bytes"]
+    files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
     return (
         f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
         f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"
-        f"{copies}; peak {human(report['peak_memory_bytes'])}"
+        f"{copies}; peak {human(report['peak_memory_bytes'])}{files}"
     )
 
 
