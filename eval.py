@@ -103,11 +103,12 @@ class Drawing:
         until = [until] if isinstance(until, str) else until
         temperature, sample = float(values.pop("temperature", 0.0)), values.pop("do_sample", None)
         top_k, top_p, min_p = (values.pop(name, None) for name in ("top_k", "top_p", "min_p"))
+        penalty = float(values.pop("repetition_penalty", None) or 1.0)
         if values:
             raise ValueError(f"generation_kwargs {', '.join(sorted(values))} are not known here: leave them out")
         if sample and temperature == 0:
             raise ValueError("generation_kwargs have do_sample and no temperature above 0: give one")
-        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p)
+        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p, penalty)
         return cls(tuple(filter(None, until)), int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling)
 
 
@@ -407,7 +408,9 @@ def run_samples(options: argparse.Namespace) -> None:
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
-    sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
+    sampling = Sampling(
+        options.temperature, options.top_k or None, options.top_p, repetition_penalty=options.repetition_penalty
+    )
     stops = tuple(options.stop) if options.stop else STOPS
     request = Request(
         options.num_samples, options.max_new_tokens, sampling, evaluator.seed, eos_ids=texts.eos_ids, stop=stops
@@ -566,6 +569,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=0)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--repetition_penalty", "of tokens that a text has already; 1 is off", type=float, default=1.0)
     flag("--max_new_tokens", "per sample", type=int, default=MAX_NEW_TOKENS)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable; default: HumanEval's"

@@ -77,7 +77,7 @@ def set_up(
     request = Request(
         len(mine),
         options.max_new_tokens,
-        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
+        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p, options.repetition_penalty),
         seed,
         options.attention,
         stop=tuple(options.stop),

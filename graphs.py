@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
+from repetition import NOTHING
 
 
 class StepInput(NamedTuple):
     """The rows of a decode step besides their cache: tokens [N,1] at input_pos [N,1], the index of each row's sample
-    [N], and the seed, a scalar."""
+    [N], the seed, a scalar, and for the draw the tokens that each row has already (repetition.py)."""
 
     tokens: Tensor
     input_pos: Tensor
     samples: Tensor
     seed: Tensor
+    seen: Tensor = NOTHING
 
 
 Step = Callable[[StepInput, KVCache], tuple[Tensor, Tensor]]

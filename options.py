@@ -67,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
     flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
+    penalty = "of tokens that the text or its prompt has already; above 1 they become less likely"
+    flag("--repetition_penalty", penalty, type=float, default=drawn.sampling.repetition_penalty)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
