@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
+    output_flags(flag)
+    return parser
+
+
+def output_flags(flag: Callable[..., None]) -> None:
+    """Those of the group "output"."""
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
     flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
@@ -95,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--profile", "write a chrome trace of the run to this file", type=Path)
     flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
     flag("--quiet", "no progress and no report on stderr", action="store_true")
-    return parser
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -230,18 +230,23 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_converting_leaves_no_companion_of_the_model_before(folder, tmp_path):
-    """A tokenizer or an EOS id of another model would be believed."""
+def test_converting_replaces_nothing_of_another_model(folder, tmp_path):
+    """Nor is its tokenizer or EOS id believed. Converted again, the same model is written again."""
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
-        (out / name).write_text("another model's")
     (folder / "model.pth").unlink()
     save_file(random_model(GQA, torch.float32).state_dict(), folder / "model.safetensors")
     (folder / "tokenizer.model").write_text("its own")
-    convert(folder, out)
-    assert (out / "tokenizer.model").read_text() == "its own"
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "config.json"):
+        (out / name).write_text('{"another": "model"}')
+        with pytest.raises(ValueError, match=f"{name} is of another model: give a folder of its own as --out"):
+            convert(folder, out)
+        assert [path.name for path in out.iterdir()] == [name]
+        (out / name).unlink()
+    for _ in range(2):
+        convert(folder, out)
+        assert (out / "tokenizer.model").read_text() == "its own"
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
 
 
 def test_a_file_of_the_older_format_is_read(folder):
