@@ -135,7 +135,7 @@ class Engine:
     def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:
         """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
         scaling = self.args.rope_scaling
-        if scaling is not None and scaling.kind == "dynamic":
+        if scaling is not None and scaling.by_length:
             chunk = len(tokens)  # it rotates by the length of the whole prompt
         begin = cache.slots - len(tokens)
         for first in range(0, len(tokens), chunk):

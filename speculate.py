@@ -243,8 +243,8 @@ class Speculation:
         return Weights(weights.total + self.draft.weights, weights.per_step)
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload:
-        if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
-            raise ValueError("dynamic rope scaling turns by the length so far, several positions at once: no --draft")
+        if args.rope_scaling is not None and args.rope_scaling.by_length:
+            raise ValueError(f"{args.rope_scaling.kind} rope scaling turns all positions of a step alike: no --draft")
         return replace(work, drafted=self.width - 1, draft_token=self.draft.token_bytes)
 
     def of(self, run: Run) -> Draft:
