@@ -69,6 +69,19 @@ class Fields:
             raise ValueError(f"{name} is {value!r}, neither true nor false")
         return value
 
+    def listed(self, name: str, default: list) -> list:
+        value = self.get(name, default)
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r}, not a list")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """The field's object; an empty one where it is missing or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} {value!r} is not an object")
+        return value
+
     def only(self, name: str, *values: Any) -> None:
         """Raises ValueError unless the field has one of the values, or is missing."""
         if self.get(name, values[0]) not in values:
@@ -88,12 +101,12 @@ def windows(
     fields: Fields, layers: int, default: int | None, is_windowed: Callable[[int], bool]
 ) -> tuple[int | None, ...]:
     """The sliding window of each layer; layer_types, where it is given, goes before the family's own rule."""
-    size, kinds = fields.own("sliding_window", default), fields.get("layer_types")
+    size = fields.own("sliding_window", default)
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"sliding_window is {size!r}, not a positive number")
-    if kinds is None:
-        kinds = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    usual = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
+    kinds = fields.listed("layer_types", usual)
+    if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise ValueError(f"layer_types {kinds!r} is not supported: full_attention or sliding_attention for each layer")
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
@@ -121,8 +134,8 @@ def olmo2(fields: Fields, layers: int) -> dict[str, Any]:
 
 def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
     interval = fields.integer("no_rope_layer_interval", 4)
-    turns = fields.get("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
-    if not isinstance(turns, list) or len(turns) < layers or set(turns) - {0, 1}:
+    turns = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
+    if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
         raise ValueError(f"no_rope_layers {turns!r} is not supported: 0 or 1 for each layer")
     seen: tuple[int | None, ...] = ()
     if fields.switch("use_sliding_window", False):
@@ -148,7 +161,7 @@ def granite(fields: Fields, layers: int) -> dict[str, Any]:
 def phi3(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     fields.unread -= {"original_max_position_embeddings"}  # of the scaling, where there is one
-    rope = fields.config.get("rope_scaling") or fields.config.get("rope_parameters") or {}
+    rope = fields.table("rope_scaling") or fields.table("rope_parameters")
     share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise ValueError(f"partial_rotary_factor is {share!r}, not a number above 0 and up to 1")
@@ -166,6 +179,8 @@ def mistral(fields: Fields, layers: int) -> dict[str, Any]:
 def qwen(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     first = fields.own("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers is {first!r}, not a number of layers")
     if not fields.switch("use_sliding_window", False):
         fields.unread -= {"sliding_window", "layer_types"}
         return {}
@@ -203,14 +218,14 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
     pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     fields.integer("sliding_window", 4096)
     seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
-    ropes = fields.get("rope_parameters", {})
-    if {"full_attention", "sliding_attention"} & ropes.keys():
-        local = ropes.get("sliding_attention") or {}
+    ropes = Fields(fields.table("rope_parameters"))
+    if {"full_attention", "sliding_attention"} & ropes.config.keys():
+        local = ropes.table("sliding_attention")
         if local.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters {local!r} of the windowed layers are not supported: only rope_theta")
-        own = {"rope_parameters": ropes.get("full_attention"), "rope_local_base_freq": local.get("rope_theta")}
+        own = {"rope_parameters": ropes.table("full_attention"), "rope_local_base_freq": local.get("rope_theta")}
         fields.config = {**fields.config, **own}
-    if fields.config.get("rope_theta") is None and not (fields.config.get("rope_parameters") or {}).get("rope_theta"):
+    if fields.config.get("rope_theta") is None and not fields.table("rope_parameters").get("rope_theta"):
         fields.config = {**fields.config, "rope_theta": 1e6}
     fields.only("attn_logit_softcapping", None)
     kinds = tuple("global" if window is None else "local" for window in seen)
@@ -229,7 +244,8 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
     """width: the field that holds an expert's. Either of two fields tells how many they are."""
     experts = fields.integer("num_experts", fields.get("num_local_experts"))
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
-    return Mixture(experts, used, size, renormalised, fields.get("shared_expert_intermediate_size", 0), dense)
+    shared = fields.get("shared_expert_intermediate_size", 0) and fields.integer("shared_expert_intermediate_size")
+    return Mixture(experts, used, size, renormalised, shared, dense)
 
 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
@@ -242,7 +258,7 @@ def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("use_sliding_window", False)
     fields.only("attention_bias", False)
     fields.unread -= {"sliding_window", "layer_types", "max_window_layers"}
-    step, plain = fields.integer("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    step, plain = fields.integer("decoder_sparse_step", 1), fields.listed("mlp_only_layers", [])
     dense = tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step)
     renormalised = fields.switch("norm_topk_prob", False)
     return {"mixture": mixture(fields, layers, "moe_intermediate_size", renormalised, dense)}
@@ -288,7 +304,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     fields = Fields(config)
     layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
@@ -333,11 +349,9 @@ def rope(fields: Fields, trained: int, share: float) -> tuple[float, RopeScaling
 
     rope_scaling is the older name of rope_parameters; transformers reads it first.
     """
-    old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
-    if not isinstance(old or new or {}, dict):
-        raise ValueError(f"rope_scaling {old or new!r} is not an object")
-    rope = Fields(old or new or {})
-    theta = float(rope.number("rope_theta", fields.number("rope_theta", (new or {}).get("rope_theta", 10000.0))))
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    rope = Fields(old or new)
+    theta = float(rope.number("rope_theta", fields.number("rope_theta", new.get("rope_theta", 10000.0))))
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
     rope.only("partial_rotary_factor", 1.0, share)
