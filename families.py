@@ -320,8 +320,8 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
     longest = special.pop("context_limit", longest)
-    usual = {"tied_output": fields.switch("tie_word_embeddings", False)}
-    usual["norm_eps"] = float(fields.number("rms_norm_eps", 1e-6))
+    eps = float(fields.number("rms_norm_eps", 1e-6))
+    usual = {"tied_output": fields.switch("tie_word_embeddings", False), "norm_eps": eps}
     args = ModelArgs(
         dim=fields.integer("hidden_size"),
         n_layer=layers,
