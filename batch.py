@@ -557,6 +557,8 @@ def generate_many(
         raise ValueError("two prompts have the same id: each needs one of its own")
     if request.attention != "bifurcated" or request.kv_dtype != "auto" or engine.decoder is not None:
         raise ValueError("many prompts run with attention bifurcated, kv_dtype auto and without a draft")
+    if request.sampling.repetition_penalty != 1:
+        raise ValueError("many prompts run without a repetition_penalty")
     if request.stop and engine.tokenizer is None:
         raise ValueError(f"stop strings {request.stop} need a tokenizer")
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]

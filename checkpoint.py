@@ -30,7 +30,7 @@ from families import (
     tinyllamas_config,
 )
 from model import ModelArgs, Transformer, empty_model
-from packed import KINDS, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
 from system import check_plain
 from tp import WHOLE, Shard
@@ -286,7 +286,7 @@ def load_model(
         check_weights(model, state, recipe)
     except ValueError as error:
         raise ValueError(f"{checkpoint.weights[0]}: {error}") from error
-    quantised = quantised_weights(model, recipe)
+    quantised, files = quantised_weights(model, recipe), MappedFiles()
     # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
     for prefix, module in model.named_modules():
         module.training = False
@@ -295,8 +295,10 @@ def load_model(
         for name, empty in module._parameters.items():
             if empty is not None:
                 key = f"{prefix}.{name}" if prefix else name
-                tensor = shard.part(key, state[key], args).to(device, dtype)
-                module._parameters[name] = Parameter(tensor, requires_grad=False)
+                part = shard.part(key, state[key], args)
+                if part is not state[key]:
+                    files.release(state[key])
+                module._parameters[name] = Parameter(files.convert(part, device, dtype), requires_grad=False)
 
     def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
         if name not in quantised:

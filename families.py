@@ -7,6 +7,7 @@ never ignored.
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from experts import Mixture
 from model import ModelArgs
-from rotary import RopeScaling
+from rotary import RopeScaling, Turning
 
 # Fields that say nothing of the result: bookkeeping, training, generation defaults that the command line has itself.
 NEUTRAL = frozenset(
@@ -86,6 +87,19 @@ class Fields:
             raise ValueError(f"{name} is {value!r}, neither true nor false")
         return value
 
+    def listed(self, name: str, default: list) -> list:
+        value = self.get(name, default)
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r}, not a list")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """The field's object; an empty one where it is missing or null."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} {value!r} is not an object")
+        return value
+
     def only(self, name: str, *values: Any) -> None:
         """Raises ValueError unless the field has one of the values, or is missing."""
         if self.get(name, values[0]) not in values:
@@ -105,20 +119,75 @@ def windows(
     fields: Fields, layers: int, default: int | None, is_windowed: Callable[[int], bool]
 ) -> tuple[int | None, ...]:
     """The sliding window of each layer; layer_types, where it is given, goes before the family's own rule."""
-    size, kinds = fields.own("sliding_window", default), fields.get("layer_types")
+    size = fields.own("sliding_window", default)
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"sliding_window is {size!r}, not a positive number")
-    if kinds is None:
-        kinds = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    usual = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
+    kinds = fields.listed("layer_types", usual)
+    if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise ValueError(f"layer_types {kinds!r} is not supported: full_attention or sliding_attention for each layer")
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
+def biases(fields: Fields) -> dict[str, Any]:
+    attention = fields.switch("attention_bias", False)
+    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.switch("mlp_bias", False)}
+
+
+def score_scale(fields: Fields, wanted: float) -> Turning:
+    """Scores are queries times keys times D^-0.5; each of the two takes its part of what makes that `wanted`."""
+    heads = fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", fields.integer("hidden_size") // heads)
+    return Turning(scale=(wanted * head_dim**0.5) ** 0.5)
+
+
 def llama(fields: Fields, layers: int) -> dict[str, Any]:
+    return biases(fields)
+
+
+def olmo2(fields: Fields, layers: int) -> dict[str, Any]:
+    norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
+    return biases(fields) | norms | {"norm_eps": fields.number("rms_norm_eps", 1e-5)}
+
+
+def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
+    interval = fields.integer("no_rope_layer_interval", 4)
+    turns = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
+    if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
+        raise ValueError(f"no_rope_layers {turns!r} is not supported: 0 or 1 for each layer")
+    seen: tuple[int | None, ...] = ()
+    if fields.switch("use_sliding_window", False):
+        seen = windows(fields, layers, None, lambda layer: not turns[layer])
+    fields.unread -= {"sliding_window", "layer_types"}
+    kinds = tuple("global" if turns[layer] else "none" for layer in range(layers))
+    tied = fields.switch("tie_word_embeddings", True)
+    return biases(fields) | {"turning": Turning(layers=kinds), "windows": seen, "tied_output": tied}
+
+
+def granite(fields: Fields, layers: int) -> dict[str, Any]:
+    """What is added to the residual stream is multiplied; here the stream is held divided by that number instead, which
+    its norms undo, but for their epsilon."""
+    residual = fields.number("residual_multiplier", 1.0)
+    return biases(fields) | {
+        "embedding_scale": fields.number("embedding_multiplier", 1.0) / residual,
+        "norm_eps": fields.number("rms_norm_eps", 1e-6) / residual**2,
+        "logit_scale": 1 / fields.number("logits_scaling", 1.0),
+        "turning": score_scale(fields, fields.number("attention_multiplier", 1.0)),
+    }
+
+
+def phi3(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
-    fields.only("mlp_bias", False)
-    return {}
+    fields.unread -= {"original_max_position_embeddings"}  # of the scaling, where there is one
+    rope = fields.table("rope_scaling") or fields.table("rope_parameters")
+    share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor is {share!r}, not a number above 0 and up to 1")
+    return {
+        "windows": windows(fields, layers, None, lambda layer: True),
+        "turning": Turning(share=share),
+        "norm_eps": fields.number("rms_norm_eps", 1e-5),
+    }
 
 
 def mistral(fields: Fields, layers: int) -> dict[str, Any]:
@@ -128,6 +197,8 @@ def mistral(fields: Fields, layers: int) -> dict[str, Any]:
 def qwen(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     first = fields.own("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers is {first!r}, not a number of layers")
     if not fields.switch("use_sliding_window", False):
         fields.unread -= {"sliding_window", "layer_types"}
         return {}
@@ -146,8 +217,6 @@ def gemma(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
-    if fields.own("query_pre_attn_scalar", 256) != fields.integer("head_dim", 256):
-        raise ValueError("query_pre_attn_scalar other than head_dim, as in Gemma 2 27B, is not supported")
     seen = windows(fields, layers, 4096, lambda layer: layer % 2 == 0)
     fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # written twice in the 9B models
     for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
@@ -158,6 +227,34 @@ def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
         "post_norms": True,
         "score_softcap": fields.own("attn_logit_softcapping", 50.0),
         "logit_softcap": fields.own("final_logit_softcapping", 30.0),
+        "turning": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
+    }
+
+
+def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
+    """Windowed layers turn by a theta of their own, which nothing scales."""
+    pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    fields.integer("sliding_window", 4096)
+    seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
+    ropes = Fields(fields.table("rope_parameters"))
+    if {"full_attention", "sliding_attention"} & ropes.config.keys():
+        local = ropes.table("sliding_attention")
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters {local!r} of the windowed layers are not supported: only rope_theta")
+        own = {"rope_parameters": ropes.table("full_attention"), "rope_local_base_freq": local.get("rope_theta")}
+        fields.config = {**fields.config, **own}
+    if fields.config.get("rope_theta") is None and not fields.table("rope_parameters").get("rope_theta"):
+        fields.config = {**fields.config, "rope_theta": 1e6}
+    fields.only("attn_logit_softcapping", None)
+    kinds = tuple("global" if window is None else "local" for window in seen)
+    turning = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
+    return gemma(fields, layers) | {
+        "windows": seen,
+        "post_norms": True,
+        "qk_norm": True,
+        "logit_softcap": fields.optional("final_logit_softcapping"),
+        "turning": replace(turning, layers=kinds, local_theta=fields.number("rope_local_base_freq", 10000.0)),
+        "context_limit": fields.integer("max_position_embeddings"),  # the stretched length
     }
 
 
@@ -174,14 +271,18 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
     # A softmax over the chosen experts alone, which is renormalising.
     seen = windows(fields, layers, None, lambda layer: True)
-    return {"windows": seen, "mixture": mixture(fields, layers, "intermediate_size", True), "norm_eps": 1e-5}
+    return {
+        "windows": seen,
+        "mixture": mixture(fields, layers, "intermediate_size", True),
+        "norm_eps": fields.number("rms_norm_eps", 1e-5),
+    }
 
 
 def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("use_sliding_window", False)
     fields.only("attention_bias", False)
     fields.unread -= {"sliding_window", "layer_types", "max_window_layers"}
-    step, plain = fields.integer("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    step, plain = fields.integer("decoder_sparse_step", 1), fields.listed("mlp_only_layers", [])
     dense = tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step)
     renormalised = fields.switch("norm_topk_prob", False)
     return {"mixture": mixture(fields, layers, "moe_intermediate_size", renormalised, dense)}
@@ -192,7 +293,7 @@ def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("clip_qkv", None)
     renormalised = fields.switch("norm_topk_prob", False)
     experts = mixture(fields, layers, "intermediate_size", renormalised)
-    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": 1e-5}
+    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": fields.number("rms_norm_eps", 1e-5)}
 
 
 def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
@@ -207,6 +308,11 @@ FAMILIES: dict[str, Callable[[Fields, int], dict[str, Any]]] = {
     "Qwen3ForCausalLM": lambda fields, layers: qwen(fields, layers) | {"qk_norm": True},
     "GemmaForCausalLM": gemma,
     "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "Olmo2ForCausalLM": olmo2,
+    "SmolLM3ForCausalLM": smollm3,
+    "GraniteForCausalLM": granite,
+    "Phi3ForCausalLM": phi3,
     "MixtralForCausalLM": mixtral,
     "Qwen2MoeForCausalLM": lambda fields, layers: (
         qwen_moe(fields, layers) | {"qkv_bias": fields.switch("qkv_bias", True)}
@@ -222,20 +328,24 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
     fields = Fields(config)
     layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
     special = FAMILIES[architecture](fields, layers)
     if "activation" not in special:
         fields.only("hidden_act", "silu")
-    fields.only("partial_rotary_factor", 1.0)
+    share = special.get("turning", Turning()).share
+    fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
-    theta, scaling = rope(fields, trained)
+    theta, scaling = rope(fields, trained, share)
     longest = trained
     if scaling is not None and scaling.kind != "llama3":  # whose configs give the stretched length
         longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
+    longest = special.pop("context_limit", longest)
+    eps = float(fields.number("rms_norm_eps", 1e-6))
+    usual = {"tied_output": fields.switch("tie_word_embeddings", False), "norm_eps": eps}
     args = ModelArgs(
         dim=fields.integer("hidden_size"),
         n_layer=layers,
@@ -245,37 +355,42 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
-        norm_eps=float(fields.number("rms_norm_eps", special.pop("norm_eps", 1e-6))),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
-        **{"tied_output": fields.switch("tie_word_embeddings", False)} | special,
+        **usual | special,
     )
     fields.done()
+    for each in (scaling.short, scaling.long) if scaling is not None and scaling.kind == "longrope" else ():
+        if len(each) != (pairs := args.turning.size(args.head_dim) // 2):
+            raise ValueError(f"rope scaling has {len(each)} factors for the {pairs} pairs of a head")
     return args
 
 
-def rope(fields: Fields, trained: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). trained: max_position_embeddings, which is the original context where no other is given.
+def rope(fields: Fields, trained: int, share: float) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling). trained: max_position_embeddings, which is the original context where no other is given. share:
+    of a head, that turns.
 
     rope_scaling is the older name of rope_parameters; transformers reads it first.
     """
-    old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
-    if not isinstance(old or new or {}, dict):
-        raise ValueError(f"rope_scaling {old or new!r} is not an object")
-    rope = Fields(old or new or {})
-    theta = float(rope.number("rope_theta", fields.number("rope_theta", (new or {}).get("rope_theta", 10000.0))))
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    rope = Fields(old or new)
+    theta = float(rope.number("rope_theta", fields.number("rope_theta", new.get("rope_theta", 10000.0))))
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
-    rope.only("partial_rotary_factor", 1.0)
+    rope.only("partial_rotary_factor", 1.0, share)
     rope.only("truncate", True)
     if kind == "default":
         rope.unread -= {"original_max_position_embeddings"}
         rope.only("factor", 1.0)
         rope.done()
         return theta, None
+    if kind in ("longrope", "su"):  # its first name
+        return theta, longrope(rope, fields.config.get("original_max_position_embeddings"), trained)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3 and yarn")
+        raise ValueError(
+            f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3, yarn and longrope"
+        )
     needed = ["factor"]
     if kind == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -291,6 +406,20 @@ def rope(fields: Fields, trained: int) -> tuple[float, RopeScaling | None]:
         scaling = RopeScaling(kind, factor, original, *turns, yarn_attention_factor(rope, factor))
     rope.done()
     return theta, scaling
+
+
+def longrope(rope: Fields, original: int | None, trained: int) -> RopeScaling:
+    """original: the config's own, which stands for that of rope_scaling. Raises ValueError where a list is missing."""
+    original = rope.integer("original_max_position_embeddings", original or trained)
+    factor = rope.number("factor", trained / original)
+    long, short = rope.get("long_factor"), rope.get("short_factor")
+    for name, each in (("long_factor", long), ("short_factor", short)):
+        if not isinstance(each, list) or not all(type(number) in (int, float) and number > 0 for number in each):
+            raise ValueError(f"{name} is {each!r}, not a list of numbers above 0")
+    grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
+    scale = rope.number("attention_factor", grown)
+    rope.done()
+    return RopeScaling("longrope", factor, original, attention_factor=scale, short=tuple(short), long=tuple(long))
 
 
 def yarn_attention_factor(rope: Fields, factor: float) -> float:
@@ -324,12 +453,13 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-# Gemma 2 gives the last name to another norm.
+# Gemma 2 and 3, and OLMo 2, give the last name to another norm.
 HF_NAMES_POST_NORMS = HF_NAMES | {
     "post_attention_layernorm": "attention_post_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
+POST_NORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM")
 # Of one expert; in one tensor for all, gate_up_proj is w1 above w3.
 HF_EXPERT = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 HF_TOP = {
@@ -342,7 +472,7 @@ HF_TOP = {
 def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Hugging Face's tensors under our names, without what the network computes itself; unknown names are kept."""
     architecture = config["architectures"][0]
-    names = HF_NAMES_POST_NORMS if architecture == "Gemma2ForCausalLM" else HF_NAMES
+    names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
     # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
     normalised_head = architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696
     ours: dict[str, Tensor] = {}
@@ -350,12 +480,14 @@ def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name.endswith("rotary_emb.inv_freq"):
             continue
-        if architecture == "OlmoeForCausalLM" and re.search(r"self_attn\.[qk]_norm", name):  # of all heads as one
+        if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", name):  # of all heads as one
             head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
             tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
         if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 ours[f"layers.{layer[1]}.attention.w{part}.{layer[3]}"] = piece
+        elif layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
+            ours |= phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
         elif expert := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", name):
             ours |= expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
         elif layer and layer[2] in names:
@@ -365,6 +497,18 @@ def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dic
         else:
             ours[HF_TOP.get(name, name)] = tensor
     return ours
+
+
+def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Views of queries, keys and values in one, or of a gate above what it opens. Another size of theirs is then
+    refused as one of the parts."""
+    if name == "mlp.gate_up_proj":
+        parts = zip(("w1", "w3"), tensor.tensor_split(2), strict=True)
+        return {f"{prefix}.feed_forward.{part}.weight": piece for part, piece in parts}
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    ends = [len(tensor) * heads // (heads + 2 * groups), len(tensor) * (heads + groups) // (heads + 2 * groups)]
+    parts = zip("qkv", tensor.tensor_split(ends), strict=True)
+    return {f"{prefix}.attention.w{part}.weight": piece for part, piece in parts}
 
 
 def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:

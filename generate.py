@@ -56,7 +56,7 @@ from plan import (
 )
 from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
-from samples import Ranked, Request, Sample, rank
+from samples import Request, Sample, rank
 from sampling import Sampling
 from talk import Talk
 from tokenizer import load_tokenizer
@@ -108,7 +108,7 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
     request = Request(
         len(mine),
         options.max_new_tokens,
-        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p),
+        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p, options.repetition_penalty),
         seed,
         options.attention,
         stop=tuple(options.stop),
@@ -193,6 +193,7 @@ def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
     decided = ranks.share(lambda: decide(options))
+    options.seed = decided.seed  # which is told with the samples
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
     session = ranks.agree(lambda: set_up(options, ranks, decided, available))
@@ -224,7 +225,8 @@ def run_once(session: Session, engine: Engine) -> None:
         for run in range(1, options.num_runs + 1):
             with Console(options, session.plan, session.device, session.prompt_text, samples) as console:
                 runs.append(console)
-                console.streams &= run == options.num_runs
+                if run < options.num_runs:
+                    console.hold()
                 if console.streams:
                     console.show_live(engine.stream(session.prompt_tokens, session.request, console))
                     samples = console.finished
@@ -233,16 +235,15 @@ def run_once(session: Session, engine: Engine) -> None:
                     samples = session.ranks.gather(drawn)
     except KeyboardInterrupt:
         if session.ranks.control is None:  # of several, each is interrupted somewhere else
-            finish_report(session, engine, runs, console.ranked)
+            finish_report(session, engine, runs, [each.sample for each in console.ranked])
         raise
-    ranked = rank(samples)[: options.top]
     try:
-        console.show(ranked)
+        console.show(samples)
     finally:  # also where nobody reads the samples to their end
-        finish_report(session, engine, runs, ranked)
+        finish_report(session, engine, runs, samples)
 
 
-def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], ranked: Sequence[Ranked]) -> None:
+def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], samples: Sequence[Sample]) -> None:
     """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
     options = session.options
     recipe = session.checkpoint.recipe
@@ -251,7 +252,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], r
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck and not report["interrupted"]:
-        drawn = [each.sample for each in ranked]
+        drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
         scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
@@ -290,7 +291,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     try:
         for outcome in generate_many(engine, job.prompts, session.request, tally):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
-            block = block_of(outcome, fields, session.request.seed, options.top)
+            block = block_of(outcome, fields, session.request.seed, options)
             if output is None:
                 print(block, end="", flush=True)
             elif ranks.shard.rank == 0:
@@ -300,7 +301,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
         progress.bar.clear()
     ranks.wait()
     report = describe_batch(session) | progress.report(ranks.all((tally, progress.errors))[:: ranks.shard.world])
-    report["peak_memory_bytes"] = peak_memory(session.device)
+    report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
     tell(options, report, summarise(report))
 
 

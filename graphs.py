@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
+from repetition import NOTHING
 
 
 class StepInput(NamedTuple):
     """The rows of a decode step besides their cache: tokens [N,1] at input_pos [N,1], the index of each row's sample
-    [N], and the seed, a scalar, or [N] where rows have their own."""
+    [N], the seed, a scalar, or [N] where rows have their own, and for the draw the tokens that each row has already
+    (repetition.py)."""
 
     tokens: Tensor
     input_pos: Tensor
     samples: Tensor
     seed: Tensor
+    seen: Tensor = NOTHING
 
 
 Step = Callable[[StepInput, KVCache], tuple[Tensor, Tensor]]
@@ -45,7 +48,7 @@ def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
 
     A size of 1 cannot be marked: torch.compile always specialises on it.
     """
-    marks = [(tensor, 0) for tensor in inputs if tensor.dim()]
+    marks = [(tensor, 0) for tensor in inputs[:4] if tensor.dim()]
     for each in (cache, *(link.cache for link in cache.links)):
         marks += [(tensor, dim) for tensor in each.tensors for dim in (0, 2)] + [(each.start, 0)]
     for link in cache.links:

@@ -24,7 +24,7 @@ from chat import Dialogue, Message
 from checkpoint import Checkpoint
 from plan import human
 from ranks import Ranks
-from report import Bar, sample_fields
+from report import Bar, placed, sample_fields
 from samples import rank
 
 Id = str | int
@@ -215,7 +215,18 @@ class Job:
     begun: Begun
 
 
-HEADER = ("num_samples", "top", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos")
+HEADER = (
+    "num_samples",
+    "top",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "rank",
+    "stop",
+    "ignore_eos",
+)
 
 
 @dataclass(frozen=True)
@@ -359,11 +370,11 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def block_of(outcome: Outcome, fields: dict[str, Any], seed: int, top: int | None) -> str:
+def block_of(outcome: Outcome, fields: dict[str, Any], seed: int, options: argparse.Namespace) -> str:
     """The lines of a prompt: its best samples, or why there are none."""
     begin = {"id": outcome.prompt.id, **fields}
     if outcome.error is not None:
         return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"
-    begin["seed"], ranked = seed_of(seed, outcome.prompt.id), rank(outcome.samples)[:top]
-    lines = ({**begin, "rank": each.rank, "of": len(ranked), **sample_fields(each)} for each in ranked)
+    ranked, marks = rank(outcome.samples, options.rank)[: options.top], {"seed": seed_of(seed, outcome.prompt.id)}
+    lines = (begin | sample_fields(placed(each) | {"of": len(ranked)}, each.sample, marks) for each in ranked)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

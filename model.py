@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experts import Mixture, MixtureOfExperts
-from rotary import RopeScaling, ScoreMod, alibi_slopes, rotary_frequencies, rotate
+from rotary import RopeScaling, ScoreMod, Turning, alibi_slopes, all_frequencies, angles, rotate
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ModelArgs:
 
     windows: per layer, how many positions back a position sees, itself included; None: all. () is None for every layer.
     alibi: positions weigh by distance instead of turning queries and keys. norm_offset: what is added to the weight of
-    every norm. post_norms: a norm also after attention and after the feed-forward part, before each is added. qk_norm:
-    of each head's queries and keys; qk_norm_whole: of all heads' as one. mixture: of experts, as feed-forward parts.
+    every norm. pre_norms, post_norms: a norm before, and one after, attention and the feed-forward part. qk_norm: of
+    each head's queries and keys; qk_norm_whole: of all heads' as one. mixture: of experts, as feed-forward parts.
     """
 
     dim: int
@@ -45,22 +45,27 @@ class ModelArgs:
     tied_output: bool = False
     windows: tuple[int | None, ...] = ()
     alibi: bool = False
+    turning: Turning = Turning()
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
     activation: str = "silu"
     embedding_scale: float = 1.0
     norm_offset: float = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     score_softcap: float | None = None
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+        if (size := self.turning.size(self.head_dim)) % 2 or not size:
+            raise ValueError(f"head_dim {self.head_dim}, {size} of which turn, is odd: rotary embedding turns pairs")
 
     @property
     def kv_values_per_token(self) -> int:
@@ -110,12 +115,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.rotary = layer, args.head_dim, not args.alibi
+        self.layer, self.head_dim, self.part = layer, args.head_dim, args.turning.part(layer, args.head_dim)
+        self.rotary = not args.alibi and args.turning.turns(layer)
         self.score_mod: ScoreMod | None = None  # set by Transformer.place_constants
         self.wq = Linear(args.dim, args.n_head * args.head_dim, bias=args.qkv_bias)
         self.wk = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
         self.wv = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
-        self.wo = Linear(args.n_head * args.head_dim, args.dim, bias=False)
+        self.wo = Linear(args.n_head * args.head_dim, args.dim, bias=args.out_bias)
         self.q_norm, self.k_norm = (
             make_norm(args, *[heads] * args.qk_norm_whole, args.head_dim) if args.qk_norm else nn.Identity()
             for heads in (args.n_head, args.n_kv_head)
@@ -124,6 +130,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # [N,H,S,D] [N,G,S,D] twice
+        if self.part is not None:
+            cos, sin = cos[..., self.part], sin[..., self.part]
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = cache.attend(self.layer, q, k, v, input_pos, self.score_mod)  # [N,H,S,D]
@@ -136,8 +144,8 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs, width: int) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[args.activation]
-        self.w1, self.w3 = (Linear(args.dim, width, bias=False) for _ in range(2))
-        self.w2 = Linear(width, args.dim, bias=False)
+        self.w1, self.w3 = (Linear(args.dim, width, bias=args.mlp_bias) for _ in range(2))
+        self.w2 = Linear(width, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.activation(self.w1(x)) * self.w3(x))
@@ -156,11 +164,9 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(args, layer)
         self.feed_forward = make_feed_forward(args, layer)
-        self.attention_norm = make_norm(args, args.dim)
-        self.ffn_norm = make_norm(args, args.dim)
-        self.attention_post_norm, self.ffn_post_norm = (
-            make_norm(args, args.dim) if args.post_norms else nn.Identity() for _ in range(2)
-        )
+        there = args.pre_norms, args.pre_norms, args.post_norms, args.post_norms
+        norms = (make_norm(args, args.dim) if each else nn.Identity() for each in there)
+        self.attention_norm, self.ffn_norm, self.attention_post_norm, self.ffn_post_norm = norms
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), cos, sin, input_pos, cache))
@@ -186,7 +192,8 @@ class Transformer(nn.Module):
     def place_constants(self) -> None:
         """Recomputes the fp32 constants (RoPE, ALiBi) on the device of the weights."""
         args, weight = self.args, self.tok_embeddings.weight
-        self.frequencies = rotary_frequencies(args.head_dim, args.rope_theta, args.rope_scaling).to(weight.device)
+        rope = args.head_dim, args.rope_theta, args.rope_scaling, args.turning
+        self.frequencies = all_frequencies(*rope).to(weight.device)
         slopes = alibi_slopes(args.n_head).to(weight.device) if args.alibi else None
         for block, window in zip(self.layers, args.windows or [None] * args.n_layer, strict=True):
             plain = window is None and slopes is None and args.score_softcap is None
@@ -216,18 +223,13 @@ class Transformer(nn.Module):
 
     def rotation(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles by which queries and keys turn: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
-        scaling, frequencies = self.args.rope_scaling, self.frequencies
-        if scaling is not None and scaling.kind == "dynamic":
-            length = input_pos.amax(1)[:, None, None, None] + 1  # of each row so far
-            frequencies = rotary_frequencies(self.args.head_dim, self.args.rope_theta, scaling, length)  # [N,1,1,D/2]
-        angles = input_pos[:, None, :, None] * frequencies
-        scale = 1.0 if scaling is None else scaling.attention_factor
-        return angles.cos() * scale, angles.sin() * scale
+        args = self.args
+        return angles(input_pos, self.frequencies, args.rope_theta, args.rope_scaling, args.turning.scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N,S,dim] -> [N,S,V]."""
-        logits = self.output(self.norm(hidden))
-        cap = self.args.logit_softcap
+        cap, scale, x = self.args.logit_softcap, self.args.logit_scale, self.norm(hidden)
+        logits = self.output(x if scale == 1 else x * scale)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:

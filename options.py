@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
     group = parser.add_argument_group("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
-    flag("--prompt_file", "read the prompt from a UTF-8 file; - is stdin")
+    flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
+    flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
     flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
@@ -71,10 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
     flag("--top", "print the so many best; default: all", type=int)
     flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
+    ranks = "ended: what ended by itself before what its length cut; mean: by mean log-probability alone"
+    flag("--rank", ranks, choices=("ended", "mean"), default="ended")
     flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
     flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
     flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
+    penalty = "of tokens that the text or its prompt has already; above 1 they become less likely"
+    flag("--repetition_penalty", penalty, type=float, default=drawn.sampling.repetition_penalty)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
@@ -92,7 +97,14 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     group = parser.add_argument_group("output")
+    output_flags(flag)
+    return parser
+
+
+def output_flags(flag: Callable[..., None]) -> None:
+    """Those of the group "output"."""
     flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
     flag("--report", "write the report as JSON to this file", type=Path)
     flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
@@ -100,7 +112,6 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--profile", "write a chrome trace of the run to this file", type=Path)
     flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
     flag("--quiet", "no progress and no report on stderr", action="store_true")
-    return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -116,6 +127,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
     if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
         raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
+    if options.unranked and (options.format != "jsonl" or options.top or options.pick):
+        raise ValueError("--unranked prints objects as they come: add --format jsonl, leave out --top and --pick")
     if options.interactive and options.verbose:
         raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
     if options.synthetic_prompt and (options.chat or options.interactive):
@@ -125,6 +138,8 @@ def check_options(options: argparse.Namespace) -> None:
     ]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+    if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
+        raise ValueError("--keep_newline is for a prompt from stdin: leave it out")
     check_outputs(options)
     check_batch(options)
 
@@ -133,7 +148,7 @@ def check_batch(options: argparse.Namespace) -> None:
     """Raises ValueError where flags do not go with --prompts, or ask for it."""
     alone = {
         "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
-        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None,
+        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None, "repetition_penalty": 1.0, "unranked": False,
     }  # fmt: skip
     many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
     for name, default in alone.items() if options.prompts is not None else many.items():
@@ -194,8 +209,9 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     if name is None and sys.stdin.isatty():
         return STORY
     try:
-        data = sys.stdin.buffer.read() if name in (None, "-") else Path(name).read_bytes()
-        text = data.decode("utf-8").removesuffix("\n")  # which echo and editors add
+        piped = name in (None, "-")
+        text = (sys.stdin.buffer.read() if piped else Path(name or "").read_bytes()).decode("utf-8")
+        text = text.removesuffix("\n") if piped and not options.keep_newline else text
     except OSError as error:
         raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
     except UnicodeDecodeError as error:

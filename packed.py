@@ -10,13 +10,16 @@ Nothing else knows of these kernels: where choose_kernel always says "dequantise
 Shapes: N rows, S positions; out and in: the features of a layer; groups: runs of `in` that share a scale.
 """
 
+import ctypes
 import itertools
 import math
+import mmap
 import platform
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -30,6 +33,8 @@ from kernels import multiplies
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
+
+BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -76,6 +81,36 @@ def kernels(model: nn.Module) -> dict[str, int]:
     """How many linear layers each kernel multiplies, by its name."""
     linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear | GroupedLinear))
     return dict(Counter(getattr(linear, "kernel", "plain") for linear in linears))
+
+
+class MappedFiles:
+    """The files that are mapped into this process, so that pages of theirs whose numbers are now held in another form
+    can go. Read again, they would come back. Where the system does not list its mappings, as Linux does, they stay."""
+
+    DONTNEED = 4  # madvise's number for that
+
+    def __init__(self) -> None:
+        maps = Path("/proc/self/maps")
+        lines = [line.split(maxsplit=5) for line in (maps.read_text().splitlines() if maps.exists() else ())]
+        files = [line[0].split("-") for line in lines if line[4] != "0"]  # by their inode
+        self.ranges = [(int(begin, 16), int(end, 16)) for begin, end in files]
+
+    def convert(self, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """tensor.to(device, dtype), some rows at a time, whose pages then go."""
+        if (tensor.device, tensor.dtype) == (torch.device(device), dtype):
+            return tensor
+        made, rows = torch.empty_like(tensor, device=device, dtype=dtype), max(1, (BLOCK << 2) // tensor[0].numel())
+        for mine, theirs in zip(made.split(rows), tensor.split(rows), strict=True):
+            mine.copy_(theirs)
+            self.release(theirs)
+        return made
+
+    def release(self, tensor: Tensor) -> None:
+        """Gives back the whole pages that hold a tensor, where they are a file's."""
+        page, first = mmap.PAGESIZE, tensor.data_ptr()
+        begin, end = -(-first // page) * page, (first + tensor.nbytes) // page * page
+        if begin < end and tensor.is_contiguous() and any(low <= begin and end <= high for low, high in self.ranges):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), self.DONTNEED)
 
 
 NUMBERS = itertools.count()
@@ -145,12 +180,18 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
     """Packs every plain linear layer, or one that was dequantised, that is large enough. tied_output: an output that is
     the embedding too, which then is held twice."""
-    swap_linears(model, lambda name, linear: PackedLinear(linear) if linear.weight.numel() >= SMALLEST else None)
+    files = MappedFiles()
+
+    def pack(name: str, linear: nn.Linear) -> nn.Module | None:
+        if linear.weight.numel() < SMALLEST:
+            return None
+        packed = PackedLinear(linear)
+        files.release(linear.weight)
+        return packed
+
+    swap_linears(model, pack)
     if tied_output:
         take_place(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
-
-
-BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache
 
 
 @dataclass(frozen=True)

@@ -305,15 +305,25 @@ def keep_freed_memory() -> None:
         mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held on the device so far; on a CPU its resident pages."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":
-        return 0
-    import resource  # not on every system
+def peak_memory(device: torch.device) -> tuple[int, int | None]:
+    """The most bytes of its own that this process has held on the device so far, and those of mapped files that are in
+    memory for it now; None where the system does not tell them apart, and the first is of both.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    Linux has the peak of both together. Files come into memory and stay, so it held them at the peak too, but for what
+    it read afterwards.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), None
+    if os.name != "posix":
+        return 0, None
+    status = Path("/proc/self/status")
+    pages = dict(re.findall(r"^(\w+):\s+(\d+) kB", status.read_text(), re.MULTILINE)) if status.exists() else {}
+    if not {"VmHWM", "RssAnon", "RssFile", "RssShmem"} <= pages.keys():
+        import resource  # not on every system
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), None
+    peak, own, *mapped = (1024 * int(pages[name]) for name in ("VmHWM", "RssAnon", "RssFile", "RssShmem"))
+    return max(own, peak - sum(mapped)), sum(mapped)
 
 
 def release_freed_memory(device: torch.device) -> None:

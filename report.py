@@ -98,16 +98,36 @@ class Console(Stopwatch):
         device: torch.device,
         prompt: str | None,
         earlier: Sequence[Sample] = (),
+        turn: int | None = None,
     ) -> None:
-        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before."""
+        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before. turn:
+        of a conversation, from 1 on."""
         super().__init__()
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
-        self.streams = self.options.num_samples == 1 and self.options.format == "text"
+        self.streams, self.unranked = options.num_samples == 1 and options.format == "text", options.unranked
+        self.marks = {"seed": options.seed} | ({} if turn is None else {"turn": turn})
+        self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
         self.rows: Sequence[Row] = ()  # of this wave
         self.ranked: list[Ranked] = []  # what an interrupted run leaves
+
+    def hold(self) -> None:
+        """Shows nothing as it comes: the run will be repeated."""
+        self.streams = self.unranked = False
+
+    def done(self, sample: Sample) -> None:
+        super().done(sample)
+        if self.unranked:
+            self.bar.clear()
+            self.tell(sample)
+
+    def tell(self, sample: Sample) -> None:
+        """Prints a sample as one object, without a rank."""
+        self.told.add(sample.index)
+        line = sample_fields({"sample": sample.index}, sample, self.marks)
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
     def prefilling(self, tokens: int, total: int) -> None:
         left = (time.perf_counter() - self.begin) * (total / tokens - 1)
@@ -140,10 +160,19 @@ class Console(Stopwatch):
                 if self.streams and piece.text:
                     print(piece.text, end="", flush=True)
 
-    def show(self, ranked: Sequence[Ranked]) -> None:
-        """Prints these samples, unless they were shown live."""
-        if not self.streams:
-            print_samples(ranked, self.options, self.prompt)
+    def show(self, samples: Sequence[Sample]) -> list[Ranked]:
+        """Prints these samples, unless they were shown live; returns their ranking as far as --top."""
+        ranked = rank(samples, self.options.rank)[: self.options.top]
+        self.put(ranked, samples)
+        return ranked
+
+    def put(self, ranked: Sequence[Ranked], samples: Sequence[Sample]) -> None:
+        if self.options.unranked:
+            for sample in samples:
+                if sample.index not in self.told:  # another replica's, or one that was stopped
+                    self.tell(sample)
+        elif not self.streams:
+            print_samples(ranked, self.options, self.prompt, self.marks)
 
     def __enter__(self) -> Self:
         return self
@@ -154,21 +183,32 @@ class Console(Stopwatch):
             print(flush=True)
         if kind is KeyboardInterrupt:
             self.interrupted = True
-            self.ranked = rank(self.earlier or self.finished)
+            finished = rank(self.earlier or self.finished, self.options.rank)
             begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
             best = rank([sample for sample in begun if sample.tokens])[:1]
-            best = [replace(each, rank=len(self.ranked) + 1) for each in best]
-            self.ranked = self.ranked[: self.options.top] + best
-            self.show(self.ranked)
+            best = [replace(each, rank=len(finished) + 1) for each in best]
+            self.ranked = finished[: self.options.top] + best
+            self.put(self.ranked, [each.sample for each in self.ranked])
 
 
-def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str) -> None:
+def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, int]) -> dict[str, object]:
+    """A sample as one JSON object. place: its number and rank. marks: the seed, and in a conversation the turn."""
+    fields = asdict(sample)
+    del fields["index"]
+    return place | marks | fields | {"mean_logprob": sample.mean_logprob}
+
+
+def placed(each: Ranked) -> dict[str, int]:
+    return {"rank": each.rank, "sample": each.sample.index, "count": each.count}
+
+
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, int]) -> None:
     """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
     before = prompt if options.echo else ""
     for each in ranked:
         drawn = each.sample
         if options.format == "jsonl":
-            print(json.dumps(sample_fields(each), ensure_ascii=False))
+            print(json.dumps(sample_fields(placed(each), drawn, marks), ensure_ascii=False))
         elif options.num_samples == 1:
             print(f"{before}{drawn.text}")
         else:
@@ -176,13 +216,6 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
             print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
             print(f"{before}{drawn.text}", end="\n\n")
     sys.stdout.flush()
-
-
-def sample_fields(each: Ranked) -> dict[str, object]:
-    """A sample as one JSON object."""
-    fields = asdict(each.sample)
-    row = {"rank": each.rank, "sample": fields.pop("index"), "count": each.count, **fields}
-    return row | {"mean_logprob": each.sample.mean_logprob}
 
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
@@ -224,6 +257,7 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
     rate = drawn / (sum(steps) + step * len(first)) if step else None
     reads = [run for run in (runs[1:] if compiled_prefill else runs) if run.first_token_s]  # not interrupted before
     prefill_s = statistics.median(run.prefill_s for run in reads) if reads else None
+    peak, mapped = peak_memory(device)
     return {
         "interrupted": any(run.interrupted for run in runs),
         "waves": plan.waves,
@@ -240,7 +274,8 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
         "kv_unshared_bytes": plan.unshared,
         "bytes_per_step": plan.per_step,
         "bandwidth_gb_s": step and plan.per_step / step / 1e9,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": peak,
+        "mapped_file_bytes": mapped,
     }
 
 
@@ -262,13 +297,15 @@ def summary(report: dict, plan: Plan) -> str:
         gain = f"{number('speedup_over_plain')} times plain decoding"
         drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
+    mapped = report["mapped_file_bytes"]
+    files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
     return (
         f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
         f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"
-        f"{copies}; peak {human(report['peak_memory_bytes'])}"
+        f"{copies}; peak {human(report['peak_memory_bytes'])}{files}"
     )
 
 

@@ -11,13 +11,43 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Turning:
+    """What of queries and keys turns by their position, where it is not simply all.
+
+    share: of each head, from its beginning. layers: for each layer "global", by the model's theta and scaling, "local",
+    by local_theta alone, or "none"; () is global for all. scale: of queries and keys alike.
+    """
+
+    share: float = 1.0
+    layers: tuple[str, ...] = ()
+    local_theta: float | None = None
+    scale: float = 1.0
+
+    def size(self, head_dim: int) -> int:
+        """The numbers of a head that turn."""
+        return int(head_dim * self.share)
+
+    def turns(self, layer: int) -> bool:
+        return not self.layers or self.layers[layer] != "none"
+
+    def part(self, layer: int, head_dim: int) -> slice | None:
+        """Of the angles of both thetas, [...,D], those of a layer; None: all, since there is one theta."""
+        if self.local_theta is None:
+            return None
+        half = self.size(head_dim) // 2
+        return slice(half, None) if self.layers[layer] == "local" else slice(half)
+
+
+@dataclass(frozen=True)
 class RopeScaling:
     """How positions beyond `original_context`, the length that the model was first trained on, are rotated.
 
     kind: "linear" divides all frequencies by `factor` (Chen et al. 2023, arXiv 2306.15595); "dynamic" enlarges theta
     with the longest position so far (NTK-aware scaling); "llama3" and "yarn" (Peng et al. 2023, arXiv 2309.00071)
     divide those that turn fewer than `low_turns` times within the original context, keep those that turn more than
-    `high_turns` times, and blend between them. attention_factor: multiplies queries and keys alike (yarn).
+    `high_turns` times, and blend between them; "longrope" (Ding et al. 2024, arXiv 2402.13753) divides each by a number
+    of its own, of `short` up to the original context and of `long` beyond. attention_factor: multiplies queries and
+    keys alike (yarn, longrope).
     """
 
     kind: str
@@ -26,6 +56,13 @@ class RopeScaling:
     low_turns: float = 1.0
     high_turns: float = 1.0
     attention_factor: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    @property
+    def by_length(self) -> bool:
+        """Whether all positions turn by the length so far."""
+        return self.kind in ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -71,7 +108,7 @@ def rotary_frequencies(
 ) -> Tensor:
     """Radians per position of each pair of a head, fp32 [D/2]; Su et al. 2021 (arXiv 2104.09864), section 3.4.2.
 
-    length [...,1]: for dynamic scaling, the positions so far, as a tensor, so that the host need not know it; the
+    length [...,1]: for scaling by length, the positions so far, as a tensor, so that the host need not know it; the
     frequencies are then [...,D/2].
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu" if length is None else length.device)
@@ -80,6 +117,9 @@ def rotary_frequencies(
         base = theta * (stretch - (scaling.factor - 1)) ** (head_dim / (head_dim - 2))
         return 1.0 / base ** (pairs / head_dim)  # [...,D/2]
     frequencies = 1.0 / theta ** (pairs / head_dim)  # [D/2]
+    if scaling is not None and scaling.kind == "longrope":
+        short, long = (frequencies / frequencies.new_tensor(each) for each in (scaling.short, scaling.long))
+        return short if length is None else torch.where(length > scaling.original_context, long, short)
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":
@@ -99,10 +139,33 @@ def rotary_frequencies(
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
+def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: Turning) -> Tensor:
+    """What the layers of a network turn by, fp32 [D/2] of what turns; twice as many where there is a local theta."""
+    size = turning.size(head_dim)
+    found = [rotary_frequencies(size, theta, scaling)]
+    return torch.cat(found + ([] if turning.local_theta is None else [rotary_frequencies(size, turning.local_theta)]))
+
+
+def angles(
+    input_pos: Tensor, frequencies: Tensor, theta: float, scaling: RopeScaling | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles by which queries and keys turn: input_pos [N,S], frequencies [D/2] -> [N,1,S,D/2] fp32,
+    twice."""
+    if scaling is not None and scaling.by_length:
+        length = input_pos.amax(1)[:, None, None, None] + 1  # of each row so far
+        frequencies = rotary_frequencies(2 * len(frequencies), theta, scaling, length)  # [N,1,1,D/2]
+    turns = input_pos[:, None, :, None] * frequencies
+    scale *= 1.0 if scaling is None else scaling.attention_factor
+    return turns.cos() * scale, turns.sin() * scale
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of every head: x [N,H,S,D], cos and sin [N,1,S,D/2] fp32 -> [N,H,S,D]."""
-    a, b = x.chunk(2, -1)  # [N,H,S,D/2] each; the products promote to fp32
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    """Turns the pairs (i, i + D/2) of every head: x [N,H,S,D], cos and sin [N,1,S,D/2] fp32 -> [N,H,S,D]. Where they
+    are of fewer pairs, the rest of a head stays."""
+    size = 2 * cos.shape[-1]
+    a, b = x[..., :size].chunk(2, -1)  # [N,H,S,D/2] each; the products promote to fp32
+    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], -1)
 
 
 def alibi_slopes(heads: int) -> Tensor:

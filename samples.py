@@ -79,6 +79,11 @@ class Sample:
         return sum(self.logprobs) / max(1, len(self.logprobs))
 
     @property
+    def is_cut(self) -> bool:
+        """Whether it did not end by itself."""
+        return self.finish_reason in ("length", "interrupted", None)
+
+    @property
     def text_tokens(self) -> list[int]:
         """The tokens without that which ended them."""
         return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
@@ -103,10 +108,13 @@ class Ranked:
     sample: Sample
 
 
-def rank(samples: Sequence[Sample]) -> list[Ranked]:
-    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one."""
+def rank(samples: Sequence[Sample], order: str = "ended") -> list[Ranked]:
+    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one.
+
+    order: "ended" puts those that ended by themselves before those that their length cut; "mean" does not ask.
+    """
     groups: dict[object, list[Sample]] = {}
-    for each in sorted(samples, key=lambda sample: -sample.mean_logprob):
+    for each in sorted(samples, key=lambda sample: (order == "ended" and sample.is_cut, -sample.mean_logprob)):
         groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
     return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from repetition import NOTHING, penalised
+
 # Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -21,12 +23,14 @@ WORD = 0xFFFFFFFF
 class Sampling:
     """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
     the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
-    least min_p times as likely as the most likely)."""
+    least min_p times as likely as the most likely). repetition_penalty: of the tokens that a text has already, before
+    all else (repetition.py); 1 is off."""
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
@@ -37,6 +41,8 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 is off")
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,26 +122,29 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
     return probs, ids
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOTHING) -> tuple[Tensor, Tensor]:
     """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE."""
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
-    parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+    seen = seen if seen.numel() else logits[:, :0]
+    parts = zip(logits.split(rows), uniform.split(rows), seen.split(rows), strict=True)
     tokens, logprobs = zip(*(draw_rows(*part, sampling) for part in parts), strict=True)
     return torch.cat(tokens), torch.cat(logprobs)
 
 
-def draw_rows(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Draws a token per row. logits [N,V], uniform [N] in [0,1) -> tokens [N], log-probabilities [N].
+def draw_rows(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draws a token per row. logits [N,V], uniform [N] in [0,1), seen: the tokens that each row has already, bool [N,V]
+    or [N,0] -> tokens [N], log-probabilities [N].
 
     The inverse of the cumulative distribution, in fp64, at one number per row: one pass over the vocabulary, where
     noise on every logit costs a random number for each. The log-probability is that of the untempered, unfiltered
     model.
     """
     logits = logits.float()
+    scores = penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        token = logits.argmax(-1, keepdim=True)  # [N,1]
+        token = scores.argmax(-1, keepdim=True)  # [N,1]
     else:
-        probs, ids = candidates(logits, sampling)
+        probs, ids = candidates(scores, sampling)
         cdf = probs.cumsum(-1, dtype=torch.float64)  # [N,K]
         # 1 - uniform is in (0,1], so the first entry that reaches the target has a probability above 0.
         # Where logits are nan none does: any token that exists will do, since their log-probability is not finite.

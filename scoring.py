@@ -137,7 +137,7 @@ class Scorer:
         self.like = model.norm.weight
         scaling = model.args.rope_scaling
         # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
-        self.alone = scaling is not None and scaling.kind == "dynamic"
+        self.alone = scaling is not None and scaling.by_length
         self.asked = self.read = 0
         self.wanted: list[Sequence[int]] = []  # of each sequence, the tokens that are scored
         self.found: list[Scored] = []

@@ -30,6 +30,7 @@ from engine import Decoding, Drawn, Engine, Run
 from graphs import RecordedStep, Step, StepInput, compiled
 from model import ModelArgs, Transformer
 from plan import Weights, Workload
+from repetition import NOTHING, along
 from sampling import UniformBlocks, draw
 
 USUAL_K, LARGEST_K = 4, 16  # proposals of a step: where nothing is said; the most that `auto` tries
@@ -161,10 +162,11 @@ class Speculating(Decoding):
         """The rows' own slots that a step reads."""
         return self.cache.slots - self.base
 
-    def draw(self, logits: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [N,S,V] -> the tokens at the positions [N,S], and their log-probabilities."""
-        numbers = self.numbers(self.seed, self.samples, where)
-        tokens, logprobs = draw(logits.flatten(0, 1), numbers.flatten(), self.sampling)
+    def draw(self, logits: Tensor, where: Tensor, seen: Tensor = NOTHING) -> tuple[Tensor, Tensor]:
+        """logits [N,S,V] -> the tokens at the positions [N,S], and their log-probabilities. A draft draws as if nothing
+        were seen."""
+        numbers = self.numbers(self.seed, self.samples, where).flatten()
+        tokens, logprobs = draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1))
         return tokens.view_as(where), logprobs.view_as(where)
 
     def first(self, logits: Tensor, position: int) -> Drawn:
@@ -201,9 +203,10 @@ class Speculating(Decoding):
         inputs = torch.cat([self.token, proposals], 1)  # [N,S]
         where = self.input_pos + self.arange(inputs.shape[1])
         logits, hidden = self.verify(StepInput(inputs, where, self.samples, self.seed), self.cache)
-        tokens, logprobs = self.draw(logits, where + 1)
+        seen = along(self.seen, inputs)  # [N,S,V]
+        tokens, logprobs = self.draw(logits, where + 1, seen)
         right = (tokens[:, :-1] == proposals).long().cumprod(1).sum(1)  # [N]
-        self.hidden = hidden[self.arange(len(right)), right][:, None]
+        self.hidden, self.seen = (each[self.arange(len(right)), right] for each in (hidden[:, :, None], seen))
         return tokens, logprobs, right + 1
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -240,8 +243,8 @@ class Speculation:
         return replace(weights, total=weights.total + self.draft.weights)
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload:
-        if args.rope_scaling is not None and args.rope_scaling.kind == "dynamic":
-            raise ValueError("dynamic rope scaling turns by the length so far, several positions at once: no --draft")
+        if args.rope_scaling is not None and args.rope_scaling.by_length:
+            raise ValueError(f"{args.rope_scaling.kind} rope scaling turns all positions of a step alike: no --draft")
         return replace(work, drafted=self.width - 1, draft_token=self.draft.token_bytes)
 
     def of(self, run: Run) -> Draft:

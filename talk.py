@@ -12,7 +12,7 @@ from engine import Engine
 from plan import Plan, out_of_memory
 from ranks import Ranks
 from report import Console
-from samples import Ranked, Request, Sample, rank
+from samples import Ranked, Request, Sample
 from system import complain
 
 
@@ -72,7 +72,7 @@ class Talk:
     def turn(self, text: str) -> bool:
         """Draws replies, shows and keeps. What is refused, or is stopped before a word was said, changes nothing."""
         mark, messages, interrupt = self.conversation.mark(), len(self.dialogue.messages), None
-        console = Console(self.options, self.plan, self.engine.device, None)
+        console = Console(self.options, self.plan, self.engine.device, None, turn=len(self.turns) + 1)
         try:
             tokens = self.dialogue.encode_turn(text)
             self.conversation.request = self.fitting(len(tokens))
@@ -81,8 +81,7 @@ class Talk:
                     console.show_live(self.conversation.stream(tokens, console))
                 else:
                     self.conversation.turn(tokens, console)
-            ranked = rank(self.ranks.gather(console.finished))[: self.options.top]
-            console.show(ranked)
+            ranked = console.show(self.ranks.gather(console.finished))
         except KeyboardInterrupt as error:
             if self.ranks.control is not None:
                 raise

@@ -17,7 +17,15 @@ from system import complain, finish, start
 if __name__ == "__main__":
     start()
 
-from checkpoint import check_weights, hugging_face_files, read_checkpoint, read_weights, save_model
+from checkpoint import (
+    Checkpoint,
+    check_weights,
+    hugging_face_files,
+    read_checkpoint,
+    read_json,
+    read_weights,
+    save_model,
+)
 from hub import COMPANIONS
 from model import empty_model
 from report import OneLineParser
@@ -26,8 +34,10 @@ KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is writte
 
 
 def convert(source: Path, out: Path) -> Path:
-    """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError or OSError."""
+    """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError, before anything is written,
+    where another model lies there, or OSError."""
     checkpoint = read_checkpoint(source)
+    check_folder(checkpoint, out)
     if source.is_dir():  # not a model.pth of an earlier conversion
         checkpoint = replace(checkpoint, weights=hugging_face_files(source))
     state = read_weights(checkpoint)
@@ -36,12 +46,22 @@ def convert(source: Path, out: Path) -> Path:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
     here = [name for name in KEPT if (checkpoint.folder / name).exists()]
-    if here and checkpoint.folder.resolve() != out.resolve():
-        for name in KEPT:  # those of a model that was in this folder before go
-            (out / name).unlink(missing_ok=True)
+    if checkpoint.folder.resolve() != out.resolve():
         for name in here:
             shutil.copyfile(checkpoint.folder / name, out / name)
     return out / "model.pth"
+
+
+def check_folder(checkpoint: Checkpoint, out: Path) -> None:
+    """Raises ValueError that names a file of another model in `out`, which would be replaced, or be taken for this
+    model's."""
+    config, remedy = out / "config.json", "give a folder of its own as --out, or remove it"
+    if config.exists() and read_json(config) != checkpoint.config:
+        raise ValueError(f"{config} is of another model: {remedy}")
+    for name in KEPT:
+        mine, theirs = checkpoint.folder / name, out / name
+        if theirs.exists() and not (mine.exists() and mine.read_bytes() == theirs.read_bytes()):
+            raise ValueError(f"{theirs} is of another model: {remedy}")
 
 
 def main() -> int:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Fetches a model, converts it to model.pth and, where a mode is given, quantises that.
+# Fetches a model, which is then run as it is, and, where a mode is given, quantises it.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$root/.venv/bin/python}
+[[ -n ${PYTHON-} || -x $python ]] || python=python
 
 refuse() {
     echo "error: $1" >&2
@@ -28,10 +29,14 @@ if [[ $mode != int4-gptq && -n $text ]]; then
     refuse "'$mode' reads no calibration text: leave out $text"
 fi
 command -v -- "$python" >/dev/null || refuse "'$python' is not there: set PYTHON to a Python with requirements.txt"
+"$python" -c 'import sys
+from importlib.util import find_spec
+sys.exit(not (find_spec("torch") and find_spec("huggingface_hub")))' ||
+    refuse "'$python' lacks what requirements.txt lists: run 'make .venv/runtime', or set PYTHON to one that has it"
 
 folder=$("$python" "$root/scripts/download.py" "$1")
-"$python" "$root/scripts/convert_hf_checkpoint.py" --checkpoint_dir "$folder"
-if [[ -n $mode ]]; then
-    "$python" "$root/quantize.py" --checkpoint_path "$folder/model.pth" --mode "$mode" \
-        ${text:+--calibration_file "$text"}
+if [[ -z $mode ]]; then
+    echo "$folder"
+else
+    "$python" "$root/quantize.py" --checkpoint_path "$folder" --mode "$mode" ${text:+--calibration_file "$text"}
 fi

@@ -122,13 +122,34 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
     )
 
 
+LONGROPE = {"rope_type": "longrope", "long_factor": [1.0, 2.0], "short_factor": [1.0, 1.0]}
+
+
 @pytest.mark.parametrize(
     "change,match",
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope type 'longrope' is not supported"),
+        ({"attention_bias": 1}, "attention_bias is 1, neither true nor false"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "long_factor is None, not a list of numbers above 0",
+        ),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 0.0]}}, "long_factor is .* not a list of numbers above 0"),
+        ({"rope_scaling": LONGROPE}, "rope scaling has 2 factors for the 5 pairs of a head"),
+        ({"rope_scaling": LONGROPE | {"short_mscale": 1.2}}, "short_mscale 1.2 is not known here"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers .* is not supported"),
+        (
+            {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 1.5},
+            "partial_rotary_factor is 1.5, not a number",
+        ),
+        (
+            {
+                "architectures": ["Gemma3ForCausalLM"],
+                "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+            },
+            "of the windowed layers are not supported: only rope_theta",
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is not known here"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear lacks factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config .* is not known here and may change the result"),
@@ -149,7 +170,6 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
         ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4', not a number above 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
-        ({"architectures": ["Gemma2ForCausalLM"], "head_dim": 128}, "query_pre_attn_scalar other than head_dim"),
         ({"vocab_size": ...}, "vocab_size is None, not a positive number"),
         ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a positive number"),
         ({"hidden_size": -192}, "hidden_size is -192, not a positive number"),
@@ -230,18 +250,23 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(folder, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_converting_leaves_no_companion_of_the_model_before(folder, tmp_path):
-    """A tokenizer or an EOS id of another model would be believed."""
+def test_converting_replaces_nothing_of_another_model(folder, tmp_path):
+    """Nor is its tokenizer or EOS id believed. Converted again, the same model is written again."""
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model"):
-        (out / name).write_text("another model's")
     (folder / "model.pth").unlink()
     save_file(random_model(GQA, torch.float32).state_dict(), folder / "model.safetensors")
     (folder / "tokenizer.model").write_text("its own")
-    convert(folder, out)
-    assert (out / "tokenizer.model").read_text() == "its own"
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "config.json"):
+        (out / name).write_text('{"another": "model"}')
+        with pytest.raises(ValueError, match=f"{name} is of another model: give a folder of its own as --out"):
+            convert(folder, out)
+        assert [path.name for path in out.iterdir()] == [name]
+        (out / name).unlink()
+    for _ in range(2):
+        convert(folder, out)
+        assert (out / "tokenizer.model").read_text() == "its own"
+        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
 
 
 def test_a_file_of_the_older_format_is_read(folder):

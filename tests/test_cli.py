@@ -71,11 +71,13 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
     )  # fmt: skip
     rows = lines_of(result)
     assert [row["rank"] for row in rows] == [1, 2, 3]
-    assert [row["mean_logprob"] for row in rows] == sorted((row["mean_logprob"] for row in rows), reverse=True)
+    places = [(row["finish_reason"] == "length", -row["mean_logprob"]) for row in rows]
+    assert places == sorted(places)
     for row in rows:
         assert row.keys() == {
-            "rank", "sample", "count", "text", "tokens", "logprobs", "mean_logprob", "finish_reason"
+            "rank", "sample", "count", "seed", "text", "tokens", "logprobs", "mean_logprob", "finish_reason"
         }  # fmt: skip
+        assert row["seed"] == 1
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
     report = json.loads(report_path.read_text())
     assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
@@ -174,7 +176,7 @@ def test_a_stop_string_is_not_printed():
 
 def test_digits_are_text(tmp_path):
     """As a file and as --prompt, which draw the same; a prompt of so many tokens is another flag."""
-    (tmp_path / "prompt.txt").write_text("42\n")
+    (tmp_path / "prompt.txt").write_text("42")
     base, context = ["--max_new_tokens", 3, "--seed", 1, "--report", tmp_path / "r.json"], []
     results = [run(*flags, *base) for flags in (["--prompt_file", tmp_path / "prompt.txt"], ["--prompt", "42"])]
     assert results[0].stdout == results[1].stdout and results[0].returncode == 0
@@ -540,9 +542,50 @@ def test_a_report_is_written_though_nobody_reads_the_samples(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["seed"] == 1
 
 
-def test_a_newline_at_the_end_of_a_file_is_not_a_part_of_the_prompt():
-    base = ["--max_new_tokens", 9, "--seed", 1, "--prompt_file", "-", "--quiet"]
-    assert run(*base, input="Once upon a time\n").stdout == run(*base, input="Once upon a time").stdout
+def test_a_file_is_the_prompt_to_its_last_byte_and_stdin_without_one_newline(tmp_path):
+    """Oracle: the tokens of --prompt. A file may have the name that stdin goes by elsewhere."""
+    base = ["--max_new_tokens", 9, "--format", "jsonl", "--seed", 1, "--quiet"]
+    bare, ended, twice = (run(*base, "--prompt", f"Once upon a time{end}").stdout for end in ("", "\n", "\n\n"))
+    assert len({bare, ended, twice}) == 3
+    (tmp_path / "stdin").write_text("Once upon a time\n")
+    assert run(*base, "--prompt_file", "stdin", cwd=tmp_path, input="unread").stdout == ended
+    for flags in ([], ["--prompt_file", "-"]):
+        assert run(*base, *flags, input="Once upon a time\n").stdout == bare
+        assert run(*base, *flags, input="Once upon a time\n\n").stdout == ended
+        assert run(*base, *flags, "--keep_newline", input="Once upon a time\n").stdout == ended
+    for flags in (["--prompt", "a"], ["--interactive"], ["--prompt_file", "stdin"]):
+        assert_refused(run(*flags, "--keep_newline"), "--keep_newline is for a prompt from stdin")
+
+
+def test_what_ended_by_itself_comes_before_what_was_cut():
+    """Eight samples, some of which reach their end. --rank mean does not ask how they ended."""
+    base = [*PROMPT, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
+    ended, plain = (lines_of(run(*base, *flags)) for flags in ([], ["--rank", "mean"]))
+    means = [row["mean_logprob"] for row in plain]
+    assert means == sorted(means, reverse=True) and {row["sample"] for row in ended} == {*range(8)}
+    own = [row["sample"] for row in plain if row["finish_reason"] == "eos"]
+    cut = [row["sample"] for row in plain if row["finish_reason"] == "length"]
+    assert own and cut and [row["sample"] for row in ended] == own + cut != [row["sample"] for row in plain]
+    assert [row["sample"] for row in lines_of(run(*base, "--top", 2))] == (own + cut)[:2]
+
+
+def test_samples_can_be_had_as_they_finish():
+    """Shorter ones first; the last of several runs alone. Oracle: the ranked ones."""
+    base = [*PROMPT, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
+    rows, ranked = lines_of(run(*base, "--unranked", "--num_runs", 2)), lines_of(run(*base))
+    sizes = [len(row["tokens"]) for row in rows]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert all(row.keys() == ranked[0].keys() - {"rank", "count"} for row in rows)
+    expected = {row["sample"]: (row["tokens"], row["seed"]) for row in ranked}
+    assert {row["sample"]: (row["tokens"], row["seed"]) for row in rows} == expected
+    for flags in ([], ["--format", "jsonl", "--top", 3]):
+        assert_refused(run(*PROMPT, "--unranked", *flags), "--unranked prints objects as they come")
+
+
+def test_the_lines_of_a_conversation_carry_their_turn():
+    for flags in ([], ["--unranked"]):
+        rows = lines_of(run(*INTERACTIVE, *flags, input="Once upon a time\n\nThen\n"))
+        assert [(row["turn"], row["seed"]) for row in rows] == [(1, 1)] * 3 + [(2, 1)] * 3
 
 
 def test_the_plan_names_the_context_limit():

@@ -462,6 +462,7 @@ def test_importing_the_room_loads_no_library():
 
 
 STUB = """#!/usr/bin/env bash
+if [[ $1 == -c ]]; then exec "$REAL" "$@"; fi
 (IFS='|'; printf '%s\\n' "$*" >>"$LOG")
 case $1 in
     */download.py) echo "/models/of $2"; exit "${DOWNLOAD_STATUS:-0}" ;;
@@ -479,8 +480,9 @@ def prepare(tmp_path):
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "log").touch()
 
-    def run(*arguments, **environment):
-        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "LOG": str(tmp_path / "log")} | environment
+    def run(*arguments, **given):
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "LOG": str(tmp_path / "log")}
+        environment |= {"REAL": sys.executable} | given
         result = subprocess.run(
             ["bash", str(root / "scripts" / "prepare.sh"), *arguments],
             capture_output=True, text=True, timeout=30, env=environment, cwd=tmp_path,
@@ -490,33 +492,50 @@ def prepare(tmp_path):
     return run
 
 
-CONVERTED = ["ROOT/scripts/download.py|o/m", "ROOT/scripts/convert_hf_checkpoint.py|--checkpoint_dir|/models/of o/m"]
-QUANTISED = "ROOT/quantize.py|--checkpoint_path|/models/of o/m/model.pth|--mode|"
+FETCHED = ["ROOT/scripts/download.py|o/m"]
+QUANTISED = "ROOT/quantize.py|--checkpoint_path|/models/of o/m|--mode|"
 USAGE = "usage: scripts/prepare.sh OWNER/NAME [int8|int4|int4-gptq CALIBRATION_TEXT]\n"
 
 
-def test_prepare_fetches_and_converts(prepare):
+def test_prepare_fetches_what_is_then_run(prepare):
+    """One copy of the weights, for which the download has found room."""
     result, asked = prepare("o/m")
     assert result.returncode == 0, result.stderr
-    assert asked == CONVERTED
+    assert asked == FETCHED and result.stdout == "/models/of o/m\n"
+
+
+def test_prepare_takes_the_python_of_the_repository(prepare, tmp_path):
+    """No environment is activated. One without the libraries is refused in a line."""
+    folder = tmp_path / "a repository" / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "python").symlink_to(tmp_path / "python")
+    result, asked = prepare("o/m", PYTHON="", PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert (result.returncode, asked) == (0, FETCHED), result.stderr
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} -I -S "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    result, asked = prepare("o/m", PYTHON=str(bare))
+    assert (result.returncode, asked) == (2, FETCHED)
+    assert result.stderr.startswith(f"error: '{bare}' lacks what requirements.txt lists")
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
 def test_prepare_quantises_where_asked(prepare):
     result, asked = prepare("o/m", "int4")
     assert result.returncode == 0, result.stderr
-    assert asked == [*CONVERTED, QUANTISED + "int4"]
+    assert asked == [*FETCHED, QUANTISED + "int4"]
 
 
 def test_prepare_hands_a_calibration_text_on(prepare, tmp_path):
     (tmp_path / "a text").touch()
     result, asked = prepare("o/m", "int4-gptq", "a text")
     assert result.returncode == 0, result.stderr
-    assert asked == [*CONVERTED, QUANTISED + "int4-gptq|--calibration_file|a text"]
+    assert asked == [*FETCHED, QUANTISED + "int4-gptq|--calibration_file|a text"]
 
 
 def test_prepare_stops_where_the_download_does(prepare):
     result, asked = prepare("o/m", DOWNLOAD_STATUS="130")
-    assert result.returncode == 130 and asked == CONVERTED[:1]
+    assert result.returncode == 130 and asked == FETCHED
 
 
 @pytest.mark.parametrize(

@@ -400,6 +400,7 @@ def test_samples_are_lines_that_a_scorer_reads(tmp_path):
         assert [line["mean_logprob"] for line in part] == pytest.approx([each.mean_logprob for each in samples])
         counted = [sum(other["completion"] == line["completion"] for other in part) for line in part]
         assert [line["count"] for line in part] == counted
+        assert [line["finish_reason"] for line in part] == [each.finish_reason for each in samples]
     assert max(line["count"] for line in lines) > 1 and not any("," in line["completion"] for line in lines)
 
 
@@ -431,6 +432,17 @@ def test_pass_at_counts_a_text_as_often_as_it_was_drawn(merged, tmp_path):
     assert report["pass@1"] == pytest.approx(0.25) and report["pass@2"] == pytest.approx((1 - 3 / 15) / 2)
     assert (report["pass@top-1"], report["pass@top-2"], report["pass@top-3"]) == (0, 0, 0.5)
     assert "pass@top-3  0.5000" in out
+
+
+def test_the_best_of_k_is_no_text_that_was_cut(tmp_path):
+    """Without finish_reason, as in older files, by the mean alone."""
+    drawn = {"x": ("length", -0.1, False), "y": ("stop", -0.9, True), "z": (None, -0.5, False)}
+    lines = [scored(completion=x, finish_reason=f, mean_logprob=m, passed=p) for x, (f, m, p) in drawn.items()]
+    older = [json.dumps({k: v for k, v in json.loads(line).items() if k != "finish_reason"}) for line in lines]
+    for written, best in ((lines[:2], "1.0000"), (lines, "0.0000"), (older[:2], "0.0000")):
+        (tmp_path / "scored").write_text("\n".join(written), "utf-8")
+        status, out, err = run("--pass_at", "1", "--scored", tmp_path / "scored")
+        assert status == 0 and f"pass@top-1  {best}" in out, (out, err)
 
 
 def scored(**fields) -> str:

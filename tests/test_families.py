@@ -16,10 +16,12 @@ from test_cache import LAYOUTS
 
 import checkpoint
 from cache import NoCache
-from checkpoint import load_model, read_checkpoint, read_weights
+from checkpoint import load_model, read_checkpoint, read_weights, weight_sizes
 from convert_hf_checkpoint import convert
 from families import args_from_config
 from model import Transformer
+from quantize import main as quantise
+from tp import Shard
 
 # Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.
 SHAPE = {
@@ -32,6 +34,12 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 QWEN_MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+PHI3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 2.0, 4.0, 7.5],
+}  # fmt: skip
+LONGROPE_SHARED = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 7.5]}
+GEMMA3 = {"head_dim": 12, "sliding_window": 17, "sliding_window_pattern": 3, "num_hidden_layers": 4}
 FAMILIES = {
     "Llama": ("Llama", {}),
     "Llama, tied, MHA": ("Llama", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
@@ -51,6 +59,45 @@ FAMILIES = {
     "Qwen2 MoE": ("Qwen2Moe", QWEN_MOE | {"shared_expert_intermediate_size": 28, "decoder_sparse_step": 2}),
     "Qwen3 MoE": ("Qwen3Moe", QWEN_MOE | {"head_dim": 12, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "OLMoE": ("Olmoe", {"num_experts": 7, "num_experts_per_tok": 3, "eos_token_id": 2}),
+    "Llama, biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "OLMo 2": ("Olmo2", {"eos_token_id": 2, "bos_token_id": 1}),
+    "SmolLM3": ("SmolLM3", {"no_rope_layer_interval": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "SmolLM3, window": (
+        "SmolLM3",
+        {
+            "no_rope_layers": [1, 0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": 17,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attention_bias": True,
+            "rope_scaling": YARN,
+        },
+    ),
+    "Granite 3": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 6.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.2,
+            "attention_bias": True,
+        },
+    ),
+    "Phi-3": ("Phi3", PHI3),
+    "Phi-3, window": ("Phi3", PHI3 | {"sliding_window": 17, "num_key_value_heads": 6}),
+    "Phi-3, long": ("Phi3", PHI3 | {"max_position_embeddings": 256, "rope_scaling": LONGROPE}),
+    "Phi-4-mini": (
+        "Phi3",
+        PHI3 | {"max_position_embeddings": 256, "rope_scaling": LONGROPE_SHARED, "partial_rotary_factor": 0.75},
+    ),
+    "Gemma 3": ("Gemma3", GEMMA3 | {"query_pre_attn_scalar": 9}),
+    "Gemma 3, linear": (
+        "Gemma3",
+        GEMMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 20.0},
+    ),
+    "Gemma 2, 27B": ("Gemma2", {"head_dim": 12, "query_pre_attn_scalar": 8, "sliding_window": 17}),
     "Gemma 2": ("Gemma2", {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 17}),
 }
 
@@ -59,7 +106,8 @@ def save_random(folder, family: str, **change):
     """A random model as transformers saves it into `folder`; returns transformers' model."""
     name, fields = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SHAPE | fields | change)
+    kind = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+    config = getattr(transformers, kind)(**SHAPE | fields | change)
     reference = getattr(transformers, f"{name}ForCausalLM")(config).eval().requires_grad_(False)
     for parameter in reference.parameters():
         if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
@@ -172,8 +220,8 @@ def test_three_rows_decode_step_by_step_as_transformers_scores_them(saved, layou
     """From a context of 50, past every window, over the position 64 that rope scaling starts from."""
     folder, reference = saved
     model = read(folder)
-    if model.args.rope_scaling and model.args.rope_scaling.kind == "dynamic":
-        pytest.skip("dynamic scaling rotates by the longest position so far: a step is not a part of a longer pass")
+    if model.args.rope_scaling and model.args.rope_scaling.by_length:
+        pytest.skip("it rotates by the longest position so far: a step is not a part of a longer pass")
     context, decoded = random_tokens(model.args, 1, 50), random_tokens(model.args, 3, 20, seed=2)
     cache = LAYOUTS[layout](prefilled(model, context, 23), 3, 20)
     steps = [model(decoded[:, i : i + 1], positions(50 + i, 3, 1), cache) for i in range(20)]
@@ -181,16 +229,16 @@ def test_three_rows_decode_step_by_step_as_transformers_scores_them(saved, layou
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-4)
 
 
-def test_dynamic_scaling_decodes_as_transformers_does(tmp_path):
-    """Each of its steps rotates by the length so far, and so does each of ours."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPE | FAMILIES["dynamic"][1])
-    reference = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    reference.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    "family,length", [("dynamic", 80), ("Phi-3, long", 80), ("Phi-3, long", 60), ("Phi-4-mini", 40)]
+)
+def test_scaling_by_length_decodes_as_transformers_does(family, length, tmp_path):
+    """Each of its steps rotates by the length so far, and so does each of ours: also across the original context."""
+    reference = save_random(tmp_path, family)
     model = read(tmp_path)
-    context, decoded = random_tokens(model.args, 1, 80), random_tokens(model.args, 3, 9, seed=2)
-    cache = LAYOUTS["bifurcated"](prefilled(model, context, 80), 3, 9)
-    steps = [model(decoded[:, i : i + 1], positions(80 + i, 3, 1), cache) for i in range(9)]
+    context, decoded = random_tokens(model.args, 1, length), random_tokens(model.args, 3, 9, seed=2)
+    cache = LAYOUTS["bifurcated"](prefilled(model, context, length), 3, 9)
+    steps = [model(decoded[:, i : i + 1], positions(length + i, 3, 1), cache) for i in range(9)]
     past, expected = reference(context.expand(3, -1), use_cache=True).past_key_values, []
     for i in range(9):
         expected.append(reference(decoded[:, i : i + 1], past_key_values=past).logits)
@@ -206,6 +254,26 @@ def test_positions_far_beyond_the_original_context(family, tmp_path):
     tokens = random_tokens(model.args, 2, 40)
     actual, expected = model(tokens, where, NoCache()), reference(tokens, position_ids=where).logits
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama, biases", "OLMo 2", "SmolLM3", "Granite 3", "Phi-4-mini", "Gemma 3"])
+def test_families_are_planned_quantised_and_divided_as_the_others_are(family, tmp_path):
+    """int8 is within 3 % of fp32; the plan knows what the network holds; parts of two ranks are of equal size."""
+    save_random(tmp_path, family, num_hidden_layers=3, initializer_range=0.05)
+    whole, found = read(tmp_path), read_checkpoint(tmp_path)
+    sizes = weight_sizes(found, "cpu", torch.float32)
+    assert sum(sizes.values()) == sum(each.nbytes for each in whole.parameters())
+    if whole.args.qk_norm_whole:
+        with pytest.raises(ValueError, match="give --tp 1"):
+            Shard(0, 2).local(whole.args)
+    else:
+        parts = [load_model(found, "cpu", torch.float32, shard=Shard(rank, 2)).state_dict() for rank in range(2)]
+        own = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+        assert own[0] == own[1] < sum(sizes.values()) * 0.8
+    assert quantise(["--checkpoint_path", str(tmp_path), "--mode", "int8"]) == 0
+    tokens = random_tokens(whole.args, 2, 40)
+    expected, actual = full(whole, tokens), full(read(tmp_path / "model_int8.pth"), tokens)
+    assert (actual - expected).square().mean() < 0.03**2 * expected.square().mean()
 
 
 def baichuan_config(heads: int, vocab: int, **fields) -> dict:

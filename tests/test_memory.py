@@ -60,6 +60,38 @@ def test_memory_beyond_the_weights_is_the_context_once_and_the_decoded_part():
     assert int(result.stdout) <= 1.15 * (4096 + 64 * 64) * token
 
 
+WIDENED = """
+import re, sys
+from pathlib import Path
+import torch
+from checkpoint import load_model, read_checkpoint
+from plan import peak_memory
+
+def resident(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+load_model(read_checkpoint(Path({small!r})), "cpu", torch.float32)  # loads the code that PyTorch loads on first use
+own, mapped = resident("RssAnon"), resident("RssFile")
+model = load_model(read_checkpoint(Path({large!r})), "cpu", torch.float32)
+peak, files = peak_memory(torch.device("cpu"))
+print(sum(each.nbytes for each in model.parameters()), peak - own, files - mapped)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of pages")
+def test_the_peak_is_of_own_memory_and_files_that_were_converted_are_given_back(tmp_path):
+    """A model stored in bfloat16, loaded in fp32: its own memory is the fp32 weights, and the file's pages are gone."""
+    folders = {"small": tmp_path / "small", "large": tmp_path / "large"}
+    for name, dim in (("small", 16), ("large", 512)):
+        config = LlamaConfig(hidden_size=dim, intermediate_size=4 * dim, num_hidden_layers=2, num_attention_heads=8)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folders[name])
+    script = WIDENED.format(**{name: str(path) for name, path in folders.items()})
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+    weights, own, mapped = map(int, result.stdout.split())
+    assert weights > 1e8 and 0.9 * weights < own < 1.1 * weights and mapped < 0.1 * weights / 2
+
+
 CONVERT = """
 import re, sys
 from pathlib import Path

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ALIBI, ROOT, TINY, positions, random_model, random_tokens
+from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens
 from test_cli import lines_of, run
 from tp_worker import collectives, tokens_of
 
@@ -27,6 +27,7 @@ from experts import Mixture
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
 from ranks import Ranks
+from rotary import Turning
 from samples import Request
 from sampling import Sampling
 from tp import WHOLE, Shard
@@ -96,10 +97,15 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
-def test_parts_sum_to_the_whole_in_fp64():
+TURNS = replace(GQA, turning=Turning(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
+
+
+@pytest.mark.parametrize("args", [ALIBI, TURNS], ids=["ALiBi", "rotary"])
+def test_parts_sum_to_the_whole_in_fp64(args):
     """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
-    and the logits side by side, with odd sizes and N = 3, S = 2; every head's own slopes."""
-    args = replace(ALIBI, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
+    and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
+    args = replace(args, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
+    args = replace(args, out_bias=True, mlp_bias=True)
     tokens, at = random_tokens(args, 3, 2), positions(0, 3, 2)
     for world in (2, 3, 6):
         if world == 3:
