@@ -191,7 +191,7 @@ class Room:
 
     @classmethod
     def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Room":
-        """The most that fits into the available memory; one row always does, as the plan has found."""
+        """The most that fits into the available memory; or one row, which may not, with as many prompts as it keeps."""
         rows = plan.rows_at_once
         while rows > 1 and cls.of(rows, plan, sharing, n).bytes > plan.available:
             rows -= 1
@@ -205,6 +205,7 @@ class Seats(Link):
         """length [R]. share: the most children of one row; None: as many as there are, as a power of two."""
         self.cache, self.length, self.share = cache, length, share
         self.place = torch.zeros(children, dtype=torch.long, device=length.device)
+        self.index = torch.zeros_like(self.place)
         self.group = self.place.new_zeros(cache.rows * (share or 2))
 
     def seat(self, parents: Sequence[int | None]) -> None:
@@ -221,6 +222,7 @@ class Seats(Link):
         group = torch.tensor([child for share in shares for child in share + [0] * (n - len(share))])
         assert self.place is not None and self.group is not None
         self.place.copy_(torch.tensor(place))
+        self.index.copy_(torch.tensor([parent or 0 for parent in parents]))
         self.group = self.group.copy_(group) if len(group) == len(self.group) else group.to(self.place.device)
 
     def keep(self, rows: Sequence[int]) -> "Seats":
@@ -306,16 +308,20 @@ class Batch:
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally) -> None:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
         scaling = engine.args.rope_scaling
-        # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
-        self.shares = scaling is None or scaling.kind != "dynamic"
-        self.sharing = sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
+        # With scaling by length a token is rotated by that of its whole sequence: nothing is shared.
+        self.shares = scaling is None or not scaling.by_length
+        sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
         work = workload(sharing.lengths, request, engine.device)
         plan = plan_run(
             engine.args, engine.weights, work, engine.device, engine.dtype, engine.available, engine.compile
         )
         engine.prepare(plan)
         self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
-        self.room = room = Room.within(plan, sharing, request.num_samples)
+        room = Room.within(plan, sharing, request.num_samples)
+        if room.bytes > plan.available:  # the plan has counted a row and its prompt alone
+            sharing = Sharing(0, (), sharing.lengths)
+            room = Room(1, 1, 0, plan.needed)
+        self.sharing, self.room = sharing, room
         tally.rows = room.rows
         eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
         self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
@@ -358,6 +364,8 @@ class Batch:
             self.admit()
             yield from self.hand_out()
             if not any(self.places):
+                if self.moved:
+                    continue
                 break
             self.shrink()
             self.advance()
@@ -373,7 +381,7 @@ class Batch:
         if not self.moved:
             return
         idle = [at for at, place in enumerate(self.places) if place is None]
-        while len(self.ready) < len(idle) and (held := self.next_prompts()):
+        while len(self.ready) < len(idle) and not self.ended and (held := self.next_prompts()):
             self.read(held)
         for at in idle[: len(self.ready)]:
             self.places[at] = self.ready.popleft()
@@ -384,7 +392,7 @@ class Batch:
         self.cache.start[rows] = start
         self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
         self.samples[rows], self.seeds[rows] = sample, seed
-        self.moved = False
+        self.moved = bool(self.ended)  # by their first token: first they are handed out
         self.seat()
 
     def entry(self, place: tuple[Held, Row] | None) -> tuple[int, int, int, int]:

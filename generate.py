@@ -28,18 +28,7 @@ from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from drafts import Speculation, choose_draft
 from engine import Engine
 from hub import locate
-from jobs import (
-    Begun,
-    Decided,
-    Job,
-    Output,
-    Progress,
-    block_of,
-    read_begun,
-    read_records,
-    set_up_job,
-    skip_bad,
-)
+from jobs import Begun, Decided, Job, Output, Progress, block_of, read_begun, read_records, set_up_job, skip_bad
 from jobs import summary as summarise
 from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
 from plan import (
@@ -297,18 +286,22 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
             elif ranks.shard.rank == 0:
                 output.append(block.encode())
             progress.show(outcome)
+    except (KeyboardInterrupt, BrokenPipeError):
+        if ranks.control is None:  # of several, each is interrupted somewhere else
+            finish_batch(session, progress, True)
+        raise
     finally:
         progress.bar.clear()
     ranks.wait()
-    report = describe_batch(session) | progress.report(ranks.all((tally, progress.errors))[:: ranks.shard.world])
-    report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
-    tell(options, report, summarise(report))
+    finish_batch(session, progress, False)
 
 
-def describe_batch(session: Session) -> dict[str, object]:
-    """The part of the report that was decided before the run."""
+def finish_batch(session: Session, progress: Progress, interrupted: bool) -> None:
+    """The report of a batch, on stderr and at --report."""
     assert session.job is not None
-    return {
+    replicas = session.ranks.all((progress.tally, progress.errors))[:: session.ranks.shard.world]
+    decided = {
+        "interrupted": interrupted,
         "num_samples": session.request.num_samples,
         "seed": session.request.seed,
         "prompts_done_before": len(session.job.begun.done),
@@ -320,6 +313,10 @@ def describe_batch(session: Session) -> dict[str, object]:
         "device": session.device.type,
         "torch": torch.__version__,
     }
+    report = decided | progress.report(replicas)
+    report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
+    progress.bar.clear()
+    tell(session.options, report, summarise(report))
 
 
 def interact(session: Session, engine: Engine) -> None:

@@ -6,7 +6,6 @@ by its ranks, which are not all there, and drawn again.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -49,7 +48,7 @@ def parse(number: int, line: str) -> Record:
     """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from error
     value = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
@@ -175,7 +174,8 @@ def read_begun(path: Path) -> Begun:
         return Begun(torn=bool(first))  # killed before the header was written
     try:
         header = json.loads(first)["header"]
-    except (ValueError, KeyError, TypeError):
+        header["seed"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} has no header of a batch: give another --output") from None
     ranks: dict[str, set[int]] = {}
     totals: dict[str, int] = {}
@@ -279,7 +279,7 @@ class Output:
     """The file that a batch appends to. Several processes may, on one machine or where they share a file system."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))  # a link stays one
         self.file: IO[bytes] | None = None
 
     def begin(self, begun: Begun, header: dict[str, Any]) -> None:
@@ -287,6 +287,8 @@ class Output:
         ValueError where another run holds it."""
         with self.path.open("ab") as file:
             self.lock(file)
+            if read_begun(self.path) != begun:
+                raise ValueError(f"another run has written to {self.path} meanwhile: give the same command again")
             if begun.header is None:
                 self.replace(iter([json.dumps({"header": header}).encode() + b"\n"]))
             elif begun.torn:
@@ -295,6 +297,8 @@ class Output:
         self.lock(self.file)
 
     def lock(self, file: IO[bytes]) -> None:
+        import fcntl  # not on every system
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -314,11 +318,15 @@ class Output:
         os.replace(part, self.path)
 
     def append(self, block: bytes) -> None:
-        """The lines of a prompt, in one write."""
+        """The lines of a prompt, in one write. Raises OSError."""
         if self.file is None:  # a replica's
             self.file = self.path.open("ab", buffering=0)
-        while block:
-            block = block[self.file.write(block) :]
+        try:
+            while block:
+                block = block[self.file.write(block) :]
+        except OSError as error:
+            why = f"{self.path} cannot be written ({error.strerror}): make room, then go on with --resume"
+            raise OSError(why) from error
 
 
 class Progress:

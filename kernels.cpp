@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #ifdef __AVX2__
@@ -83,7 +84,7 @@ inline uint32_t rounded(float x) {  // the bits of the nearest bfloat16; ties to
 inline void put_number(float* p, float x) { *p = x; }
 inline void put_number(bf16* p, float x) { p->bits = uint16_t(rounded(x)); }
 
-// e^x for x <= 0, and exactly 0 below -87. x = n ln 2 + r, and a polynomial of r to 2e-7 (Cephes, expf).
+// e^x for x <= 0, exactly 0 below -87, and nan of nan. x = n ln 2 + r, and a polynomial of r to 2e-7 (Cephes, expf).
 inline vec exp(vec x) {
     const float shift = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     vec bounded = max(x, splat(-87)), n = bounded * 1.44269504f + shift;
@@ -96,7 +97,7 @@ inline vec exp(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    return x < -87.0f ? vec{} : (vec)((ivec)p + power);
+    return x < -87.0f ? vec{} : x == x ? (vec)((ivec)p + power) : x;
 }
 
 inline vec tanh(vec x) {
@@ -550,9 +551,9 @@ inline void finish(const Plan& plan, const Task& task, const Room& room, bool is
         int first = i, pitch = 1;
         if (is_wide) place(i, Q, first, pitch);
         const float* from = room.out + first * D + (i - first);
-        float total = room.total[i], scale = total > 0 ? 1 / total : 0;
+        float total = room.total[i], scale = total == 0 ? 0 : 1 / total;  // nan stays
         long at = task.slot * c.N * c.H * c.S + query.flat(c);
-        plan.lse[at] = total > 0 ? room.peak[i] + std::log(total) : -INFINITY;
+        plan.lse[at] = total == 0 ? -INFINITY : room.peak[i] + std::log(total);
         for (int d = 0; d < D; d++) plan.out[at * D + d] = from[d * pitch] * scale;
     }
 }
@@ -594,8 +595,8 @@ void merge(const Plan& plan, long flat) {
         for (int d = 0; d < c.D && weight > 0; d++) sum[d] += weight * from[d];
     }
     T* to = (T*)c.out + ((n * c.S + s) * c.H + h) * c.D;
-    for (int d = 0; d < c.D; d++) put_number(to + d, total > 0 ? sum[d] / total : 0);
-    c.lse[flat] = total > 0 ? peak + std::log(total) : -INFINITY;
+    for (int d = 0; d < c.D; d++) put_number(to + d, total == 0 ? 0 : sum[d] / total);
+    c.lse[flat] = total == 0 ? -INFINITY : peak + std::log(total);
 }
 
 template <class T>
@@ -621,6 +622,7 @@ void attend(const Plan& plan) {
 // --- Products with weights ---
 
 constexpr int OUTPUTS = 48, INPUTS = 256;  // of a weight's block, widened at a time
+constexpr size_t MOST_KEPT = 1 << 20;      // numbers of packed rows that stay in memory between products
 
 // y [rows,outputs] = x [rows,inputs] times the weight's transpose. values: int8 [outputs,inputs], and scales [outputs];
 // or with zeros, two 4-bit codes in a byte, the even input in the upper half: (code - 8) * scale + zero, these
@@ -753,11 +755,13 @@ void multiply(const Product& p) {
                 by_fours(p.rows, [&](auto rows, int i) { multiply_narrow<rows, T>(p, x, i, o, n, room); });
         }
     }
+    if (memory.size() > MOST_KEPT) memory = {};
 }
 
 }  // namespace
 
-extern "C" void multiply(const Product* product) {
+// Both return whether there was memory for it.
+extern "C" bool multiply(const Product* product) try {
     if (product->type == FLOAT)
         multiply<Single, float>(*product);
     else
@@ -766,13 +770,19 @@ extern "C" void multiply(const Product* product) {
 #else
         multiply<Single, bf16>(*product);
 #endif
+    return true;
+} catch (const std::bad_alloc&) {
+    return false;
 }
 
-extern "C" void attend(const Call* call, const Part* parts, float scale, float softcap) {
+extern "C" bool attend(const Call* call, const Part* parts, float scale, float softcap) try {
     Plan plan{*call, parts, scale, softcap, {}, {}, 0, {}, {}};
     plan.make();
     if (call->type == FLOAT)
         attend<float>(plan);
     else
         attend<bf16>(plan);
+    return true;
+} catch (const std::bad_alloc&) {
+    return false;
 }

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -51,8 +52,19 @@ class Library:
 
 def cache_folder() -> Path:
     """Where torch.compile keeps what it built; asked of PyTorch it would cost a second of imports."""
-    default = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # one without a name, as in a container
+        user = str(os.getuid())
+    default = Path(tempfile.gettempdir(), f"torchinductor_{user}")
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / "kernels"
+
+
+def check_own(path: Path) -> None:
+    """Raises PermissionError where somebody else may have put there what would be run."""
+    found = path.stat()
+    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{path} can be written by others")
 
 
 def cpu_flags() -> str:
@@ -65,7 +77,8 @@ def cpu_flags() -> str:
 
 def build(compiler: str, target: Path, *flags: str) -> None:
     """Raises OSError or subprocess.SubprocessError."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(0o700, parents=True, exist_ok=True)
+    check_own(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
@@ -80,21 +93,25 @@ def library() -> Library:
     try:
         key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
         target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-        if not target.exists():
-            if not shutil.which(compiler):
-                return Library(None, "no C++ compiler")
-            build(compiler, target)
+        if target.exists():
+            with suppress(OSError, AttributeError):  # cut short, or made for another system: built anew
+                return load(target)
+        if not shutil.which(compiler):
+            return Library(None, "no C++ compiler")
+        build(compiler, target)
         return load(target)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         return Library(None, f"not built: {type(error).__name__}")
 
 
 def load(path: Path) -> Library:
-    """Raises OSError or AttributeError where it is not what was built."""
+    """Raises OSError or AttributeError where it is not what was built, or others may have put it there."""
+    check_own(path.parent)
+    check_own(path)
     functions = ctypes.CDLL(str(path))
     functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
     functions.multiply.argtypes = [ctypes.c_void_p]
-    functions.attend.restype = functions.multiply.restype = None
+    functions.attend.restype = functions.multiply.restype = ctypes.c_bool
     return Library(functions, "kernels.cpp")
 
 
@@ -196,6 +213,8 @@ def run_attend(
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     N, H, S, D = q.shape
+    assert all(each.dtype in (q.dtype, torch.int8) and each.stride(3) == 1 for each in (*k, *v))
+    assert all(each is None or each.is_contiguous() for each in (*start, *rows, *length, slopes))
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
     call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
     call += [N, H, S, D, k[0].shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(k)]
@@ -206,7 +225,8 @@ def run_attend(
     array = ctypes.c_int64 * (len(call) + len(parts))
     given = array(*call, *parts)
     first = ctypes.addressof(given)
-    functions.attend(first, first + 8 * len(call), D**-0.5, softcap)
+    if not functions.attend(first, first + 8 * len(call), D**-0.5, softcap):
+        raise MemoryError(f"attention of {N} rows at {S} positions")
     return out, lse
 
 
@@ -225,7 +245,7 @@ def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
 def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
     are as few as to wait for it; of more rows PyTorch's product is faster."""
-    if x.numel() > STREAMED_ROWS * x.shape[-1]:
+    if x.numel() > STREAMED_ROWS * x.shape[-1] or x.dtype != weight.dtype or not weight.is_contiguous():
         return F.linear(x, weight, bias)
     return run_linear(x, weight, None, None, bias)
 
@@ -235,12 +255,14 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     assert all(tensor is None or tensor.is_contiguous() for tensor in (values, scales, zeros))
+    assert all(each is None or each.dtype == torch.bfloat16 for each in (scales, zeros)), "as quantize.py writes them"
     product, x = linear_shape(x, values), x.contiguous()
     inputs = x.shape[-1]
     tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
     group = inputs if zeros is None else inputs // zeros.shape[1]
     sizes = [x.numel() // inputs, values.shape[0], inputs, group, TYPES[x.dtype], torch.get_num_threads()]
-    functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes))
+    if not functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes)):
+        raise MemoryError(f"a product of {sizes[0]} rows")
     return product if bias is None else product.add_(bias)
 
 

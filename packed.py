@@ -151,7 +151,7 @@ def stream_linears(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                large = child.weight.numel() >= SMALLEST
+                large = child.weight.numel() >= SMALLEST and not child.weight.requires_grad  # or it is being trained
                 if large and streams(child.weight.device, child.weight.dtype, child.in_features):
                     take_place(parent, name, StreamedLinear(child))
 

@@ -18,6 +18,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+from system import finish, start
+
+if __name__ == "__main__":
+    start()
+
 import torch
 
 import batch
@@ -121,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

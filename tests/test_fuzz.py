@@ -30,6 +30,7 @@ import eval as evaluation
 import generate
 import quantize
 from families import FAMILIES
+from system import finish, start
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
@@ -60,7 +61,7 @@ def stdin_of(stdin: bytes | None) -> int:
 
 
 def child(main: Main, arguments: list[str], folder: Path, stdin: bytes | None, files: list[int]) -> int:
-    """In the fork: as a process of its own that was started with these streams."""
+    """In the fork: as a process of its own that was started with these streams, and starts and ends as commands do."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(HANG)
     warnings.simplefilter("ignore")
@@ -72,17 +73,14 @@ def child(main: Main, arguments: list[str], folder: Path, stdin: bytes | None, f
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
     try:
-        status = main(arguments)
-    except SystemExit as end:  # argparse
+        start()
+        finish(lambda: main(arguments))
+    except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
         traceback.print_exc()
         status = 1
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:
-        status = 120  # Python's own, where what it still held cannot be written
+    sys.stderr.flush()
     return status
 
 
