@@ -378,9 +378,10 @@ class Batch:
 
     def admit(self) -> None:
         """Gives idle rows to samples that wait, and reads further prompts where there are too few."""
-        if not self.moved:
+        idle = [at for at, place in enumerate(self.places) if place is None] if self.moved else []
+        if not idle:
+            self.moved = False
             return
-        idle = [at for at, place in enumerate(self.places) if place is None]
         while len(self.ready) < len(idle) and not self.ended and (held := self.next_prompts()):
             self.read(held)
         for at in idle[: len(self.ready)]:
