@@ -88,9 +88,24 @@ def alone(checkpoint: Checkpoint, each: list[Request]) -> list[list[list[int]]]:
     return tokens_of(engine, PROMPT, each)
 
 
-def torchrun(*arguments, timeout: float = 200, **settings) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, **settings)
+def started(world: int, *arguments: object) -> list[subprocess.Popen]:
+    """The ranks of a run, as torchrun starts them on one machine, without its agent, whose imports take seconds and
+    which ends the others where one fails. test_readme.py runs torchrun itself."""
+    place = os.environ | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    command, ranks = [sys.executable, *map(str, arguments)], []
+    for rank in range(world):
+        own = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        ranks.append(subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=ROOT, env=own))
+    return ranks
+
+
+def torchrun(world: int, *arguments: object, input: str = "") -> subprocess.CompletedProcess:
+    """All ranks, to their end, of which the first has the input. What they print stands in the order of the ranks."""
+    ranks = started(world, *arguments)
+    told = [each.communicate("" if rank else input, timeout=200) for rank, each in enumerate(ranks)]
+    out, err = ("".join(each) for each in zip(*told, strict=True))
+    return subprocess.CompletedProcess(ranks[0].args, max(abs(each.returncode) for each in ranks), out, err)
 
 
 def own_lines(stderr: str) -> list[str]:
@@ -161,7 +176,7 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
         cases.append(("compiled", shallow, PROMPT, requests()[1:2], True))
     (tmp_path / "cases").write_bytes(pickle.dumps(cases))
     files = tmp_path / "cases", tmp_path / "out"
-    result = torchrun("--standalone", f"--nproc_per_node={world}", "tests/tp_worker.py", *files)
+    result = torchrun(world, "tests/tp_worker.py", *files)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out").read_text())
     for name, checkpoint, _, each, _ in cases:
@@ -205,7 +220,7 @@ def test_replicas_divide_the_samples():
     arguments = tiny("-n", 5, "--temperature", 1.3, "--stop", ".", "--max_new_tokens", 10)
     arguments += ["--selfcheck", "--verbose", "--format", "jsonl"]
     drafting = ["--draft", "layers:2", "--speculate_k", 2]  # a draft changes no sample, and decides by a clock
-    result = torchrun("--standalone", "--nproc_per_node=4", *arguments, "--tp", 2, *drafting)
+    result = torchrun(4, *arguments, "--tp", 2, *drafting)
     mine, theirs = lines_of(run(*arguments[1:])), lines_of(result)
     assert len({line["text"] for line in mine}) == 5 and {line["finish_reason"] for line in mine} == {"stop", "length"}
     names = ("rank", "sample", "text", "tokens", "finish_reason")
@@ -222,7 +237,7 @@ def test_replicas_divide_the_prompts(tmp_path):
         "".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "big dog", "bird", "man", "red car"))
     )
     arguments = tiny("-n", 3, "--max_new_tokens", 9, "--ignore_eos", "--prompts", path, "--output")
-    many = torchrun("--standalone", "--nproc_per_node=2", *arguments, tmp_path / "2", "--tp", 1, "--report", report)
+    many = torchrun(2, *arguments, tmp_path / "2", "--tp", 1, "--report", report)
     assert (many.returncode, many.stdout) == (0, ""), many.stderr
     assert run(*arguments[1:], tmp_path / "1").returncode == 0
     names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
@@ -258,22 +273,14 @@ def free_port() -> int:
 def test_a_conversation_is_held_by_all_ranks():
     """Read by one of two replicas, which keeps the reply that the other drew."""
     arguments = tiny("--interactive", "-n", 3)
-    result = torchrun("--standalone", "--nproc_per_node=2", *arguments, "--tp", 1, input="hello\nand then\n")
+    result = torchrun(2, *arguments, "--tp", 1, input="hello\nand then\n")
     assert result.returncode == 0, result.stderr
     assert result.stdout == run(*arguments[1:], input="hello\nand then\n").stdout
 
 
 def test_the_death_of_a_rank_ends_all():
-    """By SIGKILL, after its first token. Without torchrun, which would end the other before it may have said so."""
-    place = os.environ | {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "tests/tp_worker.py", "die", *map(str, tiny("-n", 3)[1:])]
-    first, other = (
-        subprocess.Popen(
-            command, stdout=-1, stderr=-1, text=True, cwd=ROOT, env=place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
-        for rank in range(2)
-    )
+    """By SIGKILL, after its first token."""
+    first, other = started(2, "tests/tp_worker.py", "die", *tiny("-n", 3)[1:])
     out, err = first.communicate(timeout=100)
     assert other.wait(1) == -signal.SIGKILL and first.returncode == 2 and out == ""
     (line,) = own_lines(err)
@@ -289,7 +296,7 @@ def test_what_cannot_be_run_is_refused_once(tmp_path):
         (["--tp", 3], "2 processes cannot be divided into groups of 3"),
         (["--checkpoint_path", tmp_path / "other"], "the weights do not match config.json"),
     ):
-        result = torchrun("--standalone", "--nproc_per_node=2", *tiny(*arguments))
+        result = torchrun(2, *tiny(*arguments))
         assert result.returncode != 0 and result.stdout == ""
         (line,) = own_lines(result.stderr)
         assert words in line
