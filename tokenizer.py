@@ -49,7 +49,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
                 found["specials"] |= {token["content"]: int(id)} if token.get("special") else {}
             found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is not what it must be, fetch it again: {error!r}") from error
+            why = f" ({error})" if isinstance(error, ValueError) else ""  # in Python's own words it says nothing
+            raise ValueError(f"{path} is not what it must be{why}: fetch it again") from error
     return found
 
 
