@@ -153,6 +153,18 @@ def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
     assert result.stderr == f"{tmp_path} has no tokenizer: {tmp_path}/out needs that of this model\n"
 
 
+def test_a_batch_is_compared_with_its_prompts_one_by_one():
+    """The commands of the tables, with smaller sizes."""
+    commands = re.findall(r"^`python scripts/benchmark_batch\.py ([^`]*)`", BENCHMARKS, re.MULTILINE)
+    assert len(commands) == 3 and sum("--flat" in command for command in commands) == 1
+    small = ["--shape", "tiny", "--prompts", 3, "--prompt_tokens", 6, "-n", 2, "--max_new_tokens", 4, "--preamble", 5]
+    for command in commands[1:]:  # the first is the second with other sizes
+        flat = ["--flat", 20] if "--flat" in command else []
+        result = run("benchmark_batch.py", *shlex.split(command), *small, *flat)
+        assert result.returncode == 0, result.stderr
+        assert "| 5 | " in result.stdout or flat and "MB" in result.stdout, result.stdout
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the text is not beside the repository")
 def test_training_makes_a_checkpoint_that_generates(tmp_path):
     text = (SHARED / "text" / "tinystories_sample.txt").read_text("utf-8").replace("\n\nO", "\n<|endoftext|>\nO")
