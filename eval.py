@@ -544,13 +544,8 @@ def fraction_or_count(text: str) -> float | int:
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
     parser = OneLineParser(description="Evaluate a model. Give one of --tasks, --perplexity, --samples and --pass_at.")
-
-    def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    group = parser.add_argument_group("model")
+    flag = parser.flag
+    parser.section("model")
     where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
     flag("--checkpoint_path", where, default=str(ROOT / "checkpoints" / "tiny" / "model.pth"))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
@@ -559,15 +554,15 @@ def build_parser() -> argparse.ArgumentParser:
     drawn = "the decode step of texts that are drawn (generate_until, --samples); default: where it pays"
     flag("--compile", drawn, action=argparse.BooleanOptionalAction)
     flag("--batch_tokens", "that are scored at once; fewer need less memory", type=int, default=16384)
-    group = parser.add_argument_group("tasks of the EleutherAI harness (pip install lm_eval)")
+    parser.section("tasks of the EleutherAI harness (pip install lm_eval)")
     flag("--tasks", "names or patterns", nargs="+", metavar="TASK")
     flag("--include_path", "a folder with tasks of your own", type=Path, metavar="DIR")
     flag("--limit", "so many items of each task, or a share below 1; problems of --samples", type=fraction_or_count)
     flag("--num_fewshot", "examples before each item; default: the task's", type=int)
-    group = parser.add_argument_group("perplexity of a text")
+    parser.section("perplexity of a text")
     flag("--perplexity", "a UTF-8 file", type=Path, metavar="FILE")
     flag("--stride", "new tokens of each window; default: all, the model's limit", type=int)
-    group = parser.add_argument_group("samples of problems")
+    parser.section("samples of problems")
     flag("--samples", "JSON lines with task_id and prompt, as those of HumanEval", type=Path, metavar="FILE")
     flag("-n", "samples of each problem", "--num_samples", type=int, default=20)
     flag("--temperature", "0 takes the most likely token", type=float, default=0.8)
@@ -578,10 +573,10 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable; default: HumanEval's"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
-    group = parser.add_argument_group("pass@k")
+    parser.section("pass@k")
     flag("--pass_at", "such as 1,5,10: of --scored", type=numbers, metavar="K")
     flag("--scored", "JSON lines with task_id, completion, mean_logprob and passed", type=Path, metavar="FILE")
-    group = parser.add_argument_group("output")
+    parser.section("output")
     flag("--output", "results as JSON; of --samples the samples (default: samples.jsonl)", type=Path)
     flag("--quiet", "no progress and no summary on stderr", action="store_true")
     return parser

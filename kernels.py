@@ -150,8 +150,8 @@ def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | 
     natural, fp32; 0 and -inf where a query sees nothing."""
     mod = mod or ScoreMod()
     window, softcap = mod.window or 0, mod.softcap or 0.0
-    sides = (list(side) for side in zip(*parts, strict=True))
-    return torch.ops.bifurcated.attend(q, *sides, input_pos, mod.slopes, window, softcap)
+    tensors = [tensor for part in parts for tensor in part]
+    return torch.ops.bifurcated.attend(q, tensors, input_pos, mod.slopes, window, softcap)
 
 
 class Chain(Protocol):
@@ -195,37 +195,29 @@ def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
 
 
 def run_attend(
-    q: Tensor,
-    k: list[Tensor],
-    v: list[Tensor],
-    k_scale: list[Tensor | None],
-    v_scale: list[Tensor | None],
-    start: list[Tensor],
-    rows: list[Tensor | None],
-    length: list[Tensor | None],
-    input_pos: Tensor,
-    slopes: Tensor | None,
-    window: int,
-    softcap: float,
+    q: Tensor, tensors: list[Tensor | None], input_pos: Tensor, slopes: Tensor | None, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend` as an operator."""
-    out, lse = attend_shape(q, k, v, k_scale, v_scale, start, rows, length, input_pos, slopes, window, softcap)
+    """`attend` as an operator. tensors: of all parts, one after another."""
+    size = len(Part._fields)
+    parts = [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
+    out, lse = attend_shape(q)
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     N, H, S, D = q.shape
-    assert all(each.dtype in (q.dtype, torch.int8) and each.stride(3) == 1 for each in (*k, *v))
-    assert all(each is None or each.is_contiguous() for each in (*start, *rows, *length, slopes))
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
     call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
-    call += [N, H, S, D, k[0].shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(k)]
-    parts = []
-    for keys, values, *rest in zip(k, v, k_scale, v_scale, start, rows, length, strict=True):
-        parts += [*pair(keys, values), *pair(*rest[:2]), *map(address, rest[2:])]
-        parts += [keys.shape[0], keys.shape[2], TYPES[keys.dtype]]
-    array = ctypes.c_int64 * (len(call) + len(parts))
-    given = array(*call, *parts)
+    call += [N, H, S, D, parts[0].k.shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(parts)]
+    assert slopes is None or slopes.is_contiguous()
+    of_parts = len(call)
+    for each in parts:
+        k, v, _, _, *indices = each
+        assert all(side.dtype in (q.dtype, torch.int8) and side.stride(3) == 1 for side in (k, v))
+        assert all(index is None or index.is_contiguous() for index in indices)
+        call += [*pair(k, v), *pair(each.k_scale, each.v_scale), *map(address, indices)]
+        call += [k.shape[0], k.shape[2], TYPES[k.dtype]]
+    given = (ctypes.c_int64 * len(call))(*call)
     first = ctypes.addressof(given)
-    if not functions.attend(first, first + 8 * len(call), D**-0.5, softcap):
+    if not functions.attend(first, first + 8 * of_parts, D**-0.5, softcap):
         raise MemoryError(f"attention of {N} rows at {S} positions")
     return out, lse
 
@@ -273,8 +265,8 @@ def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
 
 OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
 OPERATORS.define(
-    "attend(Tensor q, Tensor[] k, Tensor[] v, Tensor?[] k_scale, Tensor?[] v_scale, Tensor[] start, Tensor?[] rows, "
-    "Tensor?[] length, Tensor input_pos, Tensor? slopes, int window, float softcap) -> (Tensor, Tensor)"
+    "attend(Tensor q, Tensor?[] tensors, Tensor input_pos, Tensor? slopes, int window, float softcap) "
+    "-> (Tensor, Tensor)"
 )
 OPERATORS.impl("attend", run_attend, "CPU")
 OPERATORS.impl("attend", attend_shape, "Meta")

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from layouts import LAYOUTS
 from plan import parse_size
@@ -31,7 +30,7 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
-def add_batch(flag: Callable[..., argparse.Action]) -> None:
+def add_batch(flag: Callable[..., None]) -> None:
     """The flags of --prompts."""
     lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
     flag("--prompts", help=lines, metavar="FILE")
@@ -44,19 +43,14 @@ def add_batch(flag: Callable[..., argparse.Action]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Every flag and every default of the command line."""
     parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
-
-    def flag(name: str, help: str, *aliases: str, **settings: Any) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    group = parser.add_argument_group("model")
+    flag = parser.flag
+    parser.section("model")
     where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
     flag("--checkpoint_path", where, default=str(TINY))
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
-    group = parser.add_argument_group("prompt")
+    parser.section("prompt")
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
     flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
@@ -66,8 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
     flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
-    add_batch(parser.add_argument_group("many prompts").add_argument)
-    group = parser.add_argument_group("sampling")
+    parser.section("many prompts")
+    add_batch(flag)
+    parser.section("sampling")
     drawn = Request()
     flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
     flag("--top", "print the so many best; default: all", type=int)
@@ -84,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
     flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
-    group = parser.add_argument_group("execution")
+    parser.section("execution")
     flag("--attention", "how the samples hold the context", choices=tuple(LAYOUTS), default=drawn.attention)
     flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
     flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
@@ -96,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
     flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
     flag("--plan", "print the memory plan and run nothing", action="store_true")
-    group = parser.add_argument_group("output")
+    parser.section("output")
     output_flags(flag)
     return parser
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from experts import GroupedLinear
-from kernels import multiplies
+from kernels import linear_shape, multiplies
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
@@ -343,10 +343,6 @@ def multiply_int4(
     return product if bias is None else product.add_(bias)
 
 
-def multiply_int8_shape(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
 def multiply_int4_shape(x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, *rest: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
@@ -357,7 +353,7 @@ OPERATORS.impl("packed_linear", multiply, "CPU")
 OPERATORS.impl("packed_linear", multiply_shape, "Meta")
 OPERATORS.define("int8_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor")
 OPERATORS.impl("int8_linear", multiply_int8, "CPU")
-OPERATORS.impl("int8_linear", multiply_int8_shape, "Meta")
+OPERATORS.impl("int8_linear", linear_shape, "Meta")
 OPERATORS.define(
     "int4_linear(Tensor x, Tensor packed, Tensor packed_scales, Tensor values, Tensor scales, Tensor zeros, "
     "Tensor? bias) -> Tensor"

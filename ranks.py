@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from system import Stream
 from tp import WHOLE, Shard
 
 T = TypeVar("T")
@@ -115,25 +116,13 @@ class Ranks:
         return [each for part in self.all(list(drawn))[:: self.shard.world] for each in part]
 
 
-class Listener:
+class Listener(Stream):
     """stdout of the one rank that writes. Where its reader has left, the run goes on, since others take part in it."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        with suppress(BrokenPipeError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except BrokenPipeError:
-            self.stream = open(os.devnull, "w")
+    def failed(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            raise error
+        self.stream = open(os.devnull, "w")
 
 
 def join(tp: int | None, device: torch.device) -> Ranks:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -22,7 +22,16 @@ from system import complain
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage."""
+    """Refuses in one line, without the usage. Its flags stand in sections, and tell their defaults."""
+
+    def section(self, title: str) -> None:
+        """What the flags that follow are about."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, name: str, help: str, *aliases: str, **settings: Any) -> None:
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        self.group.add_argument(name, *aliases, help=help + shown, **settings)
 
     def error(self, message: str) -> NoReturn:
         told = os.environ.get("RANK", "0") == "0"  # under torchrun, once

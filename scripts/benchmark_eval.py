@@ -136,7 +136,8 @@ def main() -> None:
     print(f"{evaluator.asked} tokens asked, {evaluator.read} read")
     (ours, took), (other, longer) = found.values()
     pairs = zip(ours["samples"]["items"], other["samples"]["items"], strict=True)
-    gap = max(abs(a[0] - b[0]) for one, two in pairs for a, b in zip(one["filtered_resps"], two["filtered_resps"]))  # noqa: B905
+    answers = (zip(*(item["filtered_resps"] for item in pair), strict=False) for pair in pairs)
+    gap = max(abs(a[0] - b[0]) for both in answers for a, b in both)
     print(f"largest difference of a log-likelihood {gap:.1e}; ratio of times {longer / took:.2f}")
 
 
