@@ -26,9 +26,10 @@ from cache import KVCache, Link
 from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
 from graphs import StepInput
 from model import ModelArgs
-from plan import Plan, Workload, plan_run
+from plan import Plan, plan_run
+from request import Request, Workload
 from rotary import ScoreMod
-from samples import Ending, Request, Row, Sample
+from samples import Ending, Row, Sample
 from sampling import draw, uniform
 from scoring import SMALL, Node, Rows, batches, shared, tree
 
@@ -545,7 +546,7 @@ class Batch:
 def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
     """Why a prompt cannot be run; None: it can."""
     try:
-        request.check_length(args, len(prompt.tokens))
+        request.check_length(args.context_limit, len(prompt.tokens))
     except ValueError as error:
         return str(error)
     if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < args.vocab_size:

@@ -27,7 +27,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
-from samples import Piece, Request, Sample, continuation_text
+from request import Request
+from samples import Piece, Sample, continuation_text
 from system import check_plain
 from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
 

@@ -25,10 +25,11 @@ from hub import locate
 from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
-from plan import Plan, Workload, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from repetition import add, seen_in
-from samples import Ending, Piece, Request, Row, Sample
-from sampling import Sampling, UniformBlocks, draw, uniform
+from request import Request, Sampling, Workload
+from samples import Ending, Piece, Row, Sample
+from sampling import UniformBlocks, draw, uniform
 from scoring import Scored, Scorer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import WHOLE, Shard
@@ -229,7 +230,7 @@ class Run:
 
     def __init__(self, engine: Engine, request: Request, history: Sequence[int], monitor: Monitor = SILENT) -> None:
         """history: the tokens of the context. Raises ValueError as `generate`."""
-        request.check_length(engine.args, len(history))
+        request.check_length(engine.args.context_limit, len(history))
         if request.stop and engine.tokenizer is None:
             raise ValueError(f"stop strings {request.stop} need a tokenizer")
         self.engine, self.request, self.history, self.monitor = engine, request, history, monitor

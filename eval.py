@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from system import INTERRUPTED, check_writable, complain, finish, identity, start, write_file
+from system import INTERRUPTED, OneLineParser, check_writable, complain, finish, identity, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -36,9 +36,9 @@ from engine import SILENT, Engine, Run
 from hub import locate
 from options import unescaped
 from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
-from report import Bar, OneLineParser
-from samples import Request, Sample
-from sampling import Sampling
+from report import Bar
+from request import Request, Sampling
+from samples import Sample
 from scoring import Node, Scorer, tree
 from tokenizer import load_tokenizer, read_metadata
 
@@ -422,7 +422,7 @@ def run_samples(options: argparse.Namespace) -> None:
     prompts = [texts.encode(each["prompt"]) or [texts.prefix] for each in problems]
     for problem, tokens in zip(problems, prompts, strict=True):
         try:
-            request.check_length(engine.args, len(tokens))
+            request.check_length(engine.args.context_limit, len(tokens))
         except ValueError as error:
             raise ValueError(f"{problem['task_id']}: {error}") from error
     engine.runs, begin = len(problems), time.perf_counter()

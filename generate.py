@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
 from system import INTERRUPTED, complain, finish, start, write_file
 
 if __name__ == "__main__":
     start()
+    build_parser().parse_args()  # --help, and a flag that is mistyped, need not wait for the imports below
 
 import torch
 
@@ -30,7 +32,6 @@ from engine import Engine
 from hub import locate
 from jobs import Begun, Decided, Job, Output, Progress, block_of, read_begun, read_records, set_up_job, skip_bad
 from jobs import summary as summarise
-from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
 from plan import (
     Plan,
     available_memory,
@@ -45,8 +46,8 @@ from plan import (
 )
 from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
-from samples import Request, Sample, rank
-from sampling import Sampling
+from request import Request, Sampling
+from samples import Sample, rank
 from talk import Talk
 from tokenizer import load_tokenizer
 from tp import Shard
@@ -122,7 +123,7 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
     if options.interactive:  # where a turn is given what is left
         request = replace(request, max_new_tokens=min(options.max_new_tokens, max(1, args.context_limit - length)))
     if length and not options.plan:
-        request.check_length(args, length)
+        request.check_length(args.context_limit, length)
     place = device, dtype, ranks.shard
     plan, speculation, room = arrange(options, checkpoint, request, length, place, available, job)
     if options.synthetic_prompt and not options.plan:

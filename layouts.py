@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cache import KVCache, sdpa
+from request import LAYOUT_NAMES
 from rotary import ScoreMod
 
 
@@ -78,8 +79,6 @@ def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 # How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
 # copy for each row, and expanded, which copies at each step, are baselines.
-LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = {
-    "bifurcated": KVCache.fork,
-    "contiguous": SDPACache.copy,
-    "expanded": SDPACache.fork,
-}
+LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = dict(
+    zip(LAYOUT_NAMES, (KVCache.fork, SDPACache.copy, SDPACache.fork), strict=True)
+)

@@ -1,4 +1,4 @@
-"""The flags of the command line, every default once, and the checks that need nothing but them."""
+"""The flags of the command line, every default once, and the checks that need nothing but them, PyTorch included."""
 
 import argparse
 import re
@@ -6,11 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from layouts import LAYOUTS
-from plan import parse_size
-from report import OneLineParser
-from samples import Request
-from system import check_writable, identity
+from request import LAYOUT_NAMES, Request
+from system import OneLineParser, check_writable, identity
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
@@ -18,11 +15,16 @@ STORY = "Once upon a time"
 
 
 def size(text: str) -> int:
-    """parse_size, its refusal in argparse's form."""
+    """Bytes of "4GB", "512MiB", "1.5e9". Raises argparse.ArgumentTypeError where it is no size."""
+    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("KMGTIBkmgtib ")
     try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        size = int(float(number) * units[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return size
 
 
 def unescaped(text: str) -> str:
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
     flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
     parser.section("execution")
-    flag("--attention", "how the samples hold the context", choices=tuple(LAYOUTS), default=drawn.attention)
+    flag("--attention", "how the samples hold the context", choices=LAYOUT_NAMES, default=drawn.attention)
     flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
     flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
     flag("--compile_prefill", "pays for many prompts in one process", action="store_true")

@@ -19,6 +19,7 @@ from experts import Mixture
 from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
+from request import Workload
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,6 @@ def rows_of(name: str, args: ModelArgs, rows: int) -> int:
     if args.mixture is None or not is_expert(name, args.mixture):
         return rows
     return max(1, round(rows * args.mixture.used / args.mixture.experts))
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same.
-    drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of a token's keys and values
-    in a draft of its own."""
-
-    context: int
-    num_samples: int
-    max_new_tokens: int
-    attention: str = "bifurcated"
-    kv_dtype: str = "auto"
-    runs: int = 1
-    drafted: int = 0
-    draft_token: int = 0
 
 
 @dataclass(frozen=True)
@@ -258,19 +243,6 @@ def human(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.4g} TB"
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "4GB", "512MiB", "1.5e9". Raises ValueError where it is no size."""
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    number = text.rstrip("KMGTIBkmgtib ")
-    try:
-        size = int(float(number) * units[text[len(number) :].strip().upper()])
-    except (ValueError, KeyError, OverflowError):
-        raise ValueError(f"{text!r} is not a size: write 4GB or 512MiB") from None
-    if size < 1:
-        raise ValueError(f"{text!r} must be above 0")
-    return size
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from system import INTERRUPTED, complain, finish, start
+from system import INTERRUPTED, OneLineParser, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -50,7 +50,6 @@ from experts import ExpertLinear
 from gptq import gptq, quantise_int4, quantise_int8
 from model import Transformer, empty_model
 from packed import Int4Weight, Quantised, dequantise, tensors_of
-from report import OneLineParser
 from tokenizer import load_tokenizer
 
 MODES = ("int8", "int4", "int4-gptq")

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any, NoReturn, Self
+from typing import Self
 
 import torch
 
@@ -17,27 +16,8 @@ from engine import Engine, Monitor
 from kernels import attention_kernel
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
-from samples import Piece, Ranked, Request, Row, Sample, rank
-from system import complain
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage. Its flags stand in sections, and tell their defaults."""
-
-    def section(self, title: str) -> None:
-        """What the flags that follow are about."""
-        self.group = self.add_argument_group(title)
-
-    def flag(self, name: str, help: str, *aliases: str, **settings: Any) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        self.group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
-        if told:
-            complain(f"{message}; see --help")
-        self.exit(2)
+from request import Request
+from samples import Piece, Ranked, Row, Sample, rank
 
 
 class Stopwatch(Monitor):

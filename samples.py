@@ -1,4 +1,4 @@
-"""What is asked of a run, and what comes of its rows: their tokens to text, where each ends, pieces, the ranking.
+"""What comes of a run's rows: their tokens to text, where each ends, pieces, the ranking.
 
 Nothing here draws a token: how that is done (plain steps, drafts, another replica) is the caller's.
 """
@@ -6,61 +6,10 @@ Nothing here draws a token: how that is done (plain steps, drafts, another repli
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from layouts import LAYOUTS
-from model import ModelArgs
-from plan import Workload
-from sampling import Sampling
 from scoring import check_finite
 from tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to draw. attention: a key of LAYOUTS. eos_ids: None is the engine's own. prefill_chunk: tokens of the prompt
-    read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype: of the
-    context's keys and values while samples decode from it: auto, the network's, or int8. first_index: of the samples;
-    a replica draws a part of them."""
-
-    num_samples: int = 1
-    max_new_tokens: int = 200
-    sampling: Sampling = Sampling(0.8, top_k=200)
-    seed: int = 0
-    attention: str = "bifurcated"
-    eos_ids: frozenset[int] | None = None
-    stop: tuple[str, ...] = ()
-    prefill_chunk: int = 512
-    rows_at_once: int | None = None
-    kv_dtype: str = "auto"
-    first_index: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.attention not in LAYOUTS:
-            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUTS)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
-        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
-            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
-        if "" in self.stop:
-            raise ValueError("a stop string is empty: it would end every sample at once")
-
-    def check_length(self, args: ModelArgs, context: int) -> None:
-        """Raises ValueError where `context` tokens and the new ones do not fit the model."""
-        if context < 1:
-            raise ValueError("the prompt is empty: give at least one token")
-        if (total := context + self.max_new_tokens) > args.context_limit:
-            raise ValueError(
-                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
-                f"context limit of {args.context_limit}: shorten one of them"
-            )
-
-    def workload(self, context: int, runs: int = 1) -> Workload:
-        sizes = (context, self.num_samples, self.max_new_tokens)
-        return Workload(*sizes, self.attention, self.kv_dtype, runs)
 
 
 @dataclass

@@ -3,12 +3,11 @@
 Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from repetition import NOTHING, penalised
+from request import Sampling
 
 # Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -17,32 +16,6 @@ LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
-    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
-    least min_p times as likely as the most likely). repetition_penalty: of the tokens that a text has already, before
-    all else (repetition.py); 1 is off."""
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k} must be at least 1, or on the command line 0, which is off")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 is off")
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
-"""A command and the system that it runs in: streams that are closed or full, Ctrl-C at any moment, files written whole.
+"""A command and the system that it runs in: streams that are closed or full, refusals, Ctrl-C at any moment, files
+written whole.
 
 `start` goes before the imports that take seconds, so nothing slow is imported here.
 """
 
+import argparse
 import os
 import signal
 import stat
@@ -103,6 +105,25 @@ def complain(error: object) -> int:
         text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
     print(text, file=sys.stderr)
     return 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage. Its flags stand in sections, and tell their defaults."""
+
+    def section(self, title: str) -> None:
+        """What the flags that follow are about."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, name: str, help: str, *aliases: str, **settings: Any) -> None:
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        self.group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
+        if told:
+            complain(f"{message}; see --help")
+        self.exit(2)
 
 
 def identity(path: Path) -> tuple[int, int] | None:

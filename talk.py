@@ -12,7 +12,8 @@ from engine import Engine
 from plan import Plan, out_of_memory
 from ranks import Ranks
 from report import Console
-from samples import Ranked, Request, Sample
+from request import Request
+from samples import Ranked, Sample
 from system import complain
 
 

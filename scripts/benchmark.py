@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from system import complain, finish, start
+from system import OneLineParser, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -54,7 +54,6 @@ from model import ModelArgs, Transformer, empty_model
 from packed import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
     Plan,
-    Workload,
     available_memory,
     choose_device,
     choose_dtype,
@@ -68,9 +67,8 @@ from plan import (
 )
 from quantize import quantise_int4, quantise_int8
 from ranks import join, leave
-from report import OneLineParser
+from request import Sampling, Workload
 from rotary import ScoreMod
-from sampling import Sampling
 from tp import WHOLE, Shard
 
 SHAPES = {

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from system import finish, start
+from system import OneLineParser, finish, start
 
 if __name__ == "__main__":
     start()
@@ -31,9 +31,8 @@ from batch import Prompt, Tally, generate_many, seed_of
 from benchmark import SHAPES, random_model
 from engine import Engine
 from plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
-from report import OneLineParser
-from samples import Ending, Request, Row
-from sampling import Sampling
+from request import Request, Sampling
+from samples import Ending, Row
 
 
 def made_prompts(count: int, preamble: int, length: int, vocabulary: int) -> list[Prompt]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from system import OneLineParser, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -31,8 +31,9 @@ from engine import Engine, Request
 from hub import locate
 from model import Transformer
 from plan import keep_freed_memory
-from report import OneLineParser, Stopwatch
-from sampling import Sampling, candidates
+from report import Stopwatch
+from request import Sampling
+from sampling import candidates
 from tokenizer import load_tokenizer
 
 STORY = "Once upon a time, there was a little girl named Lily."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from system import OneLineParser, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -28,7 +28,6 @@ from checkpoint import (
 )
 from hub import COMPANIONS
 from model import empty_model
-from report import OneLineParser
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
 

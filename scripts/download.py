@@ -5,14 +5,12 @@ python scripts/download.py OWNER/NAME [--revision R] [--out FOLDER] [--file NAME
 The folder goes to stdout, everything else to stderr. The same command again fetches what is still missing.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from system import OneLineParser, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -21,10 +19,6 @@ from hub import CHECKPOINTS, fetch
 
 
 def main() -> int:
-    class OneLineParser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            self.exit(2, f"error: {message}; see --help\n")
-
     parser = OneLineParser(description="Fetch a model from the Hugging Face Hub. Prints its folder.")
     parser.add_argument("repo", metavar="REPO", help="OWNER/NAME on the hub")
     parser.add_argument("--revision", help="branch, tag or commit; default: the main branch")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import check_writable, complain, finish, start
+from system import OneLineParser, check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -27,7 +27,6 @@ from checkpoint import load_model, read_checkpoint, write_whole
 from hub import locate
 from model import Transformer
 from plan import keep_freed_memory
-from report import OneLineParser
 from tokenizer import load_tokenizer
 
 WINDOW = 256  # tokens that the model sees together

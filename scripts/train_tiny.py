@@ -33,8 +33,7 @@ from engine import Engine
 from model import Transformer
 from packed import multiplies_bfloat16
 from plan import keep_freed_memory
-from samples import Request
-from sampling import Sampling
+from request import Request, Sampling
 from tokenizer import load_tokenizer
 
 SEPARATOR = "<|endoftext|>"

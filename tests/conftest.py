@@ -13,8 +13,8 @@ import torch
 
 from cache import KVCache, NoCache, Prefill
 from model import ModelArgs, Transformer
-from samples import Request, Sample
-from sampling import Sampling
+from request import Request, Sampling
+from samples import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -15,8 +15,9 @@ import engine as road
 from batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
 from engine import Engine
 from experts import Mixture
+from request import Request
 from rotary import RopeScaling
-from samples import Ending, Request, Row
+from samples import Ending, Row
 
 TWO = replace(GQA, n_layer=2)
 ENDS = frozenset(range(3, 97, 9))  # about one token in nine

@@ -28,9 +28,8 @@ from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
 from layouts import Int8Context, SDPACache, quantized
 from model import ModelArgs, Transformer
-from plan import Weights, Workload, plan_run
-from samples import Request
-from sampling import Sampling
+from plan import Weights, plan_run
+from request import Request, Sampling, Workload
 from tokenizer import load_tokenizer
 
 EXACT = {"rtol": 0, "atol": 1e-10}

@@ -1,6 +1,7 @@
 """The command line. Oracle: exit status, stdout, one line on stderr, files. What asks for a terminal, a pipe, a signal
 or a fresh process is run as a user runs it; the rest by `main`, with its own stdin, stdout and stderr."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -23,9 +24,8 @@ import generate
 from chat import Dialogue, choose_chat
 from checkpoint import load_model, read_checkpoint
 from engine import Engine
-from options import STORY, build_parser
-from samples import Request
-from sampling import Sampling
+from options import STORY, build_parser, size
+from request import Request, Sampling
 from tokenizer import load_tokenizer
 
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
@@ -646,3 +646,38 @@ def test_a_draft_larger_than_the_model_is_a_warning(tmp_path):
     )
     result = run(*PROMPT, "--checkpoint_path", folder, "--draft_checkpoint_path", TINY, "--max_new_tokens", 9)
     assert result.returncode == 0 and result.stderr.startswith("warning: the draft is larger than the model")
+
+
+@pytest.mark.parametrize(
+    "text,number", [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5e3", 1500), ("2 kb", 2000), ("1TB", 10**12)]
+)
+def test_sizes(text, number):
+    assert size(text) == number
+
+
+@pytest.mark.parametrize("text", ["-1MB", "0", "0.2"])
+def test_sizes_must_be_above_0(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be above 0"):
+        size(text)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4 GBB", "four", "4XB", "infGB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
+        size(text)
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # whoever imports it fails
+sys.argv = ["generate.py", {flag!r}]
+runpy.run_path("generate.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("flag,status,stream", [("--help", 0, "stdout"), ("--nonsense", 2, "stderr")])
+def test_help_and_mistyped_flags_are_told_before_the_slow_imports(flag, status, stream):
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(flag=flag)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == status, result.stderr
+    assert flag in getattr(result, stream) and len(result.stdout + result.stderr) == len(getattr(result, stream))

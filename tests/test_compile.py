@@ -15,7 +15,8 @@ from graphs import StepInput, compiled
 from layouts import Int8Context
 from model import ModelArgs, Transformer
 from report import Stopwatch
-from sampling import Sampling, uniform
+from request import Sampling
+from sampling import uniform
 
 PLAIN = replace(GQA, n_layer=1)
 DISTANT = replace(ALIBI, n_layer=1, windows=(5,))

@@ -21,8 +21,8 @@ from engine import Engine, decode
 from graphs import RecordedStep, StepInput, compiled
 from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer, empty_model
-from samples import Request
-from sampling import Sampling, uniform
+from request import Request, Sampling
+from sampling import uniform
 from tp import Shard
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -17,8 +17,9 @@ from engine import Engine, Monitor, bucket, rows_to_keep
 from graphs import StepInput
 from layouts import LAYOUTS
 from report import Stopwatch
-from samples import Piece, Request, Sample, rank
-from sampling import Sampling, draw, uniform
+from request import Request, Sampling
+from samples import Piece, Sample, rank
+from sampling import draw, uniform
 
 TWO = replace(GQA, n_layer=2)
 

@@ -26,8 +26,8 @@ import scoring
 from checkpoint import read_checkpoint
 from engine import Engine
 from eval import Evaluator, Texts, main, pass_at, windows
+from request import Sampling
 from rotary import RopeScaling
-from sampling import Sampling
 from scoring import Scored, Scorer
 
 LIMIT = 48

@@ -45,7 +45,8 @@ from gptq import gptq, quantise_int4
 from graphs import RecordedStep, StepInput
 from model import empty_model, make_feed_forward
 from packed import IS_X86, can_pack, dequantise, kernels, pack_linears, swap_linears
-from plan import Workload, plan_run, weigh
+from plan import plan_run, weigh
+from request import Workload
 from sampling import uniform
 
 CPU, FP64 = torch.device("cpu"), torch.float64

@@ -12,7 +12,8 @@ from cache import KVCache
 from engine import Engine
 from graphs import RecordedStep, Recording, Step, StepInput
 from layouts import SDPACache
-from sampling import Sampling, draw, uniform
+from request import Sampling
+from sampling import draw, uniform
 
 Drawn = tuple[Tensor, Tensor]
 

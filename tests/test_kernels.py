@@ -37,9 +37,8 @@ from engine import Engine
 from kernels import Part, attend, attend_chain
 from layouts import Int8Context
 from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
+from request import Request, Sampling
 from rotary import ScoreMod, alibi_slopes
-from samples import Request
-from sampling import Sampling
 
 pytestmark = pytest.mark.skipif(kernels.library().note == "no C++ compiler", reason="no C++ compiler")
 

@@ -19,9 +19,8 @@ import torch
 sys.path.insert(0, {scripts!r})
 from benchmark import SHAPES, random_model
 from engine import Engine, Monitor
-from samples import Request
 from plan import release_freed_memory
-from sampling import Sampling
+from request import Request, Sampling
 
 CPU = torch.device("cpu")
 

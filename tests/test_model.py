@@ -11,9 +11,8 @@ from checkpoint import check_weights, load_model, read_checkpoint
 from engine import Engine
 from families import args_from_config, our_tensors
 from model import Transformer
+from request import Request, Sampling
 from rotary import RopeScaling, rotary_frequencies
-from samples import Request
-from sampling import Sampling
 from tokenizer import load_tokenizer
 
 

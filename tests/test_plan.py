@@ -12,18 +12,17 @@ from model import ModelArgs, empty_model
 from packed import IS_X86, can_pack
 from plan import (
     Plan,
-    Workload,
     choose_compile,
     choose_device,
     choose_dtype,
     choose_packing,
     estimate_step,
     human,
-    parse_size,
     plan_run,
     weigh,
 )
 from report import Stopwatch, measure
+from request import Workload
 
 CPU = torch.device("cpu")
 
@@ -95,25 +94,6 @@ def test_on_a_gpu_the_pool_of_a_recorded_step_counts():
     """It holds a workspace of its own beside that of the steps that are not recorded."""
     cpu, cuda = (plan(GQA, Workload(50, 4, 16), device=torch.device(name), compile=False) for name in ("cpu", "cuda"))
     assert cuda.workspace == 2 * cpu.workspace
-
-
-@pytest.mark.parametrize(
-    "text,size", [("4GB", 4 * 10**9), ("512MiB", 512 * 2**20), ("1.5e3", 1500), ("2 kb", 2000), ("1TB", 10**12)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["-1MB", "0", "0.2"])
-def test_sizes_must_be_above_0(text):
-    with pytest.raises(ValueError, match="must be above 0"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize("text", ["", "GB", "4 GBB", "four", "4XB", "infGB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,8 @@ import generate
 from engine import Engine
 from options import build_parser
 from report import Console
-from samples import Ending, Request, Row
+from request import Request
+from samples import Ending, Row
 from system import finish, start
 from talk import COMMANDS as COMMANDS_OF_TALK
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sampling import LOGITS_AT_ONCE, Sampling, UniformBlocks, candidates, draw, philox, uniform
+from request import Sampling
+from sampling import LOGITS_AT_ONCE, UniformBlocks, candidates, draw, philox, uniform
 
 # Philox4x32-10 and Philox4x64-10: multipliers and key increments of Salmon et al. 2011, and the bits of a word.
 PHILOX = {

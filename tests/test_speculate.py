@@ -26,9 +26,10 @@ from engine import Engine
 from model import ModelArgs, Transformer
 from packed import dequantise
 from quantize import quantise_int4, quantise_int8
+from request import Sampling
 from rotary import RopeScaling
 from samples import Sample
-from sampling import Sampling, candidates
+from sampling import candidates
 from speculate import Draft, Pace, Speculating, Speculation
 
 TWO = replace(GQA, n_layer=2)

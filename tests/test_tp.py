@@ -27,9 +27,8 @@ from experts import Mixture
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
 from ranks import Ranks
+from request import Request, Sampling
 from rotary import Turning
-from samples import Request
-from sampling import Sampling
 from tp import WHOLE, Shard
 
 BASE = ModelArgs(

@@ -25,7 +25,7 @@ from cache import KVCache
 from checkpoint import load_model
 from engine import Engine, Run
 from ranks import join, leave
-from samples import Request
+from request import Request
 
 
 def die_while_decoding(flags: list[str]) -> int:

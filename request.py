@@ -1,0 +1,99 @@
+"""What is asked of a run, in plain values.
+
+PyTorch takes seconds to import, so that the command line, which needs these for its flags and their defaults, is read
+before: nothing here imports it.
+"""
+
+from dataclasses import dataclass
+
+# How N samples hold one context: layouts.py has the caches of that name.
+LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
+    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
+    least min_p times as likely as the most likely). repetition_penalty: of the tokens that a text has already, before
+    all else (repetition.py); 1 is off."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1, or on the command line 0, which is off")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 is off")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same.
+    drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of a token's keys and values
+    in a draft of its own."""
+
+    context: int
+    num_samples: int
+    max_new_tokens: int
+    attention: str = "bifurcated"
+    kv_dtype: str = "auto"
+    runs: int = 1
+    drafted: int = 0
+    draft_token: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. attention: one of LAYOUT_NAMES. eos_ids: None is the engine's own. prefill_chunk: tokens of the
+    prompt read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype:
+    of the context's keys and values while samples decode from it: auto, the network's, or int8. first_index: of the
+    samples; a replica draws a part of them."""
+
+    num_samples: int = 1
+    max_new_tokens: int = 200
+    sampling: Sampling = Sampling(0.8, top_k=200)
+    seed: int = 0
+    attention: str = "bifurcated"
+    eos_ids: frozenset[int] | None = None
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+    rows_at_once: int | None = None
+    kv_dtype: str = "auto"
+    first_index: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.attention not in LAYOUT_NAMES:
+            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUT_NAMES)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
+        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: it would end every sample at once")
+
+    def check_length(self, limit: int, context: int) -> None:
+        """Raises ValueError where `context` tokens and the new ones are more than the model's limit."""
+        if context < 1:
+            raise ValueError("the prompt is empty: give at least one token")
+        if (total := context + self.max_new_tokens) > limit:
+            raise ValueError(
+                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
+                f"context limit of {limit}: shorten one of them"
+            )
+
+    def workload(self, context: int, runs: int = 1) -> Workload:
+        sizes = (context, self.num_samples, self.max_new_tokens)
+        return Workload(*sizes, self.attention, self.kv_dtype, runs)
