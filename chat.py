@@ -5,25 +5,13 @@ the names of control tokens. What a message says is never one of them: a mark is
 the template sees it, and taken out again after the cut.
 """
 
-import itertools
-import json
 import re
-import sys
-import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, NamedTuple
 
 from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
@@ -33,72 +21,7 @@ from system import check_plain
 from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content
-LONGEST_RENDERING, LARGEST_VALUE = 5.0, 10**7  # seconds; characters, items or bits
 BARRIER = "\ue000"  # no token reaches from this character into what follows it
-
-
-class Generation(Extension):
-    """{% generation %} marks what the assistant says, for training; to be rendered, it is only its content."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def extent(value: object) -> int:
-    """Bits of an integer, items or characters of what has any."""
-    return value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, Sized) else 0
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses single operations that could take all memory or time."""
-
-    intercepted_binops = frozenset({"**", "*", "+"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        result = extent(left) + extent(right)
-        if operator == "**" and isinstance(right, int):
-            result = extent(left) * abs(right)
-        elif operator == "*" and isinstance(left, int) != isinstance(right, int):  # a text, so many times
-            count, value = (left, right) if isinstance(left, int) else (right, left)
-            result = abs(count) * extent(value)
-        if result > LARGEST_VALUE:
-            raise jinja2.TemplateError(f"the result of {operator} is too big")
-        return super().call_binop(context, operator, left, right)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Raises TemplateError where a template has run for LONGEST_RENDERING seconds of this thread's time: a template is
-    a program, and need not end."""
-    limit, before, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), itertools.count()
-
-    def trace(*_: object) -> Any:
-        if next(steps) % 64 == 0 and time.thread_time() > limit:
-            raise jinja2.TemplateError(f"it has run for {LONGEST_RENDERING} seconds")
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-@lru_cache(maxsize=8)
-def compile_template(template: str) -> jinja2.Template:
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
 
 
 @dataclass(frozen=True)
@@ -116,13 +39,13 @@ class Chat:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of the conversation. Raises ValueError with the template's message where it cannot be rendered."""
+        import templates  # with jinja2, for which a run without a template need not wait
+
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         values: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
         values |= {name: token for name, token in names.items() if token}
         try:
-            compiled = compile_template(self.template)
-            with bounded():
-                return compiled.render(values, add_generation_prompt=add_generation_prompt)
+            return templates.render(self.template, values | {"add_generation_prompt": add_generation_prompt})
         except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
             roles = [message["role"] for message in messages]
             hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""

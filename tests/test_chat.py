@@ -205,7 +205,7 @@ def test_a_template_that_fails_is_an_error_with_its_message(template, message):
     ],
 )
 def test_a_template_that_need_not_end_is_ended(template, monkeypatch):
-    monkeypatch.setattr("chat.LONGEST_RENDERING", 0.1)
+    monkeypatch.setattr("templates.LONGEST_RENDERING", 0.1)
     before = sys.gettrace()
     with pytest.raises(ValueError, match="cannot render user: it has run for 0.1 seconds"):
         Chat(template).render(conversation(1))
