@@ -5,9 +5,7 @@ Nothing here has a size that divides by 8 but where a group has to.
 """
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 import weakref
 from copy import deepcopy
@@ -19,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+import warm
 from conftest import GQA, ROOT, draws, random_model, random_tokens, request
 from test_checkpoint import CONFIG
 from test_cuda import Recorder, needs_gpu
@@ -393,11 +392,9 @@ def test_a_mixtral_runs_from_the_command_line(tmp_path):
     reference = transformers.MixtralForCausalLM(config).eval().requires_grad_(False)
     reference.save_pretrained(tmp_path, max_shard_size="40KB")
     backend.save(str(tmp_path / "tokenizer.json"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(*command) -> str:
-        line = [sys.executable, *map(str, command)]
-        result = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        result = warm.run(*command, cwd=ROOT)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

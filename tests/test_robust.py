@@ -242,7 +242,7 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(tmp_path):
         if command == "scripts/download.py":  # which imports nothing that takes seconds
             continue
         result = subprocess.run(
-            [sys.executable, ROOT / command, "--help"],
+            [sys.executable, ROOT / command],
             capture_output=True, text=True, env=environment, preexec_fn=interruptible, timeout=60,
         )  # fmt: skip
         assert (result.returncode, result.stdout, result.stderr) == (130, "", ""), command

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, SHARED, TINY
 
 import benchmark
@@ -18,8 +19,7 @@ SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", 
 
 
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return warm.run(ROOT / "scripts" / script, *arguments, cwd=ROOT, timeout=200)
 
 
 def test_benchmark_of_every_eager_column(tmp_path):
@@ -174,10 +174,5 @@ def test_training_makes_a_checkpoint_that_generates(tmp_path):
         "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 2, "--batch", 1
     )
     assert result.returncode == 0, result.stderr
-    generated = subprocess.run(
-        [sys.executable, str(ROOT / "generate.py"), "--checkpoint_path", str(out), "--prompt", "Once", "--quiet"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    generated = warm.run("generate.py", "--checkpoint_path", out, "--prompt", "Once", "--quiet", cwd=ROOT)
     assert generated.returncode == 0, generated.stderr

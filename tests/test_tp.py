@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens
 from test_cli import lines_of, run
 from tp_worker import collectives, tokens_of
@@ -66,16 +67,17 @@ def checkpoints(tmp_path_factory) -> dict[str, Checkpoint]:
     return {name: saved(folder, name, *kind) for name, kind in KINDS.items()}
 
 
-def requests() -> list[Request]:
-    """Drawn with other random numbers each, in waves, with other layouts."""
+def requests(name: str) -> list[Request]:
+    """Drawn with other random numbers each, in waves, with other layouts: all of them by one kind of network."""
     sampling = Sampling(0.9, top_k=20)
-    return [
-        Request(1, 9, sampling, seed=1),
+    every = [
         Request(3, 12, sampling, seed=2, prefill_chunk=4),
         Request(5, 9, sampling, seed=3, rows_at_once=2),
+        Request(1, 9, sampling, seed=1),
         Request(4, 20, sampling, seed=5),
         Request(3, 6, Sampling(0), seed=4, attention="contiguous"),
     ]
+    return {"gqa": every, "packed": every[3:4], "compiled": every[:1]}.get(name, every[1:2])
 
 
 PROMPT = random_tokens(BASE, 11).tolist()
@@ -87,24 +89,20 @@ def alone(checkpoint: Checkpoint, each: list[Request]) -> list[list[list[int]]]:
     return tokens_of(engine, PROMPT, each)
 
 
-def started(world: int, *arguments: object) -> list[subprocess.Popen]:
-    """The ranks of a run, as torchrun starts them on one machine, without its agent, whose imports take seconds and
-    which ends the others where one fails. test_readme.py runs torchrun itself."""
+def started(world: int, *arguments: object, input: str = "") -> list[warm.Command]:
+    """The ranks of a run, of which the first has the input, as torchrun starts them on one machine, without its agent,
+    whose imports take seconds and which ends the others where one fails. test_readme.py runs torchrun itself."""
     place = os.environ | {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     place |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    command, ranks = [sys.executable, *map(str, arguments)], []
-    for rank in range(world):
-        own = place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, cwd=ROOT, env=own))
-    return ranks
+    own = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [warm.Command(*arguments, cwd=ROOT, input="" if rank else input, env=own[rank]) for rank in range(world)]
 
 
 def torchrun(world: int, *arguments: object, input: str = "") -> subprocess.CompletedProcess:
-    """All ranks, to their end, of which the first has the input. What they print stands in the order of the ranks."""
-    ranks = started(world, *arguments)
-    told = [each.communicate("" if rank else input, timeout=200) for rank, each in enumerate(ranks)]
-    out, err = ("".join(each) for each in zip(*told, strict=True))
-    return subprocess.CompletedProcess(ranks[0].args, max(abs(each.returncode) for each in ranks), out, err)
+    """All ranks, to their end. What they print stands in the order of the ranks."""
+    ended = [rank.end(200) for rank in started(world, *arguments, input=input)]
+    out, err = "".join(each.stdout for each in ended), "".join(each.stderr for each in ended)
+    return subprocess.CompletedProcess(ended[0].args, max(abs(each.returncode) for each in ended), out, err)
 
 
 def own_lines(stderr: str) -> list[str]:
@@ -167,12 +165,12 @@ def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     """Every kind of network, N = 1, 3 and 5, and two prompts in one batch; and a rank holds its part of the weights and
-    no more. At 4 those that are cut otherwise than at 2."""
-    kinds = checkpoints if world == 2 else ("gqa", "mqa", "packed", "int4")
-    cases = [(name, checkpoints[name], PROMPT, requests(), False) for name in kinds]
+    no more. At 4 those that are cut otherwise than at 2, one request each."""
+    kinds = checkpoints if world == 2 else ("mqa", "packed", "int4")
+    cases = [(name, checkpoints[name], PROMPT, requests(name)[: 9 if world == 2 else 1], False) for name in kinds]
     if world == 2:  # one graph, with the sums in it
         shallow = saved(tmp_path, "shallow", replace(BASE, n_layer=1), None)
-        cases.append(("compiled", shallow, PROMPT, requests()[1:2], True))
+        cases.append(("compiled", shallow, PROMPT, requests("compiled"), True))
     (tmp_path / "cases").write_bytes(pickle.dumps(cases))
     files = tmp_path / "cases", tmp_path / "out"
     result = torchrun(world, "tests/tp_worker.py", *files)
@@ -279,10 +277,10 @@ def test_a_conversation_is_held_by_all_ranks():
 
 def test_the_death_of_a_rank_ends_all():
     """By SIGKILL, after its first token."""
-    first, other = started(2, "tests/tp_worker.py", "die", *tiny("-n", 3)[1:])
-    out, err = first.communicate(timeout=100)
-    assert other.wait(1) == -signal.SIGKILL and first.returncode == 2 and out == ""
-    (line,) = own_lines(err)
+    ranks = started(2, "tests/tp_worker.py", "die", *tiny("-n", 3)[1:])
+    first, other = (rank.end(100) for rank in ranks)
+    assert (other.returncode, first.returncode, first.stdout) == (-signal.SIGKILL, 2, "")
+    (line,) = own_lines(first.stderr)
     assert "rank 0 lost another" in line
 
 

@@ -45,11 +45,12 @@ def collectives(function: Callable[[], object]) -> list[tuple[str, int]]:
                 counted.append((func.name().partition("::")[2], args[0].numel()))
             return func(*args, **(kwargs or {}))
 
-    with torch.no_grad(), Count():
+    with Count():
         function()
     return counted
 
 
+@torch.no_grad()
 def step(engine: Engine, n: int) -> None:
     cache = KVCache.empty(engine.args, n, 4, engine.model.norm.weight)
     engine.model(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long), cache)
@@ -72,7 +73,8 @@ def draw_cases(cases: str, out: str) -> None:
         engine = Engine(model, None, compile, ranks.shard)
         engine.available = 1 << 40
         held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-        counted = {n: collectives(partial(step, engine, n)) for n in (1, 3)}
+        steps = {n: partial(step, engine, n) for n in (1, 3)}
+        counted = {n: collectives(each) if ranks.leads else each() for n, each in steps.items()}
         drawn[name] = tokens_of(engine, prompt, requests), held, counted
     if ranks.leads:
         Path(out).write_text(json.dumps(drawn))
