@@ -168,7 +168,7 @@ def test_a_batch_is_compared_with_its_prompts_one_by_one():
 @pytest.mark.skipif(not SHARED.exists(), reason="the text is not beside the repository")
 def test_training_makes_a_checkpoint_that_generates(tmp_path):
     text = (SHARED / "text" / "tinystories_sample.txt").read_text("utf-8").replace("\n\nO", "\n<|endoftext|>\nO")
-    (tmp_path / "stories.txt").write_text(text[: len(text) // 4], "utf-8")
+    (tmp_path / "stories.txt").write_text(text[: len(text) // 16], "utf-8")
     out = tmp_path / "model"
     result = run(
         "train_tiny.py", "train", "--corpus", tmp_path / "stories.txt", "--out", out, "--steps", 2, "--batch", 1
