@@ -84,11 +84,11 @@ class Workspace:
 
     @property
     def activations(self) -> int:
-        """Of a token in one layer: queries, those turned, in fp32, and what comes of them; or the feed-forward part."""
+        """Of a token in one layer: queries, those turned, in fp32, and what comes of them; then the feed-forward part,
+        beside what an allocator keeps of the first."""
         args, mixture = self.args, self.args.mixture
         width = mixture.used * (mixture.width + args.dim) + mixture.shared if mixture else args.hidden_dim
-        wide = max(24 * args.n_head * args.head_dim, 3 * width * self.dtype.itemsize)
-        return wide + 4 * args.dim * self.dtype.itemsize
+        return 24 * args.n_head * args.head_dim + (3 * width + 4 * args.dim) * self.dtype.itemsize
 
     def attention(self, rows: int, folded: int) -> int:
         """Of one layer. Where a context in int8 is widened, so are its keys and half of its values, or all of both."""
@@ -121,7 +121,7 @@ class Workspace:
         """Of a query and a key: distances in int64, and which are near; biases of all heads, made and put in order; for
         PyTorch's attention what is visible, as bool and in the network's dtype."""
         windows = 10 if any(self.args.windows) else 0
-        return windows + 8 * self.args.n_head * self.args.alibi + (2 + self.dtype.itemsize) * by_sdpa
+        return windows + 8 * self.args.n_head * self.args.alibi + (1 + self.dtype.itemsize) * by_sdpa
 
     def by_sdpa(self, cached: int, queries: int, slots: int) -> int:
         """cache.sdpa, which holds scores where partial_attention does its work, and on CUDA where heads are grouped: a
