@@ -103,7 +103,7 @@ def run(engine, request, length, is_read):
 
 for name, by_kernel, length, n, shape, fields in json.loads(sys.argv[1]):
     kernels.library = lambda: library if by_kernel else kernels.Library(None, "off")
-    args = ModelArgs(64, *shape[:2], shape[2], 64, shape[3], shape[4], 1 << 20)
+    args = ModelArgs(64, *shape, 1 << 20)
     dtype = getattr(torch, fields.pop("dtype", "float32"))
     model = Transformer(args).to(dtype).requires_grad_(False)
     for parameter in model.parameters():
@@ -112,29 +112,29 @@ for name, by_kernel, length, n, shape, fields in json.loads(sys.argv[1]):
     engine.packed, engine.available = True, 1 << 40  # a packed weight is a copy, of weights
     sampling, is_read = Sampling(**fields.pop("sampling", {"top_k": 200})), fields.pop("is_read", False)
     request = Request(n, 2, sampling, **fields)
-    run(engine, request, 70, is_read)  # loads the code that PyTorch loads on first use
+    run(engine, replace(request, num_samples=min(n, 2)), 70, is_read)  # loads the code that PyTorch loads on first use
     plan, read, peak = run(engine, request, length, is_read)
-    of_read = plan.context_while_read + is_read * plan.space.reading()
+    of_read = plan.context_while_read + n * plan.copied_per_sample + is_read * plan.space.reading()
     of_read = max(of_read, plan.needed - plan.weights.total) if fields.get("kv_dtype") else of_read
     print(json.dumps([name, of_read, read, plan.context + plan.decoded + plan.workspace, peak]))
 """
 
-# Name, by kernels.cpp, tokens of the prompt, N, (layers, heads, key/value heads, width, vocabulary), of the request.
-# Blocks of the larger term are above 32 MiB, which glibc hands back.
+# Name, by kernels.cpp, tokens of the prompt, N, (layers, H, G, D, width, vocabulary), of the request. Where scores are
+# most of it they are above 32 MiB: such blocks glibc hands back.
 RUNS = (
-    ("cache, by torch", False, 20_000, 17, (2, 8, 8, 64, 500), {}),
-    ("scores, by torch", False, 20_000, 64, (1, 8, 1, 64, 500), {}),
-    ("scores in bfloat16, by torch", False, 40_000, 32, (1, 8, 1, 64, 500), {"dtype": "bfloat16"}),
-    ("no scores, by kernels.cpp", True, 20_000, 64, (2, 16, 4, 64, 500), {}),
-    ("one row", True, 20_000, 1, (2, 8, 8, 64, 500), {}),
-    ("copies of the cache", False, 4_000, 17, (2, 8, 2, 64, 500), {"attention": "contiguous"}),
-    ("copies at each step", False, 4_000, 17, (1, 8, 4, 64, 500), {"attention": "expanded"}),
-    ("int8, by kernels.cpp", True, 20_000, 17, (2, 8, 8, 64, 500), {"kv_dtype": "int8"}),
-    ("int8, by torch", False, 20_000, 17, (2, 8, 8, 64, 500), {"kv_dtype": "int8"}),
-    ("logits", True, 20, 128, (1, 8, 2, 64, 100_000), {}),
-    ("logits without filters", True, 20, 128, (1, 8, 2, 64, 100_000), {"sampling": {}}),
-    ("a prompt read whole", True, 4_000, 3, (2, 4, 4, 2400, 500), {"is_read": True, "prefill_chunk": 4_000}),
-    ("a prompt in chunks, by torch", False, 6_000, 3, (1, 4, 4, 64, 500), {"is_read": True, "prefill_chunk": 3_000}),
+    ("cache, by torch", False, 20_000, 17, (2, 8, 8, 64, 64, 500), {}),
+    ("scores, by torch", False, 20_000, 64, (1, 8, 1, 64, 64, 500), {}),
+    ("scores in bfloat16, by torch", False, 40_000, 32, (1, 8, 1, 16, 64, 500), {"dtype": "bfloat16"}),
+    ("no scores, by kernels.cpp", True, 20_000, 64, (2, 16, 4, 64, 64, 500), {}),
+    ("one row", True, 20_000, 1, (2, 8, 8, 64, 64, 500), {}),
+    ("copies of the cache", False, 4_000, 17, (2, 8, 2, 64, 64, 500), {"attention": "contiguous"}),
+    ("copies at each step", False, 4_000, 17, (1, 8, 4, 64, 64, 500), {"attention": "expanded"}),
+    ("int8, by kernels.cpp", True, 20_000, 17, (4, 8, 8, 64, 64, 500), {"kv_dtype": "int8"}),
+    ("int8, by torch", False, 20_000, 17, (2, 8, 8, 64, 64, 500), {"kv_dtype": "int8"}),
+    ("logits", True, 20, 128, (1, 8, 2, 64, 64, 100_000), {}),
+    ("logits without filters", True, 20, 128, (1, 8, 2, 64, 64, 100_000), {"sampling": {}}),
+    ("a prompt read whole", True, 4_000, 3, (2, 4, 4, 64, 3600, 500), {"is_read": True, "prefill_chunk": 4_000}),
+    ("a prompt in chunks", False, 8_000, 3, (1, 2, 2, 64, 64, 500), {"is_read": True, "prefill_chunk": 4_000}),
 )
 
 
@@ -150,7 +150,7 @@ def test_a_plan_is_within_15_percent_of_what_a_run_holds():
     assert len(measured) == len(runs)
     for name, planned_read, read, planned, peak in measured:
         assert 0.85 < peak / planned < 1.15, (name, planned, peak)
-        if planned_read > 5e7:
+        if max(planned_read, read) > 5e7:
             assert 0.85 < read / planned_read < 1.15, (name, "while read", planned_read, read)
 
 
