@@ -141,17 +141,16 @@ RUNS = (
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak")
 def test_a_plan_is_within_15_percent_of_what_a_run_holds():
     """While the prompt is read, where it is, and while samples decode, beyond the weights: where keys and values are
-    most of it, and where scores, copies, logits or activations are."""
+    most of it, and where scores, copies, logits or activations are. Oracle: the kernel's count."""
     runs = [each for each in RUNS if not each[1] or library().functions is not None]
     command = [sys.executable, "-c", PLANNED, json.dumps(runs)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     measured = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(measured) == len(runs)
-    for name, planned_read, read, planned, peak in measured:
-        assert 0.85 < peak / planned < 1.15, (name, planned, peak)
-        if max(planned_read, read) > 5e7:
-            assert 0.85 < read / planned_read < 1.15, (name, "while read", planned_read, read)
+    for name, *sizes in measured:
+        phases = [pair for pair in (sizes[:2], sizes[2:]) if max(pair) > 4e7]  # or an allocator's habits are most of it
+        assert phases and all(0.85 < held / planned < 1.15 for planned, held in phases), (name, sizes)
 
 
 WIDENED = """
