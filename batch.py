@@ -187,8 +187,9 @@ class Room:
         groups = min(len(sharing.groups), prompts // 2 + 1)
         token = plan.context // plan.workload.context
         held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
-        own = plan.decoded_per_sample + plan.workspace_per_sample
-        return cls(rows, prompts, groups, plan.weights.total + held * token + rows * own)
+        held = held * token + rows * plan.decoded_per_sample
+        held += max(plan.space.reading(), plan.space.decoding(rows, max(rows, prompts * n)))
+        return cls(rows, prompts, groups, plan.weights.total + held)
 
     @classmethod
     def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Room":

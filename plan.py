@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,6 +21,7 @@ from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 from request import Workload
+from workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,15 @@ class Plan:
     context_while_read: int
     decoded_per_sample: int
     copied_per_sample: int  # the contiguous layout's own copy of the context
-    workspace_per_sample: int
+    space: Workspace
     unshared: int
     available: int
     rows_at_once: int
     compiled: bool
     compile_reason: str
     packed: bool
-    packed_tied: int  # bytes of the packed copy of a tied output
+    packed_tied: int  # of the packed copy of a tied output
+    needed: int  # the most that is held: while the prompt is read, or while the rows that run together decode
 
     @property
     def waves(self) -> int:
@@ -102,12 +105,7 @@ class Plan:
     @property
     def workspace(self) -> int:
         """Scores, logits and copies of the context, of the rows that run together."""
-        return (self.workspace_per_sample + self.copied_per_sample) * self.rows_at_once
-
-    @property
-    def needed(self) -> int:
-        """All that is held while the rows that run together decode."""
-        return self.weights.total + self.packed_tied + self.context + self.decoded + self.workspace
+        return self.space.decoding(self.rows_at_once) + self.copied_per_sample * self.rows_at_once
 
     @property
     def per_step(self) -> int:
@@ -132,7 +130,7 @@ class Plan:
                 f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
-                f"scores, logits, copies      {human(self.workspace):>10}",
+                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
                 f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
                 f"available                   {human(self.available):>10}",
@@ -152,38 +150,32 @@ def plan_run(
 ) -> Plan:
     """The plan for a workload. compile None: where it pays. Raises ValueError where not one sample fits `available`."""
     context, token = work.context, args.kv_values_per_token * dtype.itemsize
-    own = work.max_new_tokens + work.drafted
+    own = work.own_slots
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
-    # Of one layer: scores in fp32 and in the model's dtype, own keys in fp32, and for the expanded layout all its keys.
-    positions = 1 + work.drafted  # of a row in a step
-    scores = args.n_head * total * 8 * positions + 4 * own * args.n_kv_head * args.head_dim
-    if work.attention == "expanded":
-        scores += total * token // args.n_layer
-    # Or the logits of a row, in the model's dtype and in fp32. A recorded step has them in a pool of its own, too.
-    workspace = max(scores, args.vocab_size * 8 * positions) * (2 if device.type == "cuda" else 1)
+    space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
     read = held = context * token  # while the prompt is read, and after that
-    widened = 0
-    if work.kv_dtype == "int8":  # once read, and two copies of one layer in the network's dtype, while it is widened
-        widened = 2 * read // args.n_layer
+    if work.kv_dtype == "int8":
         held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
     read, held = (size + context * work.draft_token for size in (read, held))
-    each = decoded + copied + workspace
-    rows = min(work.num_samples, max(0, available - weights.total - held - widened) // each)
-    needed = weights.total + max(read, held + widened + each)
-    if needed > available:
+
+    def needed(rows: int) -> int:
+        return weights.total + max(read + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
+
+    if needed(1) > available:
         raise ValueError(
-            f"one sample needs {human(needed)} (weights {human(weights.total)}, context K/V {human(read)} while it is "
-            f"read), {human(available)} is available: shorten the prompt, or raise --max_memory"
+            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} while it "
+            f"is read), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
+    rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
     waves = -(-work.num_samples // rows)
     rows = -(-work.num_samples // waves)  # waves of one size
     steps = work.runs * waves * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
-    packed = choose_packing(device, dtype, args, steps, rows * positions)
-    left = available - weights.total - max(read, held + widened + rows * each)
+    packed = choose_packing(device, dtype, args, steps, rows * (1 + work.drafted))
+    packed_tied = weights.tied if packed and weights.tied <= available - needed(rows) else 0
     return Plan(
         workload=work,
         weights=weights,
@@ -192,14 +184,15 @@ def plan_run(
         context_while_read=read,
         decoded_per_sample=decoded,
         copied_per_sample=copied,
-        workspace_per_sample=workspace,
+        space=space,
         unshared=work.num_samples * total * token,
         available=available,
         rows_at_once=rows,
         compiled=compiled,
         compile_reason=why,
         packed=packed,
-        packed_tied=weights.tied if packed and weights.tied <= left else 0,
+        packed_tied=packed_tied,
+        needed=needed(rows) + packed_tied,
     )
 
 
@@ -375,6 +368,12 @@ def estimate_step(
     return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
 
 
+def has_compiler() -> bool:
+    """Whether torch.compile would find what it needs."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    return bool(shutil.which(compiler)) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
 def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
     """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
 
@@ -383,8 +382,7 @@ def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: f
     """
     if asked is False:
         return False, "--no-compile"
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
-    if not shutil.which(compiler) or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+    if not has_compiler():
         return False, "no C++ compiler, or no Python.h, was found: running eagerly"
     if asked:
         return True, "--compile"

@@ -38,9 +38,9 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype: as in Request. runs: of the same.
-    drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of a token's keys and values
-    in a draft of its own."""
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype, prefill_chunk, sampling: as in
+    Request. runs: of the same. drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of
+    a token's keys and values in a draft of its own."""
 
     context: int
     num_samples: int
@@ -50,6 +50,13 @@ class Workload:
     runs: int = 1
     drafted: int = 0
     draft_token: int = 0
+    prefill_chunk: int = 512
+    sampling: Sampling = Sampling()
+
+    @property
+    def own_slots(self) -> int:
+        """Of a row, for what it decodes."""
+        return self.max_new_tokens + self.drafted
 
 
 @dataclass(frozen=True)
@@ -96,4 +103,5 @@ class Request:
 
     def workload(self, context: int, runs: int = 1) -> Workload:
         sizes = (context, self.num_samples, self.max_new_tokens)
-        return Workload(*sizes, self.attention, self.kv_dtype, runs)
+        how = self.attention, self.kv_dtype, runs
+        return Workload(*sizes, *how, prefill_chunk=self.prefill_chunk, sampling=self.sampling)

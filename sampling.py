@@ -96,12 +96,15 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOTHING) -> tuple[Tensor, Tensor]:
-    """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE."""
+    """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE.
+
+    What is kept is made first: small blocks amid those that a part frees would keep the next part from them.
+    """
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
-    seen = seen if seen.numel() else logits[:, :0]
-    parts = zip(logits.split(rows), uniform.split(rows), seen.split(rows), strict=True)
-    tokens, logprobs = zip(*(draw_rows(*part, sampling) for part in parts), strict=True)
-    return torch.cat(tokens), torch.cat(logprobs)
+    tokens, logprobs = (torch.empty_like(uniform, dtype=each) for each in (torch.long, torch.float32))
+    for part in (slice(first, first + rows) for first in range(0, len(logits), rows)):
+        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling)
+    return tokens, logprobs
 
 
 def draw_rows(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,16 @@ from plan import (
     weigh,
 )
 from report import Stopwatch, measure
-from request import Workload
+from request import Sampling, Workload
+from rotary import RopeScaling
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def by_torch(monkeypatch) -> None:
+    """Attention that holds scores."""
+    monkeypatch.setattr("workspace.takes", lambda *_: False)
 
 
 def plan(
@@ -62,10 +69,11 @@ def test_a_step_reads_no_embedding_table_that_is_not_the_output_too():
 
 
 def test_waves_fit_what_is_available():
-    one = plan(GQA, Workload(50, 1, 16))
-    fixed, each = one.weights.total + one.context, one.decoded_per_sample + one.workspace_per_sample
+    work = Workload(50, 100, 16, prefill_chunk=1)
+    one = plan(GQA, work)
+    fixed = one.weights.total + one.context
     for fit, rows, waves in ((1, 1, 100), (3, 3, 34), (64, 50, 2), (100, 100, 1)):
-        planned = plan(GQA, Workload(50, 100, 16), fixed + fit * each + each // 2)
+        planned = plan(GQA, work, fixed + fit * one.decoded_per_sample + one.space.decoding(fit))
         assert (planned.rows_at_once, planned.waves) == (rows, waves)
 
 
@@ -73,9 +81,30 @@ def test_an_unshared_layout_plans_its_copies():
     shared, copied, expanded = (
         plan(GQA, Workload(50, 4, 16, layout)) for layout in ("bifurcated", "contiguous", "expanded")
     )
-    assert copied.decoded == shared.decoded and copied.workspace == shared.workspace + 4 * shared.context
     assert copied.copied_per_sample == shared.context and shared.copied_per_sample == 0
-    assert expanded.workspace == shared.workspace + 4 * 66 * 4 * GQA.kv_values_per_token // GQA.n_layer
+    assert copied.decoded == expanded.decoded == shared.decoded
+    assert copied.workspace > 4 * copied.context > shared.workspace
+    assert expanded.workspace > 4 * 66 * 4 * GQA.kv_values_per_token // GQA.n_layer > shared.workspace
+
+
+def test_scores_are_planned_where_they_are_held(by_torch, monkeypatch):
+    """Arithmetic by hand. 64 rows of 6 heads after 20,000 tokens, in fp32: eagerly those of a key/value head's queries,
+    which are more than SCORES_AT_ONCE; as one graph of all heads, with a copy of the keys; in bfloat16 a product and
+    what is added beside them; none by a kernel, nor by PyTorch's own attention."""
+    work = Workload(20_000, 64, 16)
+    scores = 64 * 3 * 20_000
+
+    def attention(dtype: torch.dtype = torch.float32, compile: bool = False, **fields) -> int:
+        return plan(GQA, replace(work, **fields), 10**12, dtype, compile=compile).space.attention(64, 64)
+
+    assert attention() == 4 * scores
+    assert attention(drafted=2) == 3 * 4 * scores
+    assert attention(torch.bfloat16) == 10 * scores
+    monkeypatch.setattr("plan.has_compiler", lambda: True)
+    assert attention(compile=True) == 2 * 4 * scores + 4 * 20_000 * 2 * 10
+    assert attention(attention="contiguous") == 64 * 20_016 * 5  # what is visible: bool, and in fp32
+    monkeypatch.setattr("workspace.takes", lambda *_: True)
+    assert attention() == 0
 
 
 def test_a_plan_that_cannot_hold_one_sample_says_what_it_needs():
@@ -85,12 +114,13 @@ def test_a_plan_that_cannot_hold_one_sample_says_what_it_needs():
 
 def test_what_is_needed_is_enough_to_the_byte():
     for layout in ("bifurcated", "contiguous", "expanded"):
-        needed = plan(GQA, Workload(50, 4, 16, layout)).needed
-        assert plan(GQA, Workload(50, 4, 16, layout), needed).waves == 1
-        assert plan(GQA, Workload(50, 4, 16, layout), needed - 1).waves == 2
+        work = Workload(50, 4, 16, layout, prefill_chunk=1)
+        needed = plan(GQA, work).needed
+        assert plan(GQA, work, needed).waves == 1
+        assert plan(GQA, work, needed - 1).waves == 2
 
 
-def test_on_a_gpu_the_pool_of_a_recorded_step_counts():
+def test_on_a_gpu_the_pool_of_a_recorded_step_counts(by_torch):
     """It holds a workspace of its own beside that of the steps that are not recorded."""
     cpu, cuda = (plan(GQA, Workload(50, 4, 16), device=torch.device(name), compile=False) for name in ("cpu", "cuda"))
     assert cuda.workspace == 2 * cpu.workspace
@@ -178,13 +208,39 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     assert compiled is False and "no C++ compiler" in why
 
 
-def test_a_context_in_int8_is_planned_as_such():
-    """Half and a scale, and two copies of one layer while it is widened."""
-    plain, halved = plan(GQA, Workload(50, 1, 200)), plan(GQA, Workload(50, 1, 200, kv_dtype="int8"))
-    assert halved.context == 50 * GQA.kv_values_per_token * 14 // 10 < plain.context == halved.context_while_read
-    with pytest.raises(ValueError, match="one sample needs"):
-        plan(GQA, Workload(50, 1, 200, kv_dtype="int8"), halved.needed)
-    plan(GQA, Workload(50, 1, 200, kv_dtype="int8"), halved.needed + 2 * plain.context // GQA.n_layer)
+def test_a_context_in_int8_is_planned_as_such(by_torch):
+    """Half and a scale; in fp32, two copies of a layer's keys while they are brought into int8, and three while they
+    and the values are widened again."""
+    plain, halved = (
+        plan(GQA, Workload(5000, 1, 200, kv_dtype=kv_dtype, prefill_chunk=1), compile=False)
+        for kv_dtype in ("auto", "int8")
+    )
+    assert halved.context == 5000 * GQA.kv_values_per_token * 14 // 10 < plain.context == halved.context_while_read
+    keys = plain.context // GQA.n_layer // 2
+    assert halved.space.reading() == 2 * keys and halved.space.attention(1, 1) == 3 * keys
+    assert halved.needed == halved.weights.total + plain.context + 2 * keys
+
+
+def test_a_prompt_that_is_read_whole_is_planned_as_such():
+    """With a large chunk, or where the rotation depends on its length. By hand: six times the heads' width
+    in fp32, the feed-forward part's three products, and four times the model's width."""
+    by_length = replace(GQA, rope_scaling=RopeScaling("dynamic", 2.0, 64), hidden_dim=900)
+    chunks, large, dynamic = (
+        plan(args, Workload(5000, 1, 20, prefill_chunk=chunk)).space.reading()
+        for args, chunk in ((replace(GQA, hidden_dim=900), 10), (replace(GQA, hidden_dim=900), 10**6), (by_length, 10))
+    )
+    assert large == dynamic == 5000 * 4 * (6 * 60 + 3 * 900 + 4 * 30) and chunks <= large // 5
+
+
+def test_logits_are_planned_with_what_the_draw_makes_of_them():
+    """Those of all rows and positions, and in fp32 and fp64 of at most LOGITS_AT_ONCE."""
+    args, drawn = replace(GQA, vocab_size=50_000), {}
+    for filters in ({"top_k": 200}, {}, {"top_p": 0.9}, {"top_k": 200, "repetition_penalty": 1.2}):
+        for rows in (1, 900):
+            work = Workload(50, rows, 16, sampling=Sampling(**filters))
+            drawn[tuple(filters), rows] = plan(args, work, 10**12).space.logits(rows) - rows * 50_000 * 4
+    assert [drawn[each] // 50_000 for each in drawn if each[1] == 1] == [10, 32, 56, 24]
+    assert [drawn[each] >> 20 for each in drawn if each[1] == 900] == [10, 32, 56, 24]
 
 
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
@@ -193,7 +249,8 @@ def test_packing_follows_the_rows_and_steps_that_run(streaming, monkeypatch):
     large = replace(GQA, dim=512, hidden_dim=512)
     assert not plan(large, Workload(50, 2, 200)).packed
     assert plan(large, Workload(50, 3, 200)).packed and plan(large, Workload(50, 1, 200, drafted=2)).packed
-    waves = plan(large, Workload(50, 4, 200), plan(large, Workload(50, 2, 200)).needed)
+    two, four = (Workload(50, rows, 200, prefill_chunk=1) for rows in (2, 4))
+    waves = plan(large, four, plan(large, two).needed)
     assert (waves.rows_at_once, waves.packed) == (2, False)
     assert not plan(large, Workload(50, 4, 1, runs=19)).packed
     assert plan(large, Workload(50, 4, 1, runs=20)).packed
