@@ -60,8 +60,8 @@ class Request:
 
     def workload(self, context: int, runs: int = 1) -> Workload:
         sizes = (context, self.num_samples, self.max_new_tokens)
-        how = {"prefill_chunk": self.prefill_chunk, "sampling": self.sampling}
-        return Workload(*sizes, self.attention, self.kv_dtype, runs, **how)
+        how = self.attention, self.kv_dtype, runs
+        return Workload(*sizes, *how, prefill_chunk=self.prefill_chunk, sampling=self.sampling)
 
 
 @dataclass
