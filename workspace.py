@@ -131,7 +131,7 @@ class Workspace:
         args, sampling = self.args, self.work.sampling
         held = tokens * args.vocab_size * self.dtype.itemsize * (1 if args.logit_softcap is None else 3)
         few = sampling.temperature == 0 or sampling.top_k is not None
-        drawn = 10 if few else 32 if sampling.top_p is None else 56
+        drawn = 10 if few else 26 if sampling.top_p is None else 56
         if sampling.repetition_penalty != 1:
             drawn += 14
             held += tokens * args.vocab_size * (self.work.drafted > 0)  # what is seen at each position
