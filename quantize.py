@@ -273,7 +273,7 @@ def quantise(options: argparse.Namespace) -> Path:
     groupsize = 0 if mode == "int8" else options.groupsize
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"
-    check_output(output, checkpoint)
+    check_output(output, checkpoint, text)
     layers, kept = choose_layers(empty_model(checkpoint.args), mode, options.groupsize)
     recipe, state, folder = Recipe(mode, layers, kept, groupsize), read_weights(checkpoint), None
     check_weights(empty_model(checkpoint.args), state)
