@@ -254,6 +254,8 @@ def make_job(
     plain = spoken if options.chat else Dialogue(spoken.tokenizer, spoken.vocab_size, None, None)
     prompts, bad = encode(records, spoken, plain)
     skip_bad(bad, options)
+    if not prompts:
+        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
     header |= {name: getattr(options, name) for name in HEADER} | {"prompts": digest_of(prompts)}
     if options.output is not None:
         check_header(options.output, begun, header)

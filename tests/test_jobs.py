@@ -102,10 +102,13 @@ def test_other_fields_are_carried_over_and_one_prompt_too_long_is_said(tmp_path)
     assert len(written(output)) == 3
 
 
-def test_an_empty_file_is_no_prompt(tmp_path):
-    (tmp_path / "p.jsonl").write_text("\n")
-    assert batch(tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl").returncode == 0
-    assert written(tmp_path / "o.jsonl") == []
+@pytest.mark.parametrize("content", ["", "\n", "x"])
+def test_a_file_without_a_prompt_is_refused(tmp_path, content):
+    path, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    path.write_text(content)
+    result = batch(path, "--output", output, "--skip_bad")
+    assert (result.returncode, result.stdout, output.exists()) == (2, "", False)
+    assert result.stderr == f"error: --prompts {path} has no prompt: give a file that has one\n"
 
 
 BAD = [
@@ -157,6 +160,7 @@ def test_messages_are_put_into_the_chat_template():
         (["--draft", "prompt"], "--draft is for one prompt"),
         (["--prompt", "a"], "--prompt and --prompts are both given"),
         (["--prompt_separator", ""], "--prompt_separator is empty"),
+        (["--format", "text"], "--format text is for one prompt"),
         (["--output", ROOT / "README.md"], "exists: add --resume"),
         (["--output", ROOT / "README.md", "--resume"], "no header of a batch"),
         (["--output", ROOT / "none" / "o.jsonl"], "cannot be written"),
