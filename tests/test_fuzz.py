@@ -26,6 +26,8 @@ from conftest import TINY
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as models_of
 
 import eval as evaluation
 import generate
@@ -197,6 +199,37 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def models(parts, tmp_path_factory) -> dict[str, Path]:
+    """The shipped model; in parts; with a tokenizer.json; quantised."""
+    spelled, quantised = tmp_path_factory.mktemp("spelled"), tmp_path_factory.mktemp("quantised")
+    for folder in (spelled, quantised):
+        shutil.copyfile(TINY / "config.json", folder / "config.json")
+    (spelled / "model.pth").symlink_to(TINY / "model.pth")
+    shutil.copyfile(TINY / "tokenizer.model", quantised / "tokenizer.model")
+    backend, level = Tokenizer(models_of.BPE()), pre_tokenizers.ByteLevel
+    backend.pre_tokenizer, backend.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": ["<unk>", "<s>", "</s>"], "initial_alphabet": level.alphabet(), "show_progress": False}
+    backend.train_from_iterator(
+        ["Once upon a time there was a cat."] * 9, trainers.BpeTrainer(vocab_size=290, **options)
+    )
+    begin = {"single": "<s> $A", "pair": "<s> $A $B", "special_tokens": [("<s>", 1)]}
+    backend.post_processor = processors.TemplateProcessing(**begin)
+    backend.save(str(spelled / "tokenizer.json"))
+    arguments = ["--checkpoint_path", str(TINY), "--mode", "int8", "--output", str(quantised / "model.pth")]
+    assert run(quantize.main, arguments, quantised).status == 0
+    return {"shipped": TINY, "parts": parts, "spelled": spelled, "quantised": quantised}
+
+
+@contextmanager
+def deeper() -> Iterator[None]:
+    """What nests is written and read in a few thousand calls."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
 NUMBERS = [
     *("0", "1", "2", "3", "7") * 4,
     "-1",
@@ -263,7 +296,20 @@ def test_flags(flags, stdin):
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), max_size=4)
 LARGE = st.sampled_from([1 << 20, 1 << 40, 1 << 70, 10**400, -(1 << 33), 1e30, 1e308, math.inf, math.nan])
 SMALL = st.none() | st.booleans() | st.integers(-2, 130) | st.floats(-9, 300, allow_nan=False) | LARGE | WORDS
-VALUES = SMALL | st.lists(SMALL, max_size=5) | st.dictionaries(WORDS, SMALL, max_size=3)
+DEEP = st.builds("{} deep in {}".format, st.sampled_from([100, 900, 990, 1000, 100_000]), st.sampled_from(["[]", "{}"]))
+VALUES = SMALL | DEEP | st.lists(SMALL | DEEP, max_size=5) | st.dictionaries(WORDS, SMALL | DEEP, max_size=3)
+
+
+def as_json(value: object) -> str:
+    """JSON; of DEEP lists or objects, each in the one before, which Python would not write."""
+
+    def nest(match: re.Match[str]) -> str:
+        depth, (left, right) = int(match[1]), match[2]
+        return left * depth + right * depth if left == "[" else '{"a":' * depth + "1" + "}" * depth
+
+    return re.sub(r'"(\d+) deep in (..)"', nest, json.dumps(value))
+
+
 ROPE = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn", "longrope", "su", "x"])},
     optional={
@@ -309,7 +355,7 @@ def test_fields_of_a_config(fields, dropped):
     with workplace(TINY) as folder:
         path = folder / "model" / "config.json"
         config = {name: value for name, value in json.loads(path.read_text()).items() if name not in dropped}
-        path.write_text(json.dumps(config | fields))
+        path.write_text(as_json(config | fields))
         with untouched(folder):
             result = run(generate.main, [*BASE, "--format", "jsonl", "-n", "2", "--quiet"], folder)
             check(result, f"{fields} without {dropped}")
@@ -324,6 +370,7 @@ DAMAGED = {
         "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "config.json",
         "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model",
     ],
+    "spelled": ["tokenizer.json"],
 }  # fmt: skip
 DAMAGES = st.one_of(
     st.tuples(st.just("cut"), st.integers(0, EDGE)),
@@ -332,7 +379,7 @@ DAMAGES = st.one_of(
     st.tuples(st.just("written at the end"), st.integers(1, EDGE), st.binary(min_size=1, max_size=8)),
     st.tuples(st.just("written within"), st.integers(1, 1 << 20), st.just(b"\xff" * 8)),  # nan in most dtypes
     st.tuples(st.just("replaced"), st.binary(max_size=20)),
-    st.tuples(st.just("replaced"), VALUES.map(lambda value: json.dumps(value).encode())),
+    st.tuples(st.just("replaced"), VALUES.map(lambda value: as_json(value).encode())),
     st.tuples(st.just("removed")),
 )
 
@@ -352,27 +399,89 @@ def damage(path: Path, how: tuple) -> None:
         path.write_bytes(data)
 
 
+def read_it(folder: Path, chat: bool, told: str) -> None:
+    """A run of the model in the folder, greedy and in fp32, whose text is read."""
+    flags = ["--format", "jsonl", "--temperature", "0", "--dtype", "float32", "--prompt", "a", *["--chat"] * chat]
+    with untouched(folder):
+        result = run(generate.main, [*BASE, *flags], folder)
+        check(result, told)
+        samples_of(result.stdout)
+
+
 @given(data=st.data(), source=st.sampled_from(sorted(DAMAGED)), how=DAMAGES, chat=st.booleans())
-def test_damaged_files(parts, data, source, how, chat):
+def test_damaged_files(models, data, source, how, chat):
     name = data.draw(st.sampled_from(DAMAGED[source]))
-    with workplace(TINY if source == "shipped" else parts) as folder:
+    with workplace(models[source]) as folder:
         damage(folder / "model" / name, how)
-        flags = [
-            *BASE,
-            "--format",
-            "jsonl",
-            "--temperature",
-            "0",
-            "--dtype",
-            "float32",
-            "--prompt",
-            "a",
-            *["--chat"] * chat,
-        ]
-        with untouched(folder):
-            result = run(generate.main, flags, folder)
-            check(result, f"{name} {how}")
-            samples_of(result.stdout)
+        read_it(folder, chat, f"{name} {how}")
+
+
+JSON = {
+    "parts": ["model.safetensors.index.json", "generation_config.json", "tokenizer_config.json", "config.json"],
+    "spelled": ["tokenizer.json"],
+    "quantised": ["model.pth"],
+}
+WHERE = st.lists(st.integers(0, 999), min_size=1, max_size=5)
+PATTERN = st.sampled_from([{"String": ""}, {"Regex": ""}, {"Regex": "("}, {"Regex": "(a+)+$"}, {"String": "a"}])
+COUNT = st.sampled_from([0, 1, 2, 99])
+SPLIT = {"type": st.just("Split"), "pattern": PATTERN, "behavior": st.sampled_from(["Isolated", "MergedWithNext"])}
+PARTS = {
+    "normalizer": st.one_of(
+        st.fixed_dictionaries({"type": st.just("Precompiled"), "precompiled_charsmap": st.sampled_from(["", "AAAA"])}),
+        st.fixed_dictionaries({"type": st.just("Prepend"), "prepend": WORDS}),
+        st.fixed_dictionaries({"type": st.just("Replace"), "pattern": PATTERN, "content": WORDS}),
+    ),
+    "pre_tokenizer": st.one_of(
+        st.fixed_dictionaries(SPLIT | {"invert": st.booleans()}),
+        st.fixed_dictionaries({"type": st.just("FixedLength"), "length": COUNT}),
+        st.fixed_dictionaries({"type": st.just("Metaspace"), "replacement": WORDS, "prepend_scheme": st.just("first")}),
+    ),
+    "decoder": st.one_of(
+        st.fixed_dictionaries({"type": st.just("Strip"), "content": st.just("a"), "start": COUNT, "stop": COUNT}),
+        st.fixed_dictionaries({"type": st.just("Replace"), "pattern": PATTERN, "content": WORDS}),
+        st.fixed_dictionaries({"type": st.sampled_from(["ByteFallback", "Fuse", "BPEDecoder", "WordPiece"])}),
+    ),
+    "post_processor": st.builds(
+        lambda ends, id: {"type": "BertProcessing", "sep": [ends, id], "cls": [ends, id]}, WORDS, SMALL
+    ),
+    "model": st.builds(
+        lambda unknown, id: {"type": "Unigram", "unk_id": id, "vocab": [["a", -1.0], [unknown, -2]]}, WORDS, SMALL
+    ),
+}  # fmt: skip
+PART = st.one_of(*(st.tuples(st.just(name), each) for name, each in PARTS.items()))
+
+
+def change(value: object, where: list[int], new: object) -> None:
+    """Puts something else into a list or an object, some levels down: each number chooses one of what is there."""
+    while isinstance(value, dict | list):
+        places = sorted(value) if isinstance(value, dict) else list(range(len(value)))
+        place = places[where[0] % len(places)]
+        if not where[1:] or not isinstance(value[place], dict | list) or not value[place]:
+            value[place] = new
+            return
+        value, where = value[place], where[1:]
+
+
+@given(data=st.data(), source=st.sampled_from([*JSON, "spelled"]), where=WHERE, new=VALUES, chat=st.booleans())
+def test_what_files_say(models, data, source, where, new, chat):
+    """Files that can be read, of a model, its tokenizer or the recipe of a quantised one, in which a value is another
+    or, of a tokenizer, a part."""
+    name = data.draw(st.sampled_from(JSON[source]))
+    part = data.draw(st.none() | PART) if source == "spelled" else None
+    with workplace(models[source]) as folder:
+        path = folder / "model" / name
+        if source == "quantised":
+            assume("100000 deep" not in str(new))  # which pickle does not write
+            with deeper():
+                found = torch.load(path)
+                change(found["recipe"], where, json.loads(as_json(new)))
+                path.unlink()
+                torch.save(found, path)
+        else:
+            content = json.loads(path.read_text("utf-8"))
+            change(content, where, new) if part is None else content.update([part])
+            path.write_text(as_json(content))
+        read_it(folder, chat, f"{name} with {part or new} at {where}")
 
 
 PROMPTS = st.text(max_size=60) | st.text("ab \n\u00e9\u65e5\U0001f600<s>", max_size=60)
