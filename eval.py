@@ -34,6 +34,7 @@ from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run
 from hub import locate
+from jobs import parse_json
 from options import unescaped
 from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar, OneLineParser
@@ -391,13 +392,13 @@ def run_perplexity(options: argparse.Namespace) -> None:
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise ValueError(f"{path}, line {number}: {error}") from error
         for name, kind in fields.items():
             if not isinstance(value, dict) or not isinstance(value.get(name), kind):
                 raise ValueError(f"{path}, line {number}: no {name} of the right kind")
@@ -479,7 +480,9 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
         each = found.setdefault(key, Completion(1, line["mean_logprob"], line["passed"]))
         if each.passed != line["passed"]:
             raise ValueError(f"{path}: the same text of {key[0]} has passed and has not: score it again")
-        each.number = max(each.number, lines[key], int(line.get("count", 1)))
+        if not isinstance(count := line.get("count", 1), int) or count < 1:
+            raise ValueError(f"{path}: count of {key[0]} is not a whole number from 1 on: score it again")
+        each.number = max(each.number, lines[key], count)
         each.mean_logprob = max(each.mean_logprob, line["mean_logprob"])
         each.is_cut &= line.get("finish_reason") == "length"
     problems: dict[object, list[Completion]] = {}

@@ -107,7 +107,9 @@ def run(main: Main, arguments: list[str], folder: Path, stdin: bytes | None = b"
     return Result(status, *told)
 
 
-NOTES = re.compile(r"(warning: the draft is larger|running in \d+ waves|kept in 16 bits|seed \d+$|rounded, since)")
+NOTES = re.compile(
+    r"(warning: (the draft is larger|.*: skipped$)|running in \d+ waves|kept in 16 bits|seed \d+$|rounded, since)"
+)
 
 # What an exception says that nobody has put into words: it names no value, and no remedy.
 PYTHONS_OWN = re.compile(r"object (of type|is not|has no)|unsupported operand|not supported between|unhashable|unpack")
@@ -124,13 +126,17 @@ def check(result: Result, told: str) -> None:
         assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 15, f"{told}: {lines}"
 
 
-def samples_of(text: str) -> list[dict]:
-    """Strict JSON lines: NaN is none."""
+def strictly(line: str) -> dict:
+    """What a line of JSON says. NaN is none."""
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is no JSON")
 
-    rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return json.loads(line, parse_constant=refuse)
+
+
+def samples_of(text: str) -> list[dict]:
+    rows = [strictly(line) for line in text.split("\n")[:-1]]
     assert all({"sample", "seed", "text", "tokens", "finish_reason", "mean_logprob"} <= row.keys() for row in rows)
     return rows
 
@@ -271,6 +277,7 @@ FLAGS: dict[str, list[list[str]]] = {
     "--device": [["cpu"], ["cuda"], ["cuda:99"], ["cpu:1"], ["meta"], [""], ["cuda:-1"], ["x:y:z"]],
     "--draft": [[value] for value in ("prompt", "layers:2", "layers:0", "layers:99", "layers:", "medusa", "x", "")],
     "--report": [["r.json"], ["missing/r.json"], ["."], [""]],
+    "--profile": [["p.json"], ["p.json.gz"], ["."]],
 }  # fmt: skip
 
 
@@ -522,6 +529,74 @@ def test_streams(stdin, reader, n, talk):
             check(result, told)
 
 
+def lines_of(**fields: st.SearchStrategy) -> st.SearchStrategy[bytes]:
+    """A file of JSON lines with such fields, some of which are of another kind, and of other lines."""
+    known = {name: each | VALUES for name, each in fields.items()}
+    line = st.fixed_dictionaries({}, optional=known) | st.fixed_dictionaries(fields, optional={"x": VALUES}) | VALUES
+    return st.lists(line.map(lambda value: as_json(value).encode()) | st.binary(max_size=20), max_size=4).map(
+        b"\n".join
+    )
+
+
+SOME = st.sampled_from(["Once", "A cat sat", "", "é</s>", "a" * 2000])
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]), "content": SOME}))
+BATCH: dict[str, list[list[str]]] = {
+    "--output": [["out"], ["out"], ["text"], ["missing/out"], ["."], [""]],
+    "--prompt_separator": [["\\n"], ["a"], [""], ["\u0000"]],
+    "--format": [["jsonl"], ["text"]],
+    "--max_memory": [["10MB"], ["1"], ["1TB"]],
+    "--stop": [["a"], [""]],
+    "--top": [["1"], ["0"]],
+    "--system": [["x"]],
+    "--report": [["r.json"], ["prompts"]],
+    "--num_samples": [["2"], ["0"]],
+    **{f"--{name}": [[]] for name in ("skip_bad", "resume", "chat", "no-chat", "plan", "quiet", "verbose")},
+}  # fmt: skip
+
+
+@given(content=st.one_of(lines_of(prompt=SOME, id=SMALL), lines_of(messages=MESSAGES)), flags=flags_of(BATCH))
+def test_many_prompts(parts, content, flags):
+    """Of a model with a chat template."""
+    with workplace(parts, prompts=content, text=b"Once") as folder, untouched(folder):
+        result = run(generate.main, [*BASE, "--prompts", "prompts", *flags], folder)
+        check(result, f"{flags} of {content!r}")
+        if result.status == 0 and "--plan" not in flags:
+            output = folder / "out"
+            lines = (output.read_text("utf-8") if output.exists() else result.stdout).split("\n")[output.exists() : -1]
+            assert all({"id", "rank", "of"} <= strictly(line).keys() for line in lines)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> bytes:
+    """What a batch has written."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "prompts").write_bytes(PROMPTS_OF_BATCH)
+    flags = ["--checkpoint_path", str(TINY), "--prompts", "prompts", "--max_new_tokens", "4", "--no-compile", "-n", "2"]
+    assert run(generate.main, [*flags, "--output", "out"], folder).status == 0
+    return (folder / "out").read_bytes()
+
+
+PROMPTS_OF_BATCH = b'{"id": "a", "prompt": "Once", "level": 3}\n"A cat"\n"The dog"\n'
+
+
+@given(number=st.integers(0, 9), how=DAMAGES | st.tuples(WHERE, VALUES))
+def test_going_on(begun, number, how):
+    """With an output that is damaged, or in which a line, whose number is given, says something else."""
+    with workplace(TINY, prompts=PROMPTS_OF_BATCH, out=begun) as folder:
+        if isinstance(how[0], list):
+            lines = begun.splitlines()
+            value = json.loads(lines[number % len(lines)])
+            change(value, *how)
+            lines[number % len(lines)] = as_json(value).encode()
+            (folder / "out").write_bytes(b"\n".join(lines) + b"\n")
+        else:
+            damage(folder / "out", how)
+        before = contents(folder)
+        result = run(generate.main, [*BASE, "--prompts", "prompts", "-n", "2", "--output", "out", "--resume"], folder)
+        check(result, f"line {number}, {how}")
+        assert result.stdout == "" and (result.status == 0 or contents(folder) == before)
+
+
 QUANTIZE: dict[str, list[list[str]]] = {
     "--mode": [["int8"], ["int4"], ["int4-gptq"], ["int2"]],
     "--groupsize": [["32"], ["64"], ["128"], ["0"], ["x"]],
@@ -568,12 +643,20 @@ LINES = {
 ASKED = [["--perplexity", "text"], ["--samples", "problems"], ["--pass_at", "1", "--scored", "scored"], []]
 
 
-@given(asked=st.sampled_from(ASKED), flags=flags_of(EVAL))
-def test_evaluating(asked, flags):
+PROBLEMS = lines_of(task_id=SMALL, prompt=SOME)
+SCORED = lines_of(task_id=SMALL, completion=SOME, mean_logprob=SMALL, passed=st.booleans(), count=SMALL)
+
+
+@given(
+    asked=st.sampled_from(ASKED), flags=flags_of(EVAL), problems=st.just(LINES["problems"]) | PROBLEMS,
+    scored=st.just(LINES["scored"]) | SCORED,
+)  # fmt: skip
+def test_evaluating(asked, flags, problems, scored):
     assume("--perplexity" in asked or "text" not in flags)  # an output that is not read may be replaced
     base = ["--checkpoint_path", "model", "--max_new_tokens", "3", "--num_samples", "2", "--no-compile"]
-    with workplace(TINY, **FILES | LINES) as folder, untouched(folder):
-        check(run(evaluation.main, [*base, *asked, *flags], folder), f"eval.py {asked} {flags}")
+    with workplace(TINY, **FILES, problems=problems, scored=scored) as folder, untouched(folder):
+        result = run(evaluation.main, [*base, *asked, *flags], folder)
+        check(result, f"eval.py {asked} {flags} of {problems!r}, {scored!r}")
 
 
 def test_the_rule_is_not_one_that_nothing_breaks(tmp_path):

@@ -570,9 +570,9 @@ def test_a_damaged_tiktoken_vocabulary_is_refused_before_its_library_panics(mode
 
 PANICS = {
     "on loading": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-    "on any text": {"normalizer": {"type": "Prepend", "prepend": ""}},
-    "on ids": {"decoder": {"type": "Strip", "content": "a", "start": 99, "stop": 99}},
-    "on this text": {"model": {"type": "WordLevel", "vocab": {".": 0, "a": 1, "b": 2}, "unk_token": "?"}},
+    "on any text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "on ids": {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 99}},
+    "on this text": {"model": {"type": "WordLevel", "vocab": {".": 0, "b": 1}, "unk_token": "?"}},
 }
 
 
@@ -583,10 +583,9 @@ def test_a_tokenizer_whose_library_fails_is_one_line(model, parts):
     byte_level([]).save(str(model / "tokenizer.json"))
     content = json.loads((model / "tokenizer.json").read_text())
     (model / "tokenizer.json").write_text(json.dumps(content | parts))
-    for flags in (["--format", "jsonl"], ["--interactive", "--format", "jsonl"]):
-        status, out, err = forked(*SHORT, *flags, "--quiet", "--checkpoint_path", model)
-        assert (status, out, err.count("\n")) == (2, "", 1), err
-        assert re.fullmatch(f"error: {model}/tokenizer.json (is not|cannot be) .*: fetch it again\n", err)
+    status, out, err = forked(*SHORT, "--prompt", "a", "--format", "jsonl", "--quiet", "--checkpoint_path", model)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert re.fullmatch(f"error: {model}/tokenizer.json (is not|cannot be) .*: fetch it again\n", err)
 
 
 def test_what_guards_a_library_lets_all_else_through(capfd):
