@@ -48,14 +48,10 @@ class Record:
 def nests(value: object, levels: int) -> bool:
     """Whether lists and objects lie in each other for more than so many levels."""
     layer = [value]
-    for _ in range(levels + 1):
-        layer = [
-            part
-            for each in layer
-            if isinstance(each, dict | list)
-            for part in (each.values() if isinstance(each, dict) else each)
-        ]
-    return bool(layer)
+    for _ in range(levels):
+        held = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)]
+        layer = [part for parts in held for part in parts]
+    return any(isinstance(each, dict | list) for each in layer)
 
 
 def parse_json(line: str) -> Any:
