@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from system import INTERRUPTED, check_writable, complain, finish, identity, start, write_file
+from system import INTERRUPTED, check_stays, check_writable, complain, finish, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -349,6 +349,7 @@ def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
 def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
     """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
     checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
+    check_output(options.output, checkpoint.folder.iterdir())
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
     engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
@@ -612,11 +613,9 @@ def check_options(options: argparse.Namespace) -> str:
 
 def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
     """Raises ValueError where --output cannot be written, or is what is read."""
-    if output is None:
-        return
-    check_writable(output)
-    if (found := identity(output)) is not None and found in [identity(path) for path in inputs if path is not None]:
-        raise ValueError(f"{output} is what is read: it would be replaced, give another file")
+    if output is not None:
+        check_writable(output)
+        check_stays([path for path in inputs if path is not None], output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -237,10 +237,19 @@ def test_what_the_run_reads_is_not_replaced_under_any_name(model, tmp_path):
                 assert_refused(result, f"{name} is the prompt, or lies with the model: it would be replaced")
             os.remove(tmp_path / name)
         assert read.read_bytes() == before
-    with mock.patch.object(sys, "argv", ["eval.py"]):
-        os.link(prompt, tmp_path / "hard")
-        assert evaluate.main(["--perplexity", str(prompt), "--output", str(tmp_path / "hard"), "--quiet"]) == 2
-    assert prompt.read_text() == "Once"
+
+
+def test_what_an_evaluation_reads_is_not_replaced_under_any_name(model, tmp_path, capsys):
+    problems, output = tmp_path / "problems", tmp_path / "hard"
+    problems.write_text('{"task_id": "A", "prompt": "Once"}')
+    flags = ["--checkpoint_path", str(model), "--samples", str(problems), "--output", str(output), "--quiet"]
+    for read in (problems, model / "config.json", model / "model.pth"):
+        os.link(read, output)
+        before = read.read_bytes()
+        assert evaluate.main([*flags, "-n", "1", "--max_new_tokens", "1"]) == 2
+        assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
+        assert read.read_bytes() == before
+        output.unlink()
 
 
 COMMANDS = ["generate.py", "eval.py", "quantize.py", "mixtral-moe/memory.py"]
