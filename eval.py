@@ -9,6 +9,11 @@ What requests begin with alike is read once (scoring.py). Results go to stdout a
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
+from system import INTERRUPTED, check_stays, check_writable, complain, finish, start, write_file
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import json
 import math
@@ -23,12 +28,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-from system import INTERRUPTED, check_stays, check_writable, complain, finish, start, write_file
-
-if __name__ == "__main__":
-    start()
-
 
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint

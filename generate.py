@@ -5,6 +5,11 @@
 Samples go to stdout, everything else to stderr.
 """
 
+from system import INTERRUPTED, complain, finish, start, write_file
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import gzip
 import json
@@ -16,11 +21,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-from system import INTERRUPTED, complain, finish, start, write_file
-
-if __name__ == "__main__":
-    start()
 
 import torch
 

@@ -11,6 +11,11 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
+from system import INTERRUPTED, complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import hashlib
 import json
@@ -23,11 +28,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-
-from system import INTERRUPTED, complain, finish, start
-
-if __name__ == "__main__":
-    start()
 
 import torch
 import torch.nn as nn

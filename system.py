@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 300  # characters of the line that tells an error
@@ -182,6 +181,8 @@ def check_writable(path: Path) -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
+    from tempfile import TemporaryDirectory  # which takes longer to import than all else here
+
     target = Path(os.path.realpath(path))  # a link stays one
     try:
         with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:

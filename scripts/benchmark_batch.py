@@ -8,12 +8,7 @@ the line says how many differ (in fp32, none but for near-ties). --vary: samples
 so many short prompts of one batch, and this process's resident memory when a tenth of them and when all are done.
 """
 
-import argparse
-import random
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -22,6 +17,12 @@ from system import finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 

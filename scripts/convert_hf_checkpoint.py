@@ -5,9 +5,7 @@ python scripts/convert_hf_checkpoint.py --checkpoint_dir FOLDER [--out FOLDER]
 The tensors are mapped, and written one after another: what is held is the pages that the system chooses to keep.
 """
 
-import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +14,9 @@ from system import check_stays, complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import shutil
+from dataclasses import replace
 
 from checkpoint import (
     Checkpoint,

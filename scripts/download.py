@@ -5,10 +5,8 @@ python scripts/download.py OWNER/NAME [--revision R] [--out FOLDER] [--file NAME
 The folder goes to stdout, everything else to stderr. The same command again fetches what is still missing.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -16,6 +14,9 @@ from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+from typing import NoReturn
 
 from hub import CHECKPOINTS, fetch
 

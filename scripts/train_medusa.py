@@ -8,7 +8,6 @@ the one that the model has run (Cai et al. 2024, arXiv 2401.10774, section 2.1).
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,6 +16,8 @@ from system import check_stays, check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import time
 
 import torch
 import torch.nn.functional as F
