@@ -136,8 +136,9 @@ def is_of(value: object, kind: Any) -> bool:
     """Whether a value is of the type of a field of Recipe: a plain one, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
-    parts = [*value, *value.values()] if isinstance(value, dict) else value
-    return isinstance(value, kind.__origin__) and all(isinstance(part, str) for part in parts)
+    if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
+        return False
+    return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -225,8 +226,8 @@ def check_state(found: Any, path: Path) -> None:
 def unpickle(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped. No code in the file is run. Raises ValueError."""
     check_plain(path)
-    mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
     try:
+        mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
         if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):

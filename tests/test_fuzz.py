@@ -415,9 +415,13 @@ def read_it(folder: Path, chat: bool, told: str) -> None:
         samples_of(result.stdout)
 
 
-@given(data=st.data(), source=st.sampled_from(sorted(DAMAGED)), how=DAMAGES, chat=st.booleans())
-def test_damaged_files(models, data, source, how, chat):
-    name = data.draw(st.sampled_from(DAMAGED[source]))
+FILES_OF = [(source, name) for source, names in DAMAGED.items() for name in names]
+
+
+@given(file=st.sampled_from(FILES_OF), how=DAMAGES, chat=st.booleans())
+@example(file=("shipped", "model.pth"), how=("written at the end", 23, b"\x01"), chat=False)
+def test_damaged_files(models, file, how, chat):
+    source, name = file
     with workplace(models[source]) as folder:
         damage(folder / "model" / name, how)
         read_it(folder, chat, f"{name} {how}")
