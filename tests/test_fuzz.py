@@ -136,7 +136,7 @@ def strictly(line: str) -> dict:
 
 
 def samples_of(text: str) -> list[dict]:
-    rows = [strictly(line) for line in text.split("\n")[:-1]]
+    rows = [strictly(line) for line in text.split("\n") if line]
     assert all({"sample", "seed", "text", "tokens", "finish_reason", "mean_logprob"} <= row.keys() for row in rows)
     return rows
 
@@ -473,12 +473,19 @@ def change(value: object, where: list[int], new: object) -> None:
         value, where = value[place], where[1:]
 
 
-@given(data=st.data(), source=st.sampled_from([*JSON, "spelled"]), where=WHERE, new=VALUES, chat=st.booleans())
-def test_what_files_say(models, data, source, where, new, chat):
+SAYING = [(source, name) for source, names in JSON.items() for name in names]
+SPELLED = ("spelled", "tokenizer.json")
+
+
+@given(
+    file=st.sampled_from([*SAYING, *[SPELLED] * 3]), where=WHERE, new=VALUES, part=st.none() | PART, chat=st.booleans()
+)
+@example(file=("quantised", "model.pth"), where=[7], new=None, part=None, chat=False)
+@example(file=SPELLED, where=[0], new=0, part=("pre_tokenizer", {"type": "FixedLength", "length": 0}), chat=False)
+def test_what_files_say(models, file, where, new, part, chat):
     """Files that can be read, of a model, its tokenizer or the recipe of a quantised one, in which a value is another
     or, of a tokenizer, a part."""
-    name = data.draw(st.sampled_from(JSON[source]))
-    part = data.draw(st.none() | PART) if source == "spelled" else None
+    (source, name), part = file, part if file == SPELLED else None
     with workplace(models[source]) as folder:
         path = folder / "model" / name
         if source == "quantised":
@@ -559,6 +566,8 @@ BATCH: dict[str, list[list[str]]] = {
 
 
 @given(content=st.one_of(lines_of(prompt=SOME, id=SMALL), lines_of(messages=MESSAGES)), flags=flags_of(BATCH))
+@example(content=b'{"prompt": "Once", "x": NaN}', flags=[])
+@example(content=b'{"prompt": "Once", "x": ' + b"[" * 900 + b"]" * 900 + b"}", flags=[])
 def test_many_prompts(parts, content, flags):
     """Of a model with a chat template."""
     with workplace(parts, prompts=content, text=b"Once") as folder, untouched(folder):
@@ -584,6 +593,7 @@ PROMPTS_OF_BATCH = b'{"id": "a", "prompt": "Once", "level": 3}\n"A cat"\n"The do
 
 
 @given(number=st.integers(0, 9), how=DAMAGES | st.tuples(WHERE, VALUES))
+@example(number=5, how=([91], []))
 def test_going_on(begun, number, how):
     """With an output that is damaged, or in which a line, whose number is given, says something else."""
     with workplace(TINY, prompts=PROMPTS_OF_BATCH, out=begun) as folder:
