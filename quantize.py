@@ -207,6 +207,8 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
         tokens = tokenizer.encode(options.calibration_file.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{options.calibration_file} is not a UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): give a text") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     own = length - len(first)
     if len(tokens) < count * own:
@@ -309,10 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--calibration_seq_length", type=int, help="tokens of one; default: 2048, or what the model holds")
     flag("--calibration_sequences", type=int, default=64, help="spread over the text; default: 64")
     flag("--act_order", action="store_true", help="int4-gptq: columns of the largest inputs first")
+    options = parser.parse_args(arguments)
     try:
-        print(quantise(parser.parse_args(arguments)))
+        print(quantise(options))
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
+        if options.calibration_file is not None:
+            print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         return complain(error)

@@ -334,7 +334,10 @@ REFUSED = {
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "4097"),
         "64 sequences of 4097 tokens cannot be: give at least one, of 2 to 4096 tokens",
     ),
-    "no file": (("--mode", "int4-gptq", "--calibration_file", "none"), "[Errno 2] No such file or directory: 'none'"),
+    "no file": (
+        ("--mode", "int4-gptq", "--calibration_file", "none"),
+        "none cannot be read (No such file or directory): give a text",
+    ),
     "itself": (
         ("--mode", "int8", "--output", "model.pth"),
         "model.pth is read, and would be replaced: give another file",
