@@ -37,7 +37,7 @@ from system import finish, start
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("test", derandomize=True, max_examples=18, **COMMON)
+settings.register_profile("test", derandomize=True, max_examples=16, **COMMON)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")), print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("FUZZ_PROFILE", "test"))
 
