@@ -122,9 +122,9 @@ def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
     """Whether text after a control token is encoded as a prompt is. A tokenizer.json says so by itself."""
     if not isinstance(tokenizer, JSONTokenizer):
         return chat.legacy
-    tokenizer.backend.encode_special_tokens = False
+    tokenizer.backend.made.encode_special_tokens = False
     _, *ids = tokenizer.backend.encode(control + "a", add_special_tokens=False).ids
-    tokenizer.backend.encode_special_tokens = True
+    tokenizer.backend.made.encode_special_tokens = True
     return ids == tokenizer.encode("a")
 
 

@@ -7,6 +7,7 @@ metadata; nothing is guessed from a path. Weights are mapped, not read: a page c
 """
 
 import json
+import os
 import re
 import shutil
 import zipfile
@@ -14,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +34,7 @@ from families import (
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
-from system import check_plain
+from system import check_plain, check_stays
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
@@ -115,14 +117,28 @@ def is_quantised(found: object) -> bool:
 
 def read_recipe(values: Any, path: Path) -> Recipe:
     """Raises ValueError where it is not one that this version knows."""
-    try:
-        recipe = Recipe(**values)
-        known = recipe.version == RECIPE_VERSION and KINDS.keys() >= set(recipe.layers.values())
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its recipe cannot be read ({error}): quantise the model again") from error
-    if not known:
-        raise ValueError(f"{path}: its recipe is of another version, {recipe.version}: quantise the model again")
-    return recipe
+    values = values if isinstance(values, dict) else {}
+    version, kinds = values.get("version"), get_type_hints(Recipe)
+    if isinstance(version, int) and version != RECIPE_VERSION:
+        raise ValueError(f"{path}: its recipe is of another version, {version}: quantise the model again")
+    wrong = [name for name in ("mode", "layers", "version") if name not in values]
+    wrong += [name for name, value in values.items() if name not in kinds or not is_of(value, kinds[name])]
+    if not wrong and not KINDS.keys() >= set(values["layers"].values()):
+        wrong = ["layers"]
+    if not wrong and "int4" in values["layers"].values() and values.get("groupsize", 0) < 1:
+        wrong = ["groupsize"]
+    if wrong:
+        raise ValueError(f"{path}: its recipe cannot be read ({wrong[0]!r}): quantise the model again")
+    return Recipe(**values)
+
+
+def is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of a field of Recipe: a plain one, or a dict or tuple of strings."""
+    if not isinstance(kind, GenericAlias):
+        return isinstance(value, kind)
+    if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
+        return False
+    return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -210,8 +226,8 @@ def check_state(found: Any, path: Path) -> None:
 def unpickle(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped. No code in the file is run. Raises ValueError."""
     check_plain(path)
-    mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
     try:
+        mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
         if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
@@ -351,26 +367,41 @@ def write_whole(value: Any, path: Path) -> None:
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes config.json and model.pth, each under a temporary name first. Raises OSError where that cannot be."""
+    """Writes config.json, where it is not there yet, and model.pth, each under a temporary name first. Raises OSError
+    where that cannot be."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "config.json.unfinished"
+    path, unfinished = folder / "config.json", folder / "config.json.unfinished"
     try:
         unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_whole(dict(state), folder / "model.pth")
-        unfinished.replace(folder / "config.json")
+        if not path.exists() or read_json(path) != config:
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def check_output(output: Path, checkpoint: Checkpoint) -> None:
-    """Raises ValueError where the output would replace what is read, or would lie beside another model's config."""
-    if output.resolve() in (path.resolve() for path in checkpoint.weights):
-        raise ValueError(f"--output {output} is the checkpoint that is read: give another name")
+def companions(folder: Path) -> list[Path]:
+    """What belongs to a model beside its weights: its config, and all of the tokenizer."""
+    found = [path for pattern in ("*.json", "*.jinja", "tokenizer.model") for path in folder.glob(pattern)]
+    return [path for path in found if path.is_file() and not path.name.endswith(".index.json")]
+
+
+def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:
+    """Raises ValueError where the output would replace what is read, of the model or a text, cannot be written, or
+    would lie beside files of another model."""
     if output.suffix != ".pth":
         raise ValueError(f"--output {output} must end in .pth")
-    config = output.parent / "config.json"
+    check_stays([*checkpoint.weights, *companions(checkpoint.folder), *([text] if text else [])], output)
+    folder, config = output.parent, output.parent / "config.json"
+    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())  # the others are made
+    if not (place.is_dir() and os.access(place, os.W_OK)) or output.is_dir():
+        raise ValueError(f"--output {output} cannot be written: give a file in a folder that can")
     if config.exists() and read_json(config) != checkpoint.config:
         raise ValueError(f"{config} is of another model: give --output in a folder of its own")
+    for mine in [] if config.exists() else companions(checkpoint.folder):
+        theirs = folder / mine.name
+        if theirs.exists() and not (theirs.is_file() and theirs.read_bytes() == mine.read_bytes()):
+            raise ValueError(f"{theirs} is of another model: give --output in a folder of its own")
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
@@ -384,9 +415,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Puts config.json, and what belongs to the tokenizer, into a folder that has no config.json."""
     if (folder / "config.json").exists():
         return
-    if folder.resolve() != checkpoint.folder.resolve():
-        for pattern in ("*.json", "*.jinja", "tokenizer.model"):
-            for path in checkpoint.folder.glob(pattern):
-                if not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, folder / path.name)
+    for path in companions(checkpoint.folder):
+        if not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", "utf-8")

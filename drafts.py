@@ -3,6 +3,7 @@
 Shapes: N rows, k proposals, T context length, V vocabulary, as in speculate.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -89,6 +90,13 @@ class PromptDraft(Draft):
         self.source, self.end = self.source[rows], self.end[rows]
 
 
+def sound(draft: Draft, tokens: Tensor, logprobs: Tensor) -> Tensor:
+    """The tokens that a draft has drawn. Raises ValueError where its logits hold nan or infinity."""
+    if not math.isfinite(float(logprobs.sum())):
+        raise ValueError(f"the draft, {draft.name}: its logits are not finite: give another, or --dtype float32")
+    return tokens
+
+
 class LayersDraft(Draft):
     """The target's first layers with its own norm and head (early exit: LayerSkip, arXiv 2404.16710). Their keys and
     values are the target's own: verification writes them again."""
@@ -109,7 +117,8 @@ class LayersDraft(Draft):
         for ahead in range(k):
             where = rows.input_pos + ahead
             logits, _ = self.step(StepInput(tokens[-1], where, rows.samples, rows.seed), self.cache)  # [N,1,V]
-            tokens.append(rows.draw(logits[..., : rows.model.args.vocab_size], where + 1)[0])
+            drawn = rows.draw(logits[..., : rows.model.args.vocab_size], where + 1)
+            tokens.append(sound(self, *drawn))
         return torch.cat(tokens[1:], 1)
 
 
@@ -191,7 +200,7 @@ class MedusaDraft(Draft):
             return rows.token.expand(-1, k)
         x = rows.model.norm(rows.hidden)  # [N,1,dim]
         heads = (F.linear(x + F.silu(F.linear(x, *block)), output) for *block, output in self.heads[:k])
-        tokens = rows.draw(torch.cat(list(heads), 1), rows.input_pos + rows.arange(1, k + 1))[0]
+        tokens = sound(self, *rows.draw(torch.cat(list(heads), 1), rows.input_pos + rows.arange(1, k + 1)))
         return tokens if self.ids is None else self.ids[tokens]
 
 

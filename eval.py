@@ -9,6 +9,11 @@ What requests begin with alike is read once (scoring.py). Results go to stdout a
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
+from system import INTERRUPTED, check_stays, check_writable, complain, finish, start, write_file
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import json
 import math
@@ -24,16 +29,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from system import INTERRUPTED, OneLineParser, check_writable, complain, finish, identity, start, write_file
-
-if __name__ == "__main__":
-    start()
-
-
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run
+from flags import OneLineParser
 from hub import locate
+from jobs import parse_json
 from options import unescaped
 from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar
@@ -348,6 +349,7 @@ def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
 def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
     """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
     checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
+    check_output(options.output, checkpoint.folder.iterdir())
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
     engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
@@ -391,13 +393,13 @@ def run_perplexity(options: argparse.Namespace) -> None:
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise ValueError(f"{path}, line {number}: {error}") from error
         for name, kind in fields.items():
             if not isinstance(value, dict) or not isinstance(value.get(name), kind):
                 raise ValueError(f"{path}, line {number}: no {name} of the right kind")
@@ -479,7 +481,9 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
         each = found.setdefault(key, Completion(1, line["mean_logprob"], line["passed"]))
         if each.passed != line["passed"]:
             raise ValueError(f"{path}: the same text of {key[0]} has passed and has not: score it again")
-        each.number = max(each.number, lines[key], int(line.get("count", 1)))
+        if not isinstance(count := line.get("count", 1), int) or count < 1:
+            raise ValueError(f"{path}: count of {key[0]} is not a whole number from 1 on: score it again")
+        each.number = max(each.number, lines[key], count)
         each.mean_logprob = max(each.mean_logprob, line["mean_logprob"])
         each.is_cut &= line.get("finish_reason") == "length"
     problems: dict[object, list[Completion]] = {}
@@ -609,11 +613,9 @@ def check_options(options: argparse.Namespace) -> str:
 
 def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
     """Raises ValueError where --output cannot be written, or is what is read."""
-    if output is None:
-        return
-    check_writable(output)
-    if (found := identity(output)) is not None and found in [identity(path) for path in inputs if path is not None]:
-        raise ValueError(f"{output} is what is read: it would be replaced, give another file")
+    if output is not None:
+        check_writable(output)
+        check_stays([path for path in inputs if path is not None], output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,10 +5,17 @@
 Samples go to stdout, everything else to stderr.
 """
 
+from system import INTERRUPTED, complain, finish, start, write_file
+
+if __name__ == "__main__":
+    start()
+
 import argparse
+import gzip
 import json
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,10 +23,8 @@ from functools import partial
 from pathlib import Path
 
 from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
-from system import INTERRUPTED, complain, finish, start, write_file
 
 if __name__ == "__main__":
-    start()
     build_parser().parse_args()  # --help, and a flag that is mistyped, need not wait for the imports below
 
 import torch
@@ -375,15 +380,19 @@ def profiled(go: Callable[[Session, Engine], None], session: Session, engine: En
 
 
 def export(profile: torch.profiler.profile, path: Path) -> None:
-    """Raises OSError where the trace was not written, or not to its end, which PyTorch does not tell."""
-    profile.export_chrome_trace(str(path))
-    size = path.stat().st_size if path.exists() else 0
-    if size and path.suffix != ".gz":
-        with path.open("rb") as file:
-            file.seek(-min(16, size), os.SEEK_END)
-            size = file.read().rstrip().endswith(b"}")
-    if not size:
-        raise OSError("the disk is full, it seems")
+    """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
+    nothing more can be written to that file."""
+    trace = path.with_suffix(".trace")  # one that ends in .gz PyTorch would write elsewhere first
+    profile.export_chrome_trace(str(trace))
+    with trace.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.write(bytes(1 << 16))
+        file.truncate(size)
+    if path.suffix == ".gz":
+        with trace.open("rb") as file, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(file, packed)
+    else:
+        trace.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ Id = str | int
 OWN = frozenset(
     "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
 )
+DEEPEST = 100  # levels of a line of JSON
 EDGE = 1 << 20  # bytes at both ends of a file of weights that tell it from others of its size
 
 
@@ -44,16 +45,37 @@ class Record:
     fields: dict[str, Any]
 
 
-def parse(number: int, line: str) -> Record:
-    """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
+def nests(value: object, levels: int) -> bool:
+    """Whether lists and objects lie in each other for more than so many levels."""
+    layer = [value]
+    for _ in range(levels):
+        held = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)]
+        layer = [part for parts in held for part in parts]
+    return any(isinstance(each, dict | list) for each in layer)
+
+
+def parse_json(line: str) -> Any:
+    """What a line of JSON says, which can be written again. Raises ValueError where it is none, UnicodeError where an
+    escape is half of a character."""
     try:
         value = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        if nests(value, DEEPEST):
+            raise RecursionError
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
+    except RecursionError:
+        raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
+    text.encode()
+    return value
+
+
+def parse(number: int, line: str) -> Record:
+    """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
+    value = parse_json(line)
     value = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ValueError("neither a text nor an object with one of prompt and messages")
-    json.dumps(value, ensure_ascii=False).encode()  # raises where an escape is half of a character
     said = value.get("prompt", value.get("messages"))
     if "prompt" in value and not isinstance(said, str):
         raise ValueError("the prompt is not a text")
@@ -158,10 +180,15 @@ def lines_of(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         for line in file:
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
-            whole = isinstance(value, dict) and {"id", "rank", "of"} <= value.keys()
-            yield line, value if whole else None
+            yield line, value if is_line(value) else None
+
+
+def is_line(value: object) -> bool:
+    """Whether it is an object that tells whose sample it is, its rank, and of how many."""
+    kinds = {"id": str | int, "rank": int, "of": int}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
 
 
 def read_begun(path: Path) -> Begun:
@@ -173,10 +200,12 @@ def read_begun(path: Path) -> Begun:
     if not first.endswith(b"\n") and b'{"header": '.startswith(first[:11]):
         return Begun(torn=bool(first))  # killed before the header was written
     try:
-        header = json.loads(first)["header"]
-        header["seed"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path} has no header of a batch: give another --output") from None
+        header = parse_json(first.decode("utf-8"))["header"]
+        seed = header["seed"]
+    except (ValueError, KeyError, TypeError):
+        seed = None
+    if not isinstance(seed, int):
+        raise ValueError(f"{path} has no header of a batch: give another --output")
     ranks: dict[str, set[int]] = {}
     totals: dict[str, int] = {}
     torn = False
@@ -254,6 +283,8 @@ def make_job(
     plain = spoken if options.chat else Dialogue(spoken.tokenizer, spoken.vocab_size, None, None)
     prompts, bad = encode(records, spoken, plain)
     skip_bad(bad, options)
+    if not prompts:
+        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
     header |= {name: getattr(options, name) for name in HEADER} | {"prompts": digest_of(prompts)}
     if options.output is not None:
         check_header(options.output, begun, header)

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flags import OneLineParser
 from request import LAYOUT_NAMES, Request
-from system import OneLineParser, check_writable, identity
+from system import check_writable, identity
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
@@ -100,7 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def output_flags(flag: Callable[..., None]) -> None:
     """Those of the group "output"."""
-    flag("--format", "jsonl is one object a line, best first", choices=("text", "jsonl"), default="text")
+    form = "jsonl is one object a line, best first; default: text, with --prompts jsonl"
+    flag("--format", form, choices=("text", "jsonl"))
     flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
     flag("--report", "write the report as JSON to this file", type=Path)
@@ -152,6 +154,8 @@ def check_batch(options: argparse.Namespace) -> None:
         if getattr(options, name) != default:
             way = "is for one prompt: leave out" if name in alone else "is for many prompts: give"
             raise ValueError(f"--{name} {way} --prompts")
+    if options.prompts is not None and options.format == "text":
+        raise ValueError("--format text is for one prompt: leave it out, --prompts writes jsonl")
     if options.prompt_separator == "":
         raise ValueError("--prompt_separator is empty: give what stands between two prompts")
     if options.resume and options.output is None:

@@ -11,6 +11,11 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
+from system import INTERRUPTED, complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import hashlib
 import json
@@ -23,11 +28,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-
-from system import INTERRUPTED, OneLineParser, complain, finish, start
-
-if __name__ == "__main__":
-    start()
 
 import torch
 import torch.nn as nn
@@ -47,6 +47,7 @@ from checkpoint import (
     write_whole,
 )
 from experts import ExpertLinear
+from flags import OneLineParser
 from gptq import gptq, quantise_int4, quantise_int8
 from model import Transformer, empty_model
 from packed import Int4Weight, Quantised, dequantise, tensors_of
@@ -206,6 +207,8 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
         tokens = tokenizer.encode(options.calibration_file.read_text("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{options.calibration_file} is not a UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): give a text") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     own = length - len(first)
     if len(tokens) < count * own:
@@ -272,7 +275,7 @@ def quantise(options: argparse.Namespace) -> Path:
     groupsize = 0 if mode == "int8" else options.groupsize
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"
-    check_output(output, checkpoint)
+    check_output(output, checkpoint, text)
     layers, kept = choose_layers(empty_model(checkpoint.args), mode, options.groupsize)
     recipe, state, folder = Recipe(mode, layers, kept, groupsize), read_weights(checkpoint), None
     check_weights(empty_model(checkpoint.args), state)
@@ -308,10 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flag("--calibration_seq_length", type=int, help="tokens of one; default: 2048, or what the model holds")
     flag("--calibration_sequences", type=int, default=64, help="spread over the text; default: 64")
     flag("--act_order", action="store_true", help="int4-gptq: columns of the largest inputs first")
+    options = parser.parse_args(arguments)
     try:
-        print(quantise(parser.parse_args(arguments)))
+        print(quantise(options))
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
+        if options.calibration_file is not None:
+            print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         return complain(error)

@@ -94,7 +94,7 @@ class Console(Stopwatch):
         super().__init__()
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
-        self.streams, self.unranked = options.num_samples == 1 and options.format == "text", options.unranked
+        self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
         self.marks = {"seed": options.seed} | ({} if turn is None else {"turn": turn})
         self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)

@@ -1,18 +1,17 @@
-"""A command and the system that it runs in: streams that are closed or full, refusals, Ctrl-C at any moment, files
-written whole.
+"""A command and the system that it runs in: streams that are closed or full, Ctrl-C at any moment, files written whole.
 
 `start` goes before the imports that take seconds, so nothing slow is imported here.
 """
 
-import argparse
 import os
 import signal
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 300  # characters of the line that tells an error
@@ -50,8 +49,47 @@ class Stream:
 class Notes(Stream):
     """stderr. Where it cannot be written the command goes on: what matters is on stdout and in files."""
 
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.null = os.open(os.devnull, os.O_WRONLY)
+
     def failed(self, error: OSError) -> None:
         pass
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is written meanwhile goes nowhere, also by a library that has no Python."""
+        kept = os.dup(2)
+        try:
+            os.dup2(self.null, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class Guarded:
+    """An object of a library in Rust: where a call fails it is a ValueError that names the file it was made of.
+
+    Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
+    out; stderr is the process's, so where Python is the user's own they stay.
+    """
+
+    def __init__(self, path: Path, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        self.path = path
+        self.made = self.call(make, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self.call, getattr(vars(self).get("made"), name))  # none yet while it is unpickled
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            with sys.stderr.aside() if isinstance(sys.stderr, Notes) else nullcontext():
+                return function(*arguments, **options)
+        except (ValueError, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
 
 
 def start() -> None:
@@ -107,25 +145,6 @@ def complain(error: object) -> int:
     return 2
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Refuses in one line, without the usage. Its flags stand in sections, and tell their defaults."""
-
-    def section(self, title: str) -> None:
-        """What the flags that follow are about."""
-        self.group = self.add_argument_group(title)
-
-    def flag(self, name: str, help: str, *aliases: str, **settings: Any) -> None:
-        default = settings.get("default")
-        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
-        self.group.add_argument(name, *aliases, help=help + shown, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        told = os.environ.get("RANK", "0") == "0"  # under torchrun, once
-        if told:
-            complain(f"{message}; see --help")
-        self.exit(2)
-
-
 def identity(path: Path) -> tuple[int, int] | None:
     """The same for all names of a file: links to it, hard links, other spellings. None: there is no such file."""
     try:
@@ -133,6 +152,12 @@ def identity(path: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return found.st_dev, found.st_ino
+
+
+def check_stays(read: Iterable[Path], output: Path) -> None:
+    """Raises ValueError where the output would replace a file that is read, under whatever name."""
+    if (found := identity(output)) is not None and found in map(identity, read):
+        raise ValueError(f"{output} is read, and would be replaced: give another file")
 
 
 def check_plain(path: Path) -> None:
@@ -156,6 +181,8 @@ def check_writable(path: Path) -> None:
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
+    from tempfile import TemporaryDirectory  # which takes longer to import than all else here
+
     target = Path(os.path.realpath(path))  # a link stays one
     try:
         with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:

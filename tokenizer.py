@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from system import Guarded
+
 
 class Tokenizer(Protocol):
     """bos_id: prepended to a prompt, None if nothing is. eos_ids: ids that end a text, as far as it knows.
@@ -102,7 +104,8 @@ class TiktokenTokenizer:
         if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
             raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
-        self.encoding = Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
+        parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
+        self.encoding = Guarded(path, Encoding, "llama3", **parts)
         self.bos_id: int | None = self.specials["<|begin_of_text|>"]
         self.eos_ids = frozenset(self.specials[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"))
         self.vocab_size = base + 256
@@ -127,12 +130,12 @@ class JSONTokenizer:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.backend = backend = Backend.from_file(str(path))
+        self.backend = backend = Guarded(path, Backend.from_file, str(path))
         backend.no_truncation()  # the file may ask for both
         backend.no_padding()
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
         backend.add_special_tokens([name for name in (bos, eos) if name and backend.token_to_id(name) is not None])
-        backend.encode_special_tokens = True  # as plain text
+        backend.made.encode_special_tokens = True  # as plain text
         self.specials = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
         begun = backend.encode(".")
         first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
@@ -162,14 +165,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises FileNotFoundError where there is neither, ValueError where a file cannot be read as what it must be.
     """
     metadata = read_metadata(folder)
-    for name in ("tokenizer.model", "tokenizer.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (folder / "tokenizer.model", folder / "tokenizer.json")):
         try:
             if path.suffix == ".json":
                 return JSONTokenizer(path, metadata)
             return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, metadata)
         except Exception as error:  # each library raises its own kinds, tokenizers bare Exception
-            raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+            why = error.__cause__ or error  # of a panic the library's own words
+            raise ValueError(f"{path} is not a tokenizer that can be read: {why}: fetch it again") from error
     raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {folder}: put the model's tokenizer there")

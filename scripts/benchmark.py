@@ -10,6 +10,17 @@ every time stands its limit: the bytes that a step must read over the measured b
 measured rate of a matrix product, whichever takes longer.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from system import complain, finish, start
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import contextlib
 import importlib.util
@@ -20,22 +31,12 @@ import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from system import OneLineParser, complain, finish, start
-
-if __name__ == "__main__":
-    start()
 
 import torch
 import torch.nn as nn
@@ -47,6 +48,7 @@ from cache import KVCache, NoCache, Prefill, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
 from experts import ExpertLinear, Mixture, MixtureOfExperts
+from flags import OneLineParser
 from graphs import Step, StepInput
 from kernels import attend_chain
 from layouts import Int8Context, SDPACache

@@ -8,20 +8,21 @@ the line says how many differ (in fp32, none but for near-ties). --vary: samples
 so many short prompts of one batch, and this process's resident memory when a tenth of them and when all are done.
 """
 
-import argparse
-import random
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from system import OneLineParser, finish, start
+from system import finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -30,6 +31,7 @@ import engine as road
 from batch import Prompt, Tally, generate_many, seed_of
 from benchmark import SHAPES, random_model
 from engine import Engine
+from flags import OneLineParser
 from plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
 from request import Request, Sampling
 from samples import Ending, Row

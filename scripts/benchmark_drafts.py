@@ -6,20 +6,21 @@ Prints a Markdown table. The time of a run is that of its decode steps; each lin
 two runs draw the same tokens (fp32), or the line says how many samples differ.
 """
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import OneLineParser, complain, finish, start
+from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from cache import NoCache
 from checkpoint import Checkpoint, load_model, read_checkpoint
 from drafts import choose_draft
 from engine import Engine, Request
+from flags import OneLineParser
 from hub import locate
 from model import Transformer
 from plan import keep_freed_memory

@@ -8,15 +8,8 @@ before every item, of random text, and a model of 110 M random weights in place 
 model runs at each of --batch_sizes on --probe items first, and then at the best. Needs: pip install "lm_eval[hf]".
 """
 
-import argparse
-import json
-import logging
-import random
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +17,14 @@ from system import finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import json
+import logging
+import random
+import tempfile
+import time
+from typing import Any
 
 import torch
 

@@ -8,14 +8,8 @@ Decoding: N samples by generate and by generate_shared, one run each: the time t
 median of --steps times, the peak of resident pages beyond the model and its gradients (Linux).
 """
 
-import argparse
-import re
-import statistics
 import sys
-import time
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "examples")]
 
@@ -23,6 +17,13 @@ from system import finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import re
+import statistics
+import time
+from functools import partial
+from typing import Any
 
 import torch
 import transformers

@@ -5,27 +5,30 @@ python scripts/convert_hf_checkpoint.py --checkpoint_dir FOLDER [--out FOLDER]
 The tensors are mapped, and written one after another: what is held is the pages that the system chooses to keep.
 """
 
-import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import OneLineParser, complain, finish, start
+from system import check_stays, complain, finish, start
 
 if __name__ == "__main__":
     start()
 
+import shutil
+from dataclasses import replace
+
 from checkpoint import (
     Checkpoint,
     check_weights,
+    companions,
     hugging_face_files,
     read_checkpoint,
     read_json,
     read_weights,
     save_model,
 )
+from flags import OneLineParser
 from hub import COMPANIONS
 from model import empty_model
 
@@ -34,19 +37,19 @@ KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is writte
 
 def convert(source: Path, out: Path) -> Path:
     """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError, before anything is written,
-    where another model lies there, or OSError."""
+    where another model lies there or what is read would be replaced, or OSError."""
     checkpoint = read_checkpoint(source)
     check_folder(checkpoint, out)
     if source.is_dir():  # not a model.pth of an earlier conversion
         checkpoint = replace(checkpoint, weights=hugging_face_files(source))
+    check_stays([*checkpoint.weights, *companions(checkpoint.folder)], out / "model.pth")
     state = read_weights(checkpoint)
     check_weights(empty_model(checkpoint.args), state)
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
-    here = [name for name in KEPT if (checkpoint.folder / name).exists()]
-    if checkpoint.folder.resolve() != out.resolve():
-        for name in here:
+    for name in KEPT:
+        if (checkpoint.folder / name).exists() and not (out / name).exists():
             shutil.copyfile(checkpoint.folder / name, out / name)
     return out / "model.pth"
 

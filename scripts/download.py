@@ -10,11 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import OneLineParser, complain, finish, start
+from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
 
+
+from flags import OneLineParser
 from hub import CHECKPOINTS, fetch
 
 

@@ -4,12 +4,8 @@ layer's attention by length and by batch.
 python scripts/plot.py --cells cells.jsonl --out charts
 """
 
-import argparse
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -17,6 +13,11 @@ from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 

@@ -8,22 +8,24 @@ the one that the model has run (Cai et al. 2024, arXiv 2401.10774, section 2.1).
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import OneLineParser, check_writable, complain, finish, start
+from system import check_stays, check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import load_model, read_checkpoint, write_whole
+from checkpoint import companions, load_model, read_checkpoint, write_whole
+from flags import OneLineParser
 from hub import locate
 from model import Transformer
 from plan import keep_freed_memory
@@ -99,6 +101,7 @@ def main() -> int:
             raise ValueError(f"heads {options.heads} and steps {options.steps} must be at least 1")
         check_writable(options.out)
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
+        check_stays([*checkpoint.weights, *companions(checkpoint.folder), options.text], options.out)
         tokenizer, args = load_tokenizer(checkpoint.folder), checkpoint.args
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         stories = options.text.read_text("utf-8").split("<|endoftext|>")

@@ -6,13 +6,7 @@
 `train` needs a text file alone: stories with a line <|endoftext|> after each.
 """
 
-import argparse
-import io
-import math
-import random
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,6 +15,13 @@ from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
+
+import argparse
+import io
+import math
+import random
+import time
+from collections.abc import Iterator
 
 import sentencepiece
 import torch

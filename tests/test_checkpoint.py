@@ -1,6 +1,7 @@
 """Files on disk. Oracle: the tensors that were written; errors name the file and the remedy."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -269,6 +270,30 @@ def test_converting_replaces_nothing_of_another_model(folder, tmp_path):
         assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
 
 
+def test_converting_replaces_nothing_that_is_read(folder, tmp_path):
+    """Whatever the name of it. Its own config and tokenizer stay as they are where it is converted in its folder, or in
+    one that has links to them."""
+    out, read = tmp_path / "out" / "model.pth", folder / "pytorch_model.bin"
+    out.parent.mkdir()
+    (folder / "model.pth").rename(read)
+    (folder / "tokenizer.model").write_text("its own")
+    for link in (os.symlink, os.link):
+        link(read, out)
+        with pytest.raises(ValueError, match="model.pth is read, and would be replaced: give another file"):
+            convert(folder, out.parent)
+        assert list(out.parent.iterdir()) == [out]
+        out.unlink()
+    for name in ("config.json", "tokenizer.model"):
+        os.symlink(folder / name, out.parent / name)
+    before = (folder / "config.json").read_bytes()
+    for place in (out.parent, folder):
+        convert(folder, place)
+        assert (folder / "config.json").read_bytes() == before
+    assert (out.parent / "config.json").is_symlink() and (out.parent / "tokenizer.model").is_symlink()
+    with pytest.raises(ValueError, match="model.pth is read"):
+        convert(out, out.parent)
+
+
 def test_a_file_of_the_older_format_is_read(folder):
     state = random_model(GQA, torch.float32).state_dict()
     torch.save(state, folder / "model.pth", _use_new_zipfile_serialization=False)
@@ -321,8 +346,11 @@ def test_a_quantised_file_comes_back(quantised):
     "changes,match",
     [
         ({"recipe": {"version": 2}}, "model.pth: its recipe is of another version, 2: quantise the model again"),
-        ({"recipe": {"layers": {"output": "int3"}}}, "its recipe is of another version"),
-        ({"recipe": {"layers": 3}}, "its recipe cannot be read"),
+        ({"recipe": {"layers": {"output": "int3"}}}, "its recipe cannot be read .*'layers'"),
+        ({"recipe": {"layers": 3}}, "its recipe cannot be read .*'layers'"),
+        ({"recipe": {"layers": {"output": ["int8"]}}}, "its recipe cannot be read .*'layers'"),
+        ({"recipe": {"mode": ["int8"]}}, "its recipe cannot be read .*'mode'"),
+        ({"recipe": {"groupsize": 0}}, "its recipe cannot be read .*'groupsize'"),
         ({"recipe": {"colour": 3}}, "its recipe cannot be read .*'colour'"),
         ({"recipe": {"layers": {"layers.9.attention.wk": "int8"}}}, "layers that config.json does not: layers.9.att"),
         ({"state": {"output.values": torch.zeros(96, 30, dtype=torch.int8)}}, r"output.values \(96, 30\) instead of"),

@@ -29,7 +29,8 @@ def afresh():
 
 @pytest.mark.parametrize("args", [PLAIN, DISTANT], ids=["plain", "ALiBi, window"])
 def test_one_compiled_step_serves_every_n_context_and_capacity(args):
-    """Also through compaction, which changes N on the way, and growth, which changes the slots in view."""
+    """Also through compaction, which changes N on the way, and growth, which changes the slots in view. What is not
+    finite is noticed as in any step."""
     model, eos = random_model(args, torch.float32), frozenset(range(3, 97, 30))
     by_mode = {mode: Engine(model, compile=mode) for mode in (True, False)}
 
@@ -44,6 +45,10 @@ def test_one_compiled_step_serves_every_n_context_and_capacity(args):
             tokens, watch = draw(n, context, length, True)
             assert tokens == draw(n, context, length, False)[0]
             assert len(watch.step_s) > 1
+        first = {row[0] for row in draw(3, 13, 1, False)[0]} - set(random_tokens(GQA, 13, seed=13).tolist())
+        model.tok_embeddings.weight[list(first)] = torch.nan  # the prompt is sound, the first step is not
+        with pytest.raises(FloatingPointError, match="the logits are not finite"):
+            draw(3, 13, 5, True)
 
 
 def filled(cache: KVCache, seed: int) -> KVCache:

@@ -459,7 +459,7 @@ def scored(**fields) -> str:
         (["--perplexity", "bytes"], "is not UTF-8"),
         (["--perplexity", "text", "--stride", "0"], "stride 0"),
         (["--perplexity", "text", "--stride", "999"], "stride 999"),
-        (["--perplexity", "text", "--output", "text"], "it would be replaced"),
+        (["--perplexity", "text", "--output", "text"], "text is read, and would be replaced"),
         (["--perplexity", "text", "--output", "no/out"], "cannot be written"),
         (["--perplexity", "text", "--checkpoint_path", "missing"], "no checkpoint at missing"),
         (["--samples", "text"], "text, line 1: not JSON"),

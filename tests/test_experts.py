@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import warm
-from conftest import GQA, ROOT, draws, random_model, random_tokens, request
+from conftest import GQA, PROMPT, ROOT, draws, random_model, random_tokens, request
 from test_checkpoint import CONFIG
 from test_cuda import Recorder, needs_gpu
 from test_quantize import quantised
@@ -285,6 +285,14 @@ def test_one_graph_serves_every_number_of_tokens():
     check(5)
     with torch.compiler.set_stance("fail_on_recompile"):
         check(3), check(17)
+
+
+def test_a_router_that_is_not_finite_is_an_error():
+    """Its rows still go to experts that there are."""
+    model = random_model(replace(GQA, mixture=Mixture(4, 2, 32, True)), torch.float32)
+    model.layers[1].feed_forward.router.weight[1, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match="the logits are not finite"):
+        Engine(model).generate(PROMPT, request(3, 5))
 
 
 # 64 inputs and a width of 32 divide by 32; the Hessians of w2 need 32 tokens for an expert, those of w1 and w3 64.

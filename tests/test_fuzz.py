@@ -26,6 +26,8 @@ from conftest import TINY
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import models as models_of
 
 import eval as evaluation
 import generate
@@ -35,7 +37,7 @@ from system import finish, start
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("test", derandomize=True, max_examples=25, **COMMON)
+settings.register_profile("test", derandomize=True, max_examples=16, **COMMON)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")), print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("FUZZ_PROFILE", "test"))
 
@@ -105,7 +107,9 @@ def run(main: Main, arguments: list[str], folder: Path, stdin: bytes | None = b"
     return Result(status, *told)
 
 
-NOTES = re.compile(r"(warning: the draft is larger|running in \d+ waves|kept in 16 bits|seed \d+$|rounded, since)")
+NOTES = re.compile(
+    r"(warning: (the draft is larger|.*: skipped$)|running in \d+ waves|kept in 16 bits|seed \d+$|rounded, since)"
+)
 
 # What an exception says that nobody has put into words: it names no value, and no remedy.
 PYTHONS_OWN = re.compile(r"object (of type|is not|has no)|unsupported operand|not supported between|unhashable|unpack")
@@ -122,13 +126,17 @@ def check(result: Result, told: str) -> None:
         assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 15, f"{told}: {lines}"
 
 
-def samples_of(text: str) -> list[dict]:
-    """Strict JSON lines: NaN is none."""
+def strictly(line: str) -> dict:
+    """What a line of JSON says. NaN is none."""
 
     def refuse(name: str) -> float:
         raise ValueError(f"{name} is no JSON")
 
-    rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return json.loads(line, parse_constant=refuse)
+
+
+def samples_of(text: str) -> list[dict]:
+    rows = [strictly(line) for line in text.split("\n") if line]
     assert all({"sample", "seed", "text", "tokens", "finish_reason", "mean_logprob"} <= row.keys() for row in rows)
     return rows
 
@@ -197,6 +205,37 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def models(parts, tmp_path_factory) -> dict[str, Path]:
+    """The shipped model; in parts; with a tokenizer.json; quantised."""
+    spelled, quantised = tmp_path_factory.mktemp("spelled"), tmp_path_factory.mktemp("quantised")
+    for folder in (spelled, quantised):
+        shutil.copyfile(TINY / "config.json", folder / "config.json")
+    (spelled / "model.pth").symlink_to(TINY / "model.pth")
+    shutil.copyfile(TINY / "tokenizer.model", quantised / "tokenizer.model")
+    backend, level = Tokenizer(models_of.BPE()), pre_tokenizers.ByteLevel
+    backend.pre_tokenizer, backend.decoder = level(add_prefix_space=False), decoders.ByteLevel()
+    options = {"special_tokens": ["<unk>", "<s>", "</s>"], "initial_alphabet": level.alphabet(), "show_progress": False}
+    backend.train_from_iterator(
+        ["Once upon a time there was a cat."] * 9, trainers.BpeTrainer(vocab_size=290, **options)
+    )
+    begin = {"single": "<s> $A", "pair": "<s> $A $B", "special_tokens": [("<s>", 1)]}
+    backend.post_processor = processors.TemplateProcessing(**begin)
+    backend.save(str(spelled / "tokenizer.json"))
+    arguments = ["--checkpoint_path", str(TINY), "--mode", "int8", "--output", str(quantised / "model.pth")]
+    assert run(quantize.main, arguments, quantised).status == 0
+    return {"shipped": TINY, "parts": parts, "spelled": spelled, "quantised": quantised}
+
+
+@contextmanager
+def deeper() -> Iterator[None]:
+    """What nests is written and read in a few thousand calls."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    yield
+    sys.setrecursionlimit(limit)
+
+
 NUMBERS = [
     *("0", "1", "2", "3", "7") * 4,
     "-1",
@@ -238,6 +277,7 @@ FLAGS: dict[str, list[list[str]]] = {
     "--device": [["cpu"], ["cuda"], ["cuda:99"], ["cpu:1"], ["meta"], [""], ["cuda:-1"], ["x:y:z"]],
     "--draft": [[value] for value in ("prompt", "layers:2", "layers:0", "layers:99", "layers:", "medusa", "x", "")],
     "--report": [["r.json"], ["missing/r.json"], ["."], [""]],
+    "--profile": [["p.json"], ["p.json.gz"], ["."]],
 }  # fmt: skip
 
 
@@ -263,7 +303,20 @@ def test_flags(flags, stdin):
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), max_size=4)
 LARGE = st.sampled_from([1 << 20, 1 << 40, 1 << 70, 10**400, -(1 << 33), 1e30, 1e308, math.inf, math.nan])
 SMALL = st.none() | st.booleans() | st.integers(-2, 130) | st.floats(-9, 300, allow_nan=False) | LARGE | WORDS
-VALUES = SMALL | st.lists(SMALL, max_size=5) | st.dictionaries(WORDS, SMALL, max_size=3)
+DEEP = st.builds("{} deep in {}".format, st.sampled_from([100, 900, 990, 1000, 100_000]), st.sampled_from(["[]", "{}"]))
+VALUES = SMALL | DEEP | st.lists(SMALL | DEEP, max_size=5) | st.dictionaries(WORDS, SMALL | DEEP, max_size=3)
+
+
+def as_json(value: object) -> str:
+    """JSON; of DEEP lists or objects, each in the one before, which Python would not write."""
+
+    def nest(match: re.Match[str]) -> str:
+        depth, (left, right) = int(match[1]), match[2]
+        return left * depth + right * depth if left == "[" else '{"a":' * depth + "1" + "}" * depth
+
+    return re.sub(r'"(\d+) deep in (..)"', nest, json.dumps(value))
+
+
 ROPE = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn", "longrope", "su", "x"])},
     optional={
@@ -309,7 +362,7 @@ def test_fields_of_a_config(fields, dropped):
     with workplace(TINY) as folder:
         path = folder / "model" / "config.json"
         config = {name: value for name, value in json.loads(path.read_text()).items() if name not in dropped}
-        path.write_text(json.dumps(config | fields))
+        path.write_text(as_json(config | fields))
         with untouched(folder):
             result = run(generate.main, [*BASE, "--format", "jsonl", "-n", "2", "--quiet"], folder)
             check(result, f"{fields} without {dropped}")
@@ -324,6 +377,7 @@ DAMAGED = {
         "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "config.json",
         "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model",
     ],
+    "spelled": ["tokenizer.json"],
 }  # fmt: skip
 DAMAGES = st.one_of(
     st.tuples(st.just("cut"), st.integers(0, EDGE)),
@@ -332,7 +386,7 @@ DAMAGES = st.one_of(
     st.tuples(st.just("written at the end"), st.integers(1, EDGE), st.binary(min_size=1, max_size=8)),
     st.tuples(st.just("written within"), st.integers(1, 1 << 20), st.just(b"\xff" * 8)),  # nan in most dtypes
     st.tuples(st.just("replaced"), st.binary(max_size=20)),
-    st.tuples(st.just("replaced"), VALUES.map(lambda value: json.dumps(value).encode())),
+    st.tuples(st.just("replaced"), VALUES.map(lambda value: as_json(value).encode())),
     st.tuples(st.just("removed")),
 )
 
@@ -352,27 +406,100 @@ def damage(path: Path, how: tuple) -> None:
         path.write_bytes(data)
 
 
-@given(data=st.data(), source=st.sampled_from(sorted(DAMAGED)), how=DAMAGES, chat=st.booleans())
-def test_damaged_files(parts, data, source, how, chat):
-    name = data.draw(st.sampled_from(DAMAGED[source]))
-    with workplace(TINY if source == "shipped" else parts) as folder:
+def read_it(folder: Path, chat: bool, told: str) -> None:
+    """A run of the model in the folder, greedy and in fp32, whose text is read."""
+    flags = ["--format", "jsonl", "--temperature", "0", "--dtype", "float32", "--prompt", "a", *["--chat"] * chat]
+    with untouched(folder):
+        result = run(generate.main, [*BASE, *flags], folder)
+        check(result, told)
+        samples_of(result.stdout)
+
+
+FILES_OF = [(source, name) for source, names in DAMAGED.items() for name in names]
+
+
+@given(file=st.sampled_from(FILES_OF), how=DAMAGES, chat=st.booleans())
+@example(file=("shipped", "model.pth"), how=("written at the end", 23, b"\x01"), chat=False)
+def test_damaged_files(models, file, how, chat):
+    source, name = file
+    with workplace(models[source]) as folder:
         damage(folder / "model" / name, how)
-        flags = [
-            *BASE,
-            "--format",
-            "jsonl",
-            "--temperature",
-            "0",
-            "--dtype",
-            "float32",
-            "--prompt",
-            "a",
-            *["--chat"] * chat,
-        ]
-        with untouched(folder):
-            result = run(generate.main, flags, folder)
-            check(result, f"{name} {how}")
-            samples_of(result.stdout)
+        read_it(folder, chat, f"{name} {how}")
+
+
+JSON = {
+    "parts": ["model.safetensors.index.json", "generation_config.json", "tokenizer_config.json", "config.json"],
+    "spelled": ["tokenizer.json"],
+    "quantised": ["model.pth"],
+}
+WHERE = st.lists(st.integers(0, 999), min_size=1, max_size=5)
+PATTERN = st.sampled_from([{"String": ""}, {"Regex": ""}, {"Regex": "("}, {"Regex": "(a+)+$"}, {"String": "a"}])
+COUNT = st.sampled_from([0, 1, 2, 99])
+SPLIT = {"type": st.just("Split"), "pattern": PATTERN, "behavior": st.sampled_from(["Isolated", "MergedWithNext"])}
+PARTS = {
+    "normalizer": st.one_of(
+        st.fixed_dictionaries({"type": st.just("Precompiled"), "precompiled_charsmap": st.sampled_from(["", "AAAA"])}),
+        st.fixed_dictionaries({"type": st.just("Prepend"), "prepend": WORDS}),
+        st.fixed_dictionaries({"type": st.just("Replace"), "pattern": PATTERN, "content": WORDS}),
+    ),
+    "pre_tokenizer": st.one_of(
+        st.fixed_dictionaries(SPLIT | {"invert": st.booleans()}),
+        st.fixed_dictionaries({"type": st.just("FixedLength"), "length": COUNT}),
+        st.fixed_dictionaries({"type": st.just("Metaspace"), "replacement": WORDS, "prepend_scheme": st.just("first")}),
+    ),
+    "decoder": st.one_of(
+        st.fixed_dictionaries({"type": st.just("Strip"), "content": st.just("a"), "start": COUNT, "stop": COUNT}),
+        st.fixed_dictionaries({"type": st.just("Replace"), "pattern": PATTERN, "content": WORDS}),
+        st.fixed_dictionaries({"type": st.sampled_from(["ByteFallback", "Fuse", "BPEDecoder", "WordPiece"])}),
+    ),
+    "post_processor": st.builds(
+        lambda ends, id: {"type": "BertProcessing", "sep": [ends, id], "cls": [ends, id]}, WORDS, SMALL
+    ),
+    "model": st.builds(
+        lambda unknown, id: {"type": "Unigram", "unk_id": id, "vocab": [["a", -1.0], [unknown, -2]]}, WORDS, SMALL
+    ),
+}  # fmt: skip
+PART = st.one_of(*(st.tuples(st.just(name), each) for name, each in PARTS.items()))
+
+
+def change(value: object, where: list[int], new: object) -> None:
+    """Puts something else into a list or an object, some levels down: each number chooses one of what is there."""
+    while isinstance(value, dict | list):
+        places = sorted(value) if isinstance(value, dict) else list(range(len(value)))
+        place = places[where[0] % len(places)]
+        if not where[1:] or not isinstance(value[place], dict | list) or not value[place]:
+            value[place] = new
+            return
+        value, where = value[place], where[1:]
+
+
+SAYING = [(source, name) for source, names in JSON.items() for name in names]
+SPELLED = ("spelled", "tokenizer.json")
+
+
+@given(
+    file=st.sampled_from([*SAYING, *[SPELLED] * 3]), where=WHERE, new=VALUES, part=st.none() | PART, chat=st.booleans()
+)
+@example(file=("quantised", "model.pth"), where=[7], new=None, part=None, chat=False)
+@example(file=SPELLED, where=[0], new=0, part=("pre_tokenizer", {"type": "FixedLength", "length": 0}), chat=False)
+def test_what_files_say(models, file, where, new, part, chat):
+    """Files that can be read, of a model, its tokenizer or the recipe of a quantised one, in which a value is another
+    or, of a tokenizer, a part."""
+    (source, name), part = file, part if file == SPELLED else None
+    with workplace(models[source]) as folder:
+        path = folder / "model" / name
+        if source == "quantised":
+            assume("100000 deep" not in str(new))  # which pickle does not write
+            with deeper():
+                found = torch.load(path)
+                change(found["recipe"], where, json.loads(as_json(new)))
+                path.unlink()
+                torch.save(found, path)
+        else:
+            content = json.loads(path.read_text("utf-8"))
+            change(content, where, new) if part is None else content.update([part])
+            path.write_text(as_json(content))
+        read_it(folder, chat, f"{name} with {part or new} at {where}")
 
 
 PROMPTS = st.text(max_size=60) | st.text("ab \n\u00e9\u65e5\U0001f600<s>", max_size=60)
@@ -411,6 +538,77 @@ def test_streams(stdin, reader, n, talk):
             assert result.status in (0, 2) and "Traceback" not in result.stderr, told
         else:
             check(result, told)
+
+
+def lines_of(**fields: st.SearchStrategy) -> st.SearchStrategy[bytes]:
+    """A file of JSON lines with such fields, some of which are of another kind, and of other lines."""
+    known = {name: each | VALUES for name, each in fields.items()}
+    line = st.fixed_dictionaries({}, optional=known) | st.fixed_dictionaries(fields, optional={"x": VALUES}) | VALUES
+    return st.lists(line.map(lambda value: as_json(value).encode()) | st.binary(max_size=20), max_size=4).map(
+        b"\n".join
+    )
+
+
+SOME = st.sampled_from(["Once", "A cat sat", "", "é</s>", "a" * 2000])
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]), "content": SOME}))
+BATCH: dict[str, list[list[str]]] = {
+    "--output": [["out"], ["out"], ["text"], ["missing/out"], ["."], [""]],
+    "--prompt_separator": [["\\n"], ["a"], [""], ["\u0000"]],
+    "--format": [["jsonl"], ["text"]],
+    "--max_memory": [["10MB"], ["1"], ["1TB"]],
+    "--stop": [["a"], [""]],
+    "--top": [["1"], ["0"]],
+    "--system": [["x"]],
+    "--report": [["r.json"], ["prompts"]],
+    "--num_samples": [["2"], ["0"]],
+    **{f"--{name}": [[]] for name in ("skip_bad", "resume", "chat", "no-chat", "plan", "quiet", "verbose")},
+}  # fmt: skip
+
+
+@given(content=st.one_of(lines_of(prompt=SOME, id=SMALL), lines_of(messages=MESSAGES)), flags=flags_of(BATCH))
+@example(content=b'{"prompt": "Once", "x": NaN}', flags=[])
+@example(content=b'{"prompt": "Once", "x": ' + b"[" * 900 + b"]" * 900 + b"}", flags=[])
+def test_many_prompts(parts, content, flags):
+    """Of a model with a chat template."""
+    with workplace(parts, prompts=content, text=b"Once") as folder, untouched(folder):
+        result = run(generate.main, [*BASE, "--prompts", "prompts", *flags], folder)
+        check(result, f"{flags} of {content!r}")
+        if result.status == 0 and "--plan" not in flags:
+            output = folder / "out"
+            lines = (output.read_text("utf-8") if output.exists() else result.stdout).split("\n")[output.exists() : -1]
+            assert all({"id", "rank", "of"} <= strictly(line).keys() for line in lines)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> bytes:
+    """What a batch has written."""
+    folder = tmp_path_factory.mktemp("begun")
+    (folder / "prompts").write_bytes(PROMPTS_OF_BATCH)
+    flags = ["--checkpoint_path", str(TINY), "--prompts", "prompts", "--max_new_tokens", "4", "--no-compile", "-n", "2"]
+    assert run(generate.main, [*flags, "--output", "out"], folder).status == 0
+    return (folder / "out").read_bytes()
+
+
+PROMPTS_OF_BATCH = b'{"id": "a", "prompt": "Once", "level": 3}\n"A cat"\n"The dog"\n'
+
+
+@given(number=st.integers(0, 9), how=DAMAGES | st.tuples(WHERE, VALUES))
+@example(number=5, how=([91], []))
+def test_going_on(begun, number, how):
+    """With an output that is damaged, or in which a line, whose number is given, says something else."""
+    with workplace(TINY, prompts=PROMPTS_OF_BATCH, out=begun) as folder:
+        if isinstance(how[0], list):
+            lines = begun.splitlines()
+            value = json.loads(lines[number % len(lines)])
+            change(value, *how)
+            lines[number % len(lines)] = as_json(value).encode()
+            (folder / "out").write_bytes(b"\n".join(lines) + b"\n")
+        else:
+            damage(folder / "out", how)
+        before = contents(folder)
+        result = run(generate.main, [*BASE, "--prompts", "prompts", "-n", "2", "--output", "out", "--resume"], folder)
+        check(result, f"line {number}, {how}")
+        assert result.stdout == "" and (result.status == 0 or contents(folder) == before)
 
 
 QUANTIZE: dict[str, list[list[str]]] = {
@@ -459,12 +657,20 @@ LINES = {
 ASKED = [["--perplexity", "text"], ["--samples", "problems"], ["--pass_at", "1", "--scored", "scored"], []]
 
 
-@given(asked=st.sampled_from(ASKED), flags=flags_of(EVAL))
-def test_evaluating(asked, flags):
+PROBLEMS = lines_of(task_id=SMALL, prompt=SOME)
+SCORED = lines_of(task_id=SMALL, completion=SOME, mean_logprob=SMALL, passed=st.booleans(), count=SMALL)
+
+
+@given(
+    asked=st.sampled_from(ASKED), flags=flags_of(EVAL), problems=st.just(LINES["problems"]) | PROBLEMS,
+    scored=st.just(LINES["scored"]) | SCORED,
+)  # fmt: skip
+def test_evaluating(asked, flags, problems, scored):
     assume("--perplexity" in asked or "text" not in flags)  # an output that is not read may be replaced
     base = ["--checkpoint_path", "model", "--max_new_tokens", "3", "--num_samples", "2", "--no-compile"]
-    with workplace(TINY, **FILES | LINES) as folder, untouched(folder):
-        check(run(evaluation.main, [*base, *asked, *flags], folder), f"eval.py {asked} {flags}")
+    with workplace(TINY, **FILES, problems=problems, scored=scored) as folder, untouched(folder):
+        result = run(evaluation.main, [*base, *asked, *flags], folder)
+        check(result, f"eval.py {asked} {flags} of {problems!r}, {scored!r}")
 
 
 def test_the_rule_is_not_one_that_nothing_breaks(tmp_path):

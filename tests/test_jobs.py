@@ -102,10 +102,13 @@ def test_other_fields_are_carried_over_and_one_prompt_too_long_is_said(tmp_path)
     assert len(written(output)) == 3
 
 
-def test_an_empty_file_is_no_prompt(tmp_path):
-    (tmp_path / "p.jsonl").write_text("\n")
-    assert batch(tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl").returncode == 0
-    assert written(tmp_path / "o.jsonl") == []
+@pytest.mark.parametrize("content", ["", "\n", "x"])
+def test_a_file_without_a_prompt_is_refused(tmp_path, content):
+    path, output = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    path.write_text(content)
+    result = batch(path, "--output", output, "--skip_bad")
+    assert (result.returncode, result.stdout, output.exists()) == (2, "", False)
+    assert result.stderr == f"error: --prompts {path} has no prompt: give a file that has one\n"
 
 
 BAD = [
@@ -115,7 +118,9 @@ BAD = [
     (b'{"prompt": "a", "messages": []}', "with one of prompt and messages"),
     (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),
     (b'{"id": 1, "prompt": "a"}', "id 1 is also that of line 1"), (b'{"prompt": "a", "rank": 1}', "the field rank"),
-    (b'"\xff"', "not UTF-8"), (b'"\\ud800"', "not UTF-8"),
+    (b'"\xff"', "not UTF-8"), (b'"\\ud800"', "not UTF-8"), (b'{"prompt": "a", "x": NaN}', "not JSON (Out of range"),
+    (b'{"prompt": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}", "it nests more than 100 levels deep"),
+    (b"[" * 100_000, "it nests more than 100 levels deep"),
 ]  # fmt: skip
 
 
@@ -157,6 +162,7 @@ def test_messages_are_put_into_the_chat_template():
         (["--draft", "prompt"], "--draft is for one prompt"),
         (["--prompt", "a"], "--prompt and --prompts are both given"),
         (["--prompt_separator", ""], "--prompt_separator is empty"),
+        (["--format", "text"], "--format text is for one prompt"),
         (["--output", ROOT / "README.md"], "exists: add --resume"),
         (["--output", ROOT / "README.md", "--resume"], "no header of a batch"),
         (["--output", ROOT / "none" / "o.jsonl"], "cannot be written"),
@@ -224,6 +230,33 @@ def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path):
             output.file.close()
             lines = path.read_bytes().splitlines(keepends=True)
             assert sorted(lines) == sorted((whole + other).splitlines(keepends=True)) and b"header" in lines[0]
+
+
+ODD_LINES = [
+    b'{"id": "p1", "rank": [1], "of": 1}', b'{"id": ["p1"], "rank": 1, "of": 1}', b'{"id": "p1", "rank": 1, "of": {}}',
+    b"[" * 100_000, b"3",
+]  # fmt: skip
+
+
+def test_lines_that_are_none_are_drawn_again(prompts, tmp_path):
+    """Oracle: the whole file."""
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "o.jsonl"
+    assert batch(prompts, "--output", whole).returncode == 0
+    header, first, _, *others = whole.read_bytes().splitlines(keepends=True)
+    output.write_bytes(header + first + b"".join(line + b"\n" for line in ODD_LINES) + b"".join(others))
+    assert batch(prompts, "--output", output, "--resume").returncode == 0
+    assert_same(written(output), written(whole))
+
+
+@pytest.mark.parametrize(
+    "header", ['{"header": 3}', '{"header": {"seed": "1"}}', '{"header": {"seed": 1e999}}', "[" * 10**5]
+)
+def test_a_header_that_is_none_is_named(prompts, tmp_path, header):
+    output = tmp_path / "o.jsonl"
+    output.write_text(header + "\n")
+    result = batch(prompts, "--output", output, "--resume")
+    assert (result.returncode, result.stdout) == (2, "") and "no header of a batch" in result.stderr
+    assert output.read_text() == header + "\n"
 
 
 def test_two_runs_do_not_write_to_one_file(prompts, tmp_path):

@@ -3,7 +3,9 @@
 Nothing here has a size that divides by 8 but where a group has to.
 """
 
+import os
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -332,9 +334,20 @@ REFUSED = {
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "4097"),
         "64 sequences of 4097 tokens cannot be: give at least one, of 2 to 4096 tokens",
     ),
-    "no file": (("--mode", "int4-gptq", "--calibration_file", "none"), "[Errno 2] No such file or directory: 'none'"),
-    "itself": (("--mode", "int8", "--output", "model.pth"), "--output model.pth is the checkpoint that is read"),
+    "no file": (
+        ("--mode", "int4-gptq", "--calibration_file", "none"),
+        "none cannot be read (No such file or directory): give a text",
+    ),
+    "itself": (
+        ("--mode", "int8", "--output", "model.pth"),
+        "model.pth is read, and would be replaced: give another file",
+    ),
     "name": (("--mode", "int8", "--output", "config.json"), "--output config.json must end in .pth"),
+    "a folder": (("--mode", "int8", "--output", "folder.pth"), "--output folder.pth cannot be written: give a file"),
+    "below a file": (
+        ("--mode", "int8", "--output", "text/x.pth"),
+        "--output text/x.pth cannot be written: give a file",
+    ),
     "beside another": (("--mode", "int8", "--output", "other/x.pth"), "other/config.json is of another model"),
 }
 
@@ -343,6 +356,7 @@ REFUSED = {
 def test_refusals_are_one_line_and_write_nothing(folder, capsys, monkeypatch, small_vocabulary, arguments, message):
     (folder / "text").write_text("a text")
     (folder / "latin").write_bytes(b"\xe9t\xe9")
+    (folder / "folder.pth").mkdir()
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text((TINY / "config.json").read_text())
     before = sorted(folder.rglob("*"))
@@ -355,6 +369,32 @@ def test_refusals_are_one_line_and_write_nothing(folder, capsys, monkeypatch, sm
     assert status == 2 and out.out == "" and out.err.count("\n") == 1
     assert out.err.startswith(f"error: {message}")
     assert sorted(folder.rglob("*")) == before
+
+
+def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, small_vocabulary):
+    """Neither the weights, nor the text, nor a tokenizer that lies where another model's would be written."""
+    output, text = tmp_path / "out" / "x.pth", tmp_path / "text"
+    output.parent.mkdir()
+    text.write_text("Once upon a time")
+    flags = ["--checkpoint_path", str(folder), "--mode", "int4-gptq", "--calibration_file", str(text)]
+    for read in (folder / "model.pth", text):
+        for link in (os.symlink, os.link):
+            link(read, output)
+            assert main([*flags, "--output", str(output)]) == 2
+            assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
+            output.unlink()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_text("its own")
+        (output.parent / name).write_text("another")
+        assert main(["--checkpoint_path", str(folder), "--mode", "int8", "--output", str(output)]) == 2
+        assert f"{name} is of another model: give --output in a folder of its own\n" in capsys.readouterr().err
+        assert [path.name for path in output.parent.iterdir()] == [name]
+        (output.parent / name).unlink()
+        os.link(folder / name, output.parent / name)
+        assert main(["--checkpoint_path", str(folder), "--mode", "int8", "--output", str(output)]) == 0
+        assert (folder / name).read_text() == "its own"
+        shutil.rmtree(output.parent)
+        output.parent.mkdir()
 
 
 def test_a_quantised_model_is_not_quantised_again(folder, capsys):

@@ -3,8 +3,11 @@ stopped it), nothing on stdout but samples, nothing overwritten. Oracle: exit st
 `main` in this process; what needs a signal, a terminal or a closed stream is a process of its own."""
 
 import base64
+import copy
+import gzip
 import json
 import os
+import pickle
 import pty
 import re
 import resource
@@ -27,16 +30,18 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Letters, interruptible
 from test_cli import PROMPT, assert_refused, lines_of, run
+from test_tokenizer import byte_level
 
 import engine as road
 import eval as evaluate
 import generate
+from checkpoint import read_checkpoint
 from engine import Engine
 from options import build_parser
 from report import Console
 from request import Request
 from samples import Ending, Row
-from system import finish, start
+from system import Guarded, Notes, finish, start
 from talk import COMMANDS as COMMANDS_OF_TALK
 
 SHORT = [*PROMPT, "--max_new_tokens", 9]
@@ -159,15 +164,25 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
 
 
-@pytest.mark.parametrize("flag", ["--report", "--profile"])
-def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, flag):
-    path = tmp_path / "there" / "file.json"
+@pytest.mark.parametrize(
+    "flag,name", [("--report", "file.json"), ("--profile", "file.json"), ("--profile", "file.json.gz")]
+)
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, flag, name):
+    path = tmp_path / "there" / name
     path.parent.mkdir()
     path.write_text("precious")
     status, out, err = forked(*SHORT, "--quiet", flag, path, prepare=limit_files)
     assert status == 2 and out
     assert re.fullmatch(rf"error: {path} cannot be written \(.*\): make room, or give another file\n", err), err
     assert path.read_text() == "precious" and [path] == list(path.parent.iterdir())
+
+
+def test_a_profile_is_a_trace_also_where_it_is_packed(tmp_path):
+    for name, read in (("a.json", open), ("b.json.gz", gzip.open)):
+        assert run(*SHORT, "--quiet", "--profile", tmp_path / name).returncode == 0
+        with read(tmp_path / name, "rt") as file:
+            assert any(event["name"] == "aten::mm" for event in json.load(file)["traceEvents"])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("flag", ["--report", "--profile"])
@@ -223,23 +238,34 @@ def test_what_the_run_reads_is_not_replaced_under_any_name(model, tmp_path):
                 assert_refused(result, f"{name} is the prompt, or lies with the model: it would be replaced")
             os.remove(tmp_path / name)
         assert read.read_bytes() == before
-    with mock.patch.object(sys, "argv", ["eval.py"]):
-        os.link(prompt, tmp_path / "hard")
-        assert evaluate.main(["--perplexity", str(prompt), "--output", str(tmp_path / "hard"), "--quiet"]) == 2
-    assert prompt.read_text() == "Once"
+
+
+def test_what_an_evaluation_reads_is_not_replaced_under_any_name(model, tmp_path, capsys):
+    problems, output = tmp_path / "problems", tmp_path / "hard"
+    problems.write_text('{"task_id": "A", "prompt": "Once"}')
+    flags = ["--checkpoint_path", str(model), "--samples", str(problems), "--output", str(output), "--quiet"]
+    for read in (problems, model / "config.json", model / "model.pth"):
+        os.link(read, output)
+        before = read.read_bytes()
+        assert evaluate.main([*flags, "-n", "1", "--max_new_tokens", "1"]) == 2
+        assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
+        assert read.read_bytes() == before
+        output.unlink()
 
 
 COMMANDS = ["generate.py", "eval.py", "quantize.py", "mixtral-moe/memory.py"]
 COMMANDS += [f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py"))]
 
 
-def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(tmp_path):
-    """In place of what takes seconds to import stands a module that is interrupted as a user would do it."""
-    for name in ("torch", "matplotlib"):
+@pytest.mark.parametrize("modules", [["torch", "matplotlib"], ["argparse", "json"]], ids=" ".join)
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(tmp_path, modules):
+    """In place of what takes seconds to import, or of what comes first, stands a module that is interrupted as a user
+    would do it."""
+    for name in modules:
         (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     for command in COMMANDS:
-        if command == "scripts/download.py":  # which imports nothing that takes seconds
+        if command == "scripts/download.py" and "torch" in modules:  # which imports nothing that takes seconds
             continue
         result = subprocess.run(
             [sys.executable, ROOT / command],
@@ -552,6 +578,60 @@ def test_a_damaged_tiktoken_vocabulary_is_refused_before_its_library_panics(mode
     (model / "tokenizer.model").write_text("".join(lines))
     status, out, err = forked(*SHORT, "--checkpoint_path", model)
     assert (status, out, err.count("\n")) == (2, "", 1) and "it is truncated or damaged" in err
+
+
+PANICS = {
+    "on loading": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "on any text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "on ids": {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 99}},
+    "on this text": {"model": {"type": "WordLevel", "vocab": {".": 0, "b": 1}, "unk_token": "?"}},
+}
+
+
+@pytest.mark.parametrize("parts", PANICS.values(), ids=PANICS)
+def test_a_tokenizer_whose_library_fails_is_one_line(model, parts):
+    """Oracle: the library, which panics, with forty lines on stderr, or raises Exception itself."""
+    (model / "tokenizer.model").unlink()
+    byte_level([]).save(str(model / "tokenizer.json"))
+    content = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(content | parts))
+    status, out, err = forked(*SHORT, "--prompt", "a", "--format", "jsonl", "--quiet", "--checkpoint_path", model)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert re.fullmatch(f"error: {model}/tokenizer.json (is not|cannot be) .*: fetch it again\n", err)
+
+
+def test_what_guards_a_library_lets_all_else_through(capfd):
+    """Where Python is not a command, stderr stays what it is; of a command only the library's own words are lost."""
+
+    def fail(error: BaseException) -> None:
+        os.write(2, b"told")
+        raise error
+
+    path, kinds = Path("file"), (ValueError, KeyboardInterrupt, MemoryError)
+    for error in kinds:
+        with pytest.raises(error):
+            Guarded(path, fail, error())
+    with pytest.raises(ValueError, match="file cannot be used, its library fails: why: fetch it again"):
+        Guarded(path, fail, type("PanicException", (BaseException,), {})("why"))
+    assert capfd.readouterr().err == "told" * 4
+    with mock.patch.object(sys, "stderr", Notes(sys.stderr)), pytest.raises(ValueError):
+        Guarded(path, fail, Exception())
+    os.write(2, b"after")
+    assert capfd.readouterr().err == "after"
+    guarded = Guarded(path, dict, a=1)
+    assert pickle.loads(pickle.dumps(guarded)).get("a") == copy.deepcopy(guarded).get("a") == guarded.get("a") == 1
+
+
+def test_a_draft_whose_logits_are_not_finite_is_an_error(model, tmp_path):
+    """Of a draft that is not the model, which is sound."""
+    change(model, "norm.weight", float("nan"))
+    args, heads = read_checkpoint(TINY).args, tmp_path / "heads.pt"
+    shapes = {"linear.weight": (args.dim, args.dim), "linear.bias": (args.dim,)}
+    state = {f"0.0.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+    torch.save(state | {"0.1.weight": torch.full((args.vocab_size, args.dim), float("nan"))}, heads)
+    for flags in (["--draft", "medusa", heads], ["--draft_checkpoint_path", model]):
+        result = run(*SHORT, *flags, "--speculate_k", 1, "-n", 2)
+        assert_refused(result, f"the draft, {'medusa' if heads in flags else 'model'}: its logits are not finite")
 
 
 def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():

@@ -128,6 +128,17 @@ def test_samples_are_those_of_plain_decoding(always, model, draft, expected):
     assert min(accepted[:2]) > 0, "some were right and some were not"
 
 
+@pytest.mark.parametrize("draft", ["prompt", "layers"], indirect=True)
+def test_logits_that_are_not_finite_are_noticed_while_drafting(always, draft):
+    """From a token on that comes late: a damaged row of the embedding."""
+    model = random_model(TWO)
+    (plain,) = Engine(model).generate(PROMPT, request(1, 40))
+    late = next(token for token in plain.tokens[20:] if token not in {*PROMPT, *plain.tokens[:20]})
+    model.tok_embeddings.weight[late] = math.nan
+    with pytest.raises((FloatingPointError, ValueError), match="logits are not finite"):
+        speculating(model, draft).generate(PROMPT, request(1, 40))
+
+
 @pytest.mark.parametrize("draft", ["model", "other model", "prompt"], indirect=True)
 def test_greedy_samples_in_fp32_are_those_of_plain_decoding(always, draft):
     model = random_model(TWO, torch.float32)
