@@ -24,7 +24,7 @@ from conftest import (
 from torch import Tensor
 
 import engine as road
-from cache import KVCache, Prefill
+from cache import KVCache, Prefill, sdpa
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
 from layouts import Int8Context, SDPACache, quantized
@@ -66,6 +66,21 @@ def test_sdpa_reads_a_prompt_that_shares_nothing(monkeypatch, begin):
     model(random_tokens(GQA, 1, 4), positions(begin, 1, 4), Prefill(cache, begin, 4))
     assert len(masks) == GQA.n_layer
     assert all(mask is None if begin == 0 else mask.shape == (4, 9) for mask in masks)
+
+
+@pytest.mark.parametrize("form,softcap", [("bool", 2.0), ("bias", None), ("bias", 2.0)])
+def test_what_sdpa_does_not_know_is_not_given_to_it(form, softcap):
+    """Soft caps, and biases, which it would round to bfloat16. Oracle: the scores by hand, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, size, 16, generator=generator).bfloat16() for size in (4, 9, 9))
+    bias = 30 + torch.rand(2, 1, 4, 9, generator=generator)  # bfloat16 would round it to multiples of 1/8
+    mask = bias > 30.5 if form == "bool" else bias
+    scores = q.double() @ k.double().mT / 4
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -float("inf")) if form == "bool" else scores + bias
+    found = sdpa(q, k, v, mask, softcap)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), scores.softmax(-1) @ v.double(), rtol=0, atol=0.01)
 
 
 def test_a_network_of_one_layer_has_every_kind_of_cache():
