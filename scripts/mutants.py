@@ -67,7 +67,7 @@ LIBRARIES = (
 
 # For each file of the core the tests that see it, in turns, nearest first; those of SLOW where they are named alone.
 TESTS = {
-    "model.py": ("model", "engine", "families cache cuda experts quantize"),
+    "model.py": ("model", "engine", "plan families cache cuda experts quantize"),
     "cache.py": ("cache", "cuda engine speculate chat experts batch"),
     "bifurcated_attention.py": ("bifurcated_attention", "cuda cache transformers_shared engine"),
     "engine.py": ("engine", "speculate repetition cuda memory graphs batch cache families"),

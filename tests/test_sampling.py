@@ -107,11 +107,11 @@ def test_blocks_of_numbers_are_the_numbers():
 
 
 def test_numbers_are_made_a_block_at_a_time(monkeypatch):
-    """97 positions in turn are four blocks, and nothing is made in between."""
+    """One position more than three blocks hold is four blocks, and nothing is made in between."""
     made: list[Tensor] = []
     monkeypatch.setattr("sampling.uniform", lambda *words: made.append(uniform(*words)) or made[-1])
     blocks, samples = UniformBlocks(), torch.arange(3)
-    for position in range(97):
+    for position in range(3 * UniformBlocks.BLOCK + 1):
         blocks(torch.tensor(1), samples, torch.full((3,), position))
     assert [each.shape for each in made] == 4 * [(3, UniformBlocks.BLOCK)]
 

@@ -159,7 +159,7 @@ def test_a_part_has_a_share_of_heads_and_widths():
         assert Shard(world - 1, world).local(whole) == part
 
 
-def test_what_ranks_hold_is_put_together_in_their_order(monkeypatch):
+def test_logits_and_tokens_are_put_together_in_their_order(monkeypatch):
     """The logits [N,S,V/world] of three ranks side by side, and the tokens of the first. A stand-in for the
     collectives, which calls them as PyTorch does; test_ranks_draw_what_one_process_draws has those of gloo."""
     held = torch.arange(3 * 2 * 5 * 4).view(3, 2, 5, 4)  # [world,N,S,V/world]
