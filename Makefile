@@ -1,7 +1,7 @@
 # Needs python3 (3.11 or newer), make and a C++ compiler; everything else goes into .venv.
 PYTHON ?= python3
 
-.PHONY: generate test fuzz lint clean
+.PHONY: generate test fuzz mutants lint clean
 
 generate: .venv/runtime
 	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4 --echo
@@ -11,6 +11,9 @@ test: lint
 
 fuzz: .venv/dev
 	FUZZ_PROFILE=fuzz .venv/bin/python -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py
+
+mutants: .venv/dev
+	nice .venv/bin/python scripts/mutants.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .

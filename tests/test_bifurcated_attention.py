@@ -6,6 +6,7 @@ tolerance is tuned by hand.
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bifurcated_attention import (
     SCORES_AT_ONCE,
+    attend_heads,
     bifurcated_attention,
+    has_fused,
     merge_partials,
     partial_attention,
     shared_attention,
@@ -105,15 +108,21 @@ def test_masked_decoded_part_equals_the_oracle(P, S):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("at_once", [1, 6 * 33 * 3, 10**6])
-def test_heads_taken_some_at_a_time_give_the_same(monkeypatch, at_once):
-    """Oracle: fp64 over all heads, with a mask of its own for each."""
-    q, k, v, _, _ = draw(1, 1, 59, 33, 1, S=6, dtype=torch.float64)
-    q, k, v = (torch.cat([tensor, tensor.flip(-1), tensor * 2], 1)[:, :5] for tensor in (q, k, v))  # five heads
-    mask = torch.rand(1, 5, 6, 33, generator=torch.Generator().manual_seed(0)) < 0.7
+# A head has 2 x 6 x 33 scores.
+@pytest.mark.parametrize("at_once,heads", [(1, [1] * 5), (1000, [2, 2, 1]), (396 * 3, [3, 2]), (396 * 5, [5])])
+def test_heads_taken_some_at_a_time_give_the_same(monkeypatch, at_once, heads):
+    """As many as there is room for. Oracle: fp64 over all heads, with a mask of its own for each."""
+    generator, taken = torch.Generator().manual_seed(0), []
+    q = torch.randn(2, 5, 6, 59, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 5, 33, 59, generator=generator, dtype=torch.float64)
+    mask = torch.rand(1, 5, 6, 33, generator=generator) < 0.7
     monkeypatch.setitem(SCORES_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(
+        "bifurcated_attention.attend_heads", lambda q, *rest: taken.append(q.shape[1]) or attend_heads(q, *rest)
+    )
     scores = (q @ k.mT / math.sqrt(59)).masked_fill(~mask, -math.inf)
     out, lse = partial_attention(q, k, v, mask)
+    assert taken == heads
     torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, scores.logsumexp(-1, keepdim=True), rtol=0, atol=1e-12)
     everything, _ = partial_attention(q, k, v)
@@ -121,7 +130,7 @@ def test_heads_taken_some_at_a_time_give_the_same(monkeypatch, at_once):
 
 
 @pytest.mark.parametrize("rows,heads,S", [(1, 1, 1), (1, 6, 3), (2, 6, 1), (2, 1, 3), (6, 6, 3), (6, 1, 1)])
-@pytest.mark.parametrize("P", [1, 3])
+@pytest.mark.parametrize("P", [1, 2, 3])
 def test_a_mask_may_be_of_query_rows_or_key_rows_and_of_heads(rows, heads, S, P):
     """What is added to the scores of 6 rows that share 2 rows of keys. Oracle: fp64 over repeated keys."""
     generator = torch.Generator().manual_seed(rows + heads + S)
@@ -139,6 +148,24 @@ def test_a_mask_of_fewer_dimensions_is_refused():
     q, k, v, _, _ = draw(1, 1, 8, 5, 1, S=3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"a mask of shape \(3, 5\): expected four dimensions"):
         partial_attention(q, k, v, torch.ones(3, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    "device,dtype,head_dim,major,expected",
+    [
+        ("cuda", torch.bfloat16, 64, 8, True),
+        ("cuda", torch.float16, 256, 9, True),
+        ("cuda", torch.bfloat16, 264, 8, False),
+        ("cuda", torch.bfloat16, 60, 8, False),
+        ("cuda", torch.bfloat16, 72, 7, False),
+        ("cuda", torch.float32, 64, 8, False),
+        ("cpu", torch.bfloat16, 64, 8, False),
+    ],
+)
+def test_fused_kernels_are_the_way_for_what_they_take(monkeypatch, device, dtype, head_dim, major, expected):
+    """A GPU of that compute capability is made believe."""
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(major=major))
+    assert has_fused(torch.device(device), dtype, head_dim) == expected
 
 
 def test_lse_is_the_natural_log_in_fp32():

@@ -3,6 +3,7 @@ a cache, in fp64; for int8 an ordinary context that holds the rounded numbers, a
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from conftest import (
 from torch import Tensor
 
 import engine as road
-from cache import KVCache, Prefill
+from cache import KVCache, Prefill, sdpa
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
 from layouts import Int8Context, SDPACache, quantized
@@ -53,6 +54,59 @@ def test_prefill_in_chunks_equals_one_pass(args, chunk):
         part = tokens[:, begin : begin + chunk]
         logits.append(model(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1])))
     torch.testing.assert_close(torch.cat(logits, 1), full(model, tokens), **EXACT)
+
+
+@pytest.mark.parametrize("begin", [0, 5])
+def test_sdpa_reads_a_prompt_that_shares_nothing(monkeypatch, begin):
+    """Where no kernel of ours does: once in every layer, without a mask for the first chunk."""
+    masks: list[Tensor | None] = []
+    monkeypatch.setattr("cache.sdpa", lambda q, k, v, mask: masks.append(mask) or v[:, :, begin:].repeat(1, 3, 1, 1))
+    model, cache = random_model(GQA), KVCache.empty(GQA, 1, 9, torch.empty(0, dtype=torch.float64))
+    model(random_tokens(GQA, 1, 4), positions(begin, 1, 4), Prefill(cache, begin, 4))
+    assert len(masks) == GQA.n_layer
+    assert all(mask is None if begin == 0 else mask.shape == (4, 9) for mask in masks)
+
+
+@pytest.mark.parametrize("form,softcap", [("bool", 2.0), ("bias", None), ("bias", 2.0)])
+def test_what_sdpa_does_not_know_is_not_given_to_it(form, softcap):
+    """Soft caps, and biases, which it would round to bfloat16. Oracle: the scores by hand, in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, size, 16, generator=generator).bfloat16() for size in (4, 9, 9))
+    bias = 30 + torch.rand(2, 1, 4, 9, generator=generator)  # bfloat16 would round it to multiples of 1/8
+    mask = bias > 30.5 if form == "bool" else bias
+    scores = q.double() @ k.double().mT / 4
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -float("inf")) if form == "bool" else scores + bias
+    found = sdpa(q, k, v, mask, softcap)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), scores.softmax(-1) @ v.double(), rtol=0, atol=0.01)
+
+
+def test_a_network_of_one_layer_has_every_kind_of_cache():
+    args = replace(GQA, n_layer=1)
+    model, tokens = random_model(args), random_tokens(args, 3, 9)
+    prompt, own = tokens[:1, :5].expand(3, -1), tokens[:, 5:]
+    expected = full(model, torch.cat([prompt, own], 1))[:, 5:]
+    for layout in LAYOUTS.values():
+        cache = layout(prefilled(model, prompt[:1], 2), 3, 2)
+        cache.resize(cache.slots + 2)
+        torch.testing.assert_close(model(own, positions(5, 3, 4), cache), expected, **EXACT)
+    context = prefilled(model, prompt[:1], 5)
+    forked = KVCache.fork(context, 3, 4)
+    model(own, positions(5, 3, 4), forked)
+    context.append(forked.row(1, 5, 3), 3)
+    step = model(own[1:2, 3:], positions(8, 1, 1), KVCache.fork(context, 1, 1))
+    torch.testing.assert_close(step, expected[1:2, 3:], **EXACT)
+
+
+def test_one_slot_is_never_in_view():
+    """A view of a whole buffer is contiguous, which torch.compile would tell from the others."""
+    for reserve in (0, 4):
+        cache = KVCache.empty(GQA, 2, 1, torch.empty(0), reserve)
+        for slots in (2, 3, 4, 5, 5, 6, 9):
+            cache.resize(slots)
+            assert cache.slots == slots and not any(tensor.is_contiguous() for tensor in cache.tensors)
+        assert {buffer.shape[2] for side in cache.buffers for buffer in side} == {10}
 
 
 @pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)

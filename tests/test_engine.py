@@ -123,6 +123,24 @@ def test_prefill_chunks_change_nothing(engine):
         assert draws(engine.generate(PROMPT, request(prefill_chunk=chunk))) == expected
 
 
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_a_monitor_hears_of_all_that_is_read_and_drawn(engine, watched, length):
+    """Oracle: the prompt's length, the samples, and the steps that the network ran."""
+    read, stepped = [], []
+
+    class Heard(Monitor):
+        def prefilling(self, tokens: int, total: int) -> None:
+            read.append((tokens, total))
+
+        def stepped(self, steps: int, tokens: int) -> None:
+            stepped.append((steps, tokens))
+
+    engine.generate(PROMPT, request(3, length, prefill_chunk=5), Heard())
+    assert read == [(5, 13), (10, 13), (13, 13)]
+    assert [sum(each) for each in zip(*stepped, strict=True)] == [len(watched), 3 * length]
+    assert stepped[0] == (0, 3) and len(watched) == length - 1
+
+
 def test_waves_change_nothing(engine):
     expected = engine.generate(PROMPT, request(7))
     for rows in (1, 2, 3, 6):

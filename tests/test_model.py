@@ -127,3 +127,11 @@ def test_the_scale_of_embeddings_is_rounded_to_the_dtype():
         tokens = random_tokens(GQA, 3, 5)
         hidden = model.hidden(tokens, positions(0, 3, 5), NoCache(), layers=0)
         assert torch.equal(hidden, model.tok_embeddings.weight[tokens] * torch.tensor(scale, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
+def test_logits_are_scaled(scale):
+    """Oracle: those of the same weights without a scale, times it."""
+    plain, scaled = (random_model(replace(GQA, logit_scale=each)) for each in (1.0, scale))
+    hidden = torch.randn(3, 2, GQA.dim, dtype=torch.float64)
+    torch.testing.assert_close(scaled.logits(hidden), scale * plain.logits(hidden))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from request import Sampling
-from sampling import LOGITS_AT_ONCE, UniformBlocks, candidates, draw, philox, uniform
+from sampling import LOGITS_AT_ONCE, UniformBlocks, candidates, draw, draw_rows, philox, uniform
 
 # Philox4x32-10 and Philox4x64-10: multipliers and key increments of Salmon et al. 2011, and the bits of a word.
 PHILOX = {
@@ -105,6 +105,16 @@ def test_blocks_of_numbers_are_the_numbers():
         for _ in range(100 if len(kept) == 3 else 5):
             assert torch.equal(blocks(seed, samples, position), uniform(seed, samples, position))
             position = position + 1
+
+
+def test_numbers_are_made_a_block_at_a_time(monkeypatch):
+    """One position more than three blocks hold is four blocks, and nothing is made in between."""
+    made: list[Tensor] = []
+    monkeypatch.setattr("sampling.uniform", lambda *words: made.append(uniform(*words)) or made[-1])
+    blocks, samples = UniformBlocks(), torch.arange(3)
+    for position in range(3 * UniformBlocks.BLOCK + 1):
+        blocks(torch.tensor(1), samples, torch.full((3,), position))
+    assert [each.shape for each in made] == 4 * [(3, UniformBlocks.BLOCK)]
 
 
 def test_blocks_of_numbers_serve_rows_that_move_by_themselves():
@@ -239,12 +249,19 @@ def test_sampled_frequencies_follow_the_distribution(sampling):
 
 @pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.9, top_k=7)], ids=str)
 def test_rows_drawn_some_at_a_time_are_the_same(monkeypatch, sampling):
+    """As many rows at a time as there is room for, at least one."""
+    rows: list[int] = []
+    monkeypatch.setattr(
+        "sampling.draw_rows", lambda logits, *rest: rows.append(len(logits)) or draw_rows(logits, *rest)
+    )
     logits = torch.randn(17, 50, generator=torch.Generator().manual_seed(0))
     drawn = uniform(torch.tensor(1), torch.arange(17), torch.tensor(0))
     expected = draw(logits, drawn, sampling)
-    for at_once in (1, 50, 149, 150):
+    for at_once, most in ((1, 1), (50, 1), (149, 2), (150, 3)):
         monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", at_once)
+        rows.clear()
         assert all(map(torch.equal, draw(logits, drawn, sampling), expected))
+        assert rows == [most] * (17 // most) + [17 % most] * (17 % most > 0)
 
 
 @pytest.mark.parametrize(
@@ -253,15 +270,25 @@ def test_rows_drawn_some_at_a_time_are_the_same(monkeypatch, sampling):
         ((-0.1,), "temperature -0.1"),
         ((float("nan"),), "temperature nan"),
         ((1e-39,), "temperature 1e-39"),
+        ((math.inf,), "temperature inf"),
         ((1.0, 0), "top_k 0"),
         ((1.0, None, 0.0), "top_p 0.0"),
         ((1.0, None, 1.1), "top_p 1.1"),
         ((1.0, None, None, 1.5), "min_p 1.5"),
+        ((1.0, None, None, -0.1), "min_p -0.1"),
+        ((1.0, None, None, None, 0.0), "repetition_penalty 0.0"),
+        ((1.0, None, None, None, math.inf), "repetition_penalty inf"),
     ],
 )
 def test_impossible_sampling_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(*values)
+
+
+def test_the_ends_of_what_is_possible_are_taken():
+    for sampling in (Sampling(1e-6, 1, 1.0, 0.0, 1e-6), Sampling(min_p=1.0)):
+        token, _ = draw(torch.tensor([[0.0, 1.0]]), torch.tensor([0.5], dtype=torch.float64), sampling)
+        assert token.tolist() == [1]
 
 
 def test_rows_may_have_seeds_of_their_own():

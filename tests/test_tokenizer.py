@@ -398,6 +398,19 @@ def test_bos_of_sentencepiece(tmp_path, config, bos):
     assert load_tokenizer(tmp_path).bos_id == bos
 
 
+@pytest.mark.parametrize(("bos", "eos"), [(0, 1), (-1, -1)])
+def test_control_pieces_of_sentencepiece_may_come_first_or_not_at_all(tmp_path, bos, eos):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:1] * 9), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, bos_id=bos, eos_id=eos, unk_id=2 if bos == 0 else 0, minloglevel=9,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == ((0, {1}) if bos == 0 else (None, frozenset()))
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+
+
 def test_eos_comes_from_the_metadata_and_from_known_names(tmp_path):
     folder = save(tmp_path, byte_level(["<s>", "<bye>", "<|im_end|>"]))
     assert load_tokenizer(folder).eos_ids == {2}

@@ -110,15 +110,16 @@ def own_lines(stderr: str) -> list[str]:
 
 
 TURNS = replace(GQA, turning=Turning(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
+EXPERTS = replace(GQA, mixture=Mixture(5, 2, 48, True, shared=24, dense=(1,)))
 
 
-@pytest.mark.parametrize("args", [ALIBI, TURNS], ids=["ALiBi", "rotary"])
+@pytest.mark.parametrize("args", [ALIBI, TURNS, EXPERTS], ids=["ALiBi", "rotary", "experts"])
 def test_parts_sum_to_the_whole_in_fp64(args):
     """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
     and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
     args = replace(args, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
     args = replace(args, out_bias=True, mlp_bias=True)
-    tokens, at = random_tokens(args, 3, 2), positions(0, 3, 2)
+    tokens, at = torch.tensor([[0, 89], [44, 45], [15, 30]]), positions(0, 3, 2)  # at the borders of the table's parts
     for world in (2, 3, 6):
         if world == 3:
             args = replace(args, n_kv_head=3)
@@ -143,6 +144,32 @@ def test_parts_sum_to_the_whole_in_fp64(args):
             assert_sums(y, [part.layers[layer].attention(x, *rotation, at, empty_cache(local)) for part in parts])
         assert torch.cat([part.logits(x) for part in parts], -1).sub(whole.logits(x)).abs().max() < 1e-12
         assert local.kv_values_per_token * world >= args.kv_values_per_token
+
+
+def test_a_part_has_a_share_of_heads_and_widths():
+    """Of groups of keys one at least, and the whole vocabulary."""
+    for world, heads, groups, *widths in ((1, 12, 2, 96, 48, 24), (2, 6, 1, 48, 24, 12), (4, 3, 1, 24, 12, 6)):
+        whole, part = (
+            replace(GQA, n_head=heads, n_kv_head=groups, hidden_dim=dense, mixture=Mixture(5, 2, width, True, shared))
+            for heads, groups, dense, width, shared in ((12, 2, 96, 48, 24), (heads, groups, *widths))
+        )
+        assert Shard(world - 1, world).local(whole) == part
+
+
+def test_logits_and_tokens_are_put_together_in_their_order(monkeypatch):
+    """The logits [N,S,V/world] of three ranks side by side, and the tokens of the first. A stand-in for the
+    collectives, which calls them as PyTorch does; test_ranks_draw_what_one_process_draws has those of gloo."""
+    held = torch.arange(3 * 2 * 5 * 4).view(3, 2, 5, 4)  # [world,N,S,V/world]
+
+    class Collectives:
+        wait_tensor = staticmethod(lambda tensor: tensor)
+        all_gather_into_tensor = staticmethod(lambda own, world, group: held.flatten(0, 1))
+        broadcast = staticmethod(lambda own, source, group: held[source])
+
+    monkeypatch.setattr("tp.COLLECTIVES", Collectives)
+    shard = Shard(1, 3, "some")
+    assert torch.equal(shard.gather(held[1]), torch.cat([*held], -1))
+    assert torch.equal(shard.agree(held[1]), held[0])
 
 
 def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:
