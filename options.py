@@ -1,4 +1,4 @@
-"""The flags of the command line, every default once, and the checks that need nothing but them, PyTorch included."""
+"""The flags of the command line, every default once, and the checks that need nothing but them: not even PyTorch."""
 
 import argparse
 import re
