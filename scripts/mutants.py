@@ -15,6 +15,16 @@ compile or start many commands are left out, so the rate is a lower bound. A mut
 and not counted; those of tests/mutants.txt are equivalent: no test can tell them from the code.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from system import finish, start
+
+if __name__ == "__main__":
+    start()
+
 import argparse
 import ast
 import importlib
@@ -24,21 +34,12 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import SequenceMatcher
 from functools import cache
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from system import finish, start
-
-if __name__ == "__main__":
-    start()
 
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
