@@ -188,7 +188,11 @@ class Room:
         token = plan.context // plan.workload.context
         held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
         held = held * token + rows * plan.decoded_per_sample
-        held += max(plan.space.reading(), plan.space.decoding(rows, max(rows, prompts * n)))
+        # Of a group any rows may be, and as many, as a power of two, are folded for each (Seats).
+        share = 1 << max(1, (rows - 1).bit_length())
+        folded = max(rows, prompts * n, (groups + 1) * share if sharing.groups else 0)
+        linked = bool(sharing.root or sharing.groups)
+        held += max(plan.space.reading(linked), plan.space.decoding(rows, prompts, folded))
         return cls(rows, prompts, groups, plan.weights.total + held)
 
     @classmethod

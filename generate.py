@@ -175,10 +175,11 @@ def arrange(
         if speculation.draft.weights > weights.total:
             print("warning: the draft is larger than the model: that saves no time", file=sys.stderr)
         work, weights = speculation.widen(work, args), speculation.heavier(weights)
-    room = longest_context(local, weights, work, device, dtype, available) if options.interactive else 0
+    how = device, dtype, available, options.compile
+    room = longest_context(local, weights, work, *how) if options.interactive else 0
     if options.interactive and options.plan:
         work = replace(work, context=max(length, room - work.max_new_tokens))
-    return plan_run(local, weights, work, device, dtype, available, options.compile), speculation, room
+    return plan_run(local, weights, work, *how), speculation, room
 
 
 def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:

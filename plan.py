@@ -197,7 +197,13 @@ def plan_run(
 
 
 def longest_context(
-    args: ModelArgs, weights: Weights, work: Workload, device: torch.device, dtype: torch.dtype, available: int
+    args: ModelArgs,
+    weights: Weights,
+    work: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    available: int,
+    compile: bool | None,
 ) -> int:
     """How many tokens, prompt and new ones, fit the model, and with one sample of this workload the memory."""
     least, most = work.max_new_tokens, max(work.max_new_tokens, args.context_limit)  # the first is taken to fit
@@ -205,7 +211,7 @@ def longest_context(
         total = (least + most + 1) // 2
         try:
             context = total - work.max_new_tokens
-            plan_run(args, weights, replace(work, context=context, num_samples=1), device, dtype, available, False)
+            plan_run(args, weights, replace(work, context=context, num_samples=1), device, dtype, available, compile)
             least = total
         except ValueError:
             most = total - 1

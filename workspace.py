@@ -3,8 +3,8 @@ From plain values, in bytes.
 
 Counted is what grows with the rows, the context or the vocabulary, as the path that will run makes it: kernels.cpp and
 PyTorch's fused kernels hold no scores, partial_attention holds those of a head, a compiled step those of all heads. Not
-counted is what a library keeps for itself, and what an allocator keeps of blocks that were freed (glibc: of those below
-32 MiB). A draft's own workspace is taken to be below its target's.
+counted is what a library keeps for itself, what an allocator keeps of blocks that were freed (glibc: of those below 32
+MiB), a draft's own workspace, mostly below its target's, and weights that are dequantised for a product.
 
 Shapes: N rows, S positions, H query heads, G key/value heads, P = H // G query heads per key/value head, T context
 length, L slots of one cache, D head dimension, V vocabulary; R rows of keys.
@@ -31,22 +31,28 @@ class Workspace:
     dtype: torch.dtype
     may_compile: bool
 
-    def reading(self) -> int:
-        """While the prompt is read, a chunk at a time; or, after that, brought into int8."""
+    def reading(self, linked: bool = False) -> int:
+        """While the prompt is read, a chunk at a time; or, after that, brought into int8. linked: behind a context that
+        other prompts share, to which PyTorch's attention does not reach."""
         args, work = self.args, self.work
         scaling = args.rope_scaling
         whole = scaling is not None and scaling.by_length  # as Engine.prefill has it
         chunk = work.context if whole else min(work.prefill_chunk, work.context)
         held = chunk * self.activations
-        if not self.has_kernel and not has_fused(self.device, self.dtype, args.head_dim):
-            held += chunk * work.context * self.masked(chunk < work.context) + self.by_sdpa(1, chunk, work.context)
+        if not self.has_kernel and not (self.is_fused and not any(args.windows)):
+            near = max(work.context if window is None else window for window in args.windows or [None])
+            seen = min(work.context, near + chunk)
+            held += chunk * seen * self.masked(chunk < work.context) + self.by_sdpa(1, chunk, seen)
+        if linked and not self.has_kernel and not self.is_fused:
+            held += self.scores(1, chunk, work.context)
         # Two copies of one layer's keys, or values, in fp32.
         return max(held, 8 * work.context * args.n_kv_head * args.head_dim if work.kv_dtype == "int8" else 0)
 
-    def decoding(self, rows: int, folded: int = 0) -> int:
-        """In a step of N rows. folded: of which so many, those of no use included, are multiplied by the context."""
+    def decoding(self, rows: int, contexts: int = 1, folded: int = 0) -> int:
+        """In a step of N rows behind R contexts. folded: of which so many, those of no use included, are multiplied by
+        theirs."""
         tokens = rows * (1 + self.work.drafted)  # [N,S]
-        attention = self.attention(rows, folded or rows) + tokens * self.activations
+        attention = self.attention(rows, contexts, folded or rows) + tokens * self.activations
         seen = rows * self.args.vocab_size * (self.work.sampling.repetition_penalty != 1)  # bool [N,V]
         held = seen + max(attention, self.logits(tokens))
         return held * (2 if self.device.type == "cuda" else 1)  # a recorded step has a pool of its own, too
@@ -68,7 +74,7 @@ class Workspace:
         width = mixture.used * (mixture.width + args.dim) + mixture.shared if mixture else args.hidden_dim
         return 24 * args.n_head * args.head_dim + (3 * width + 4 * args.dim) * self.dtype.itemsize
 
-    def attention(self, rows: int, folded: int) -> int:
+    def attention(self, rows: int, contexts: int, folded: int) -> int:
         """Of one layer. Where a context in int8 is widened, so are its keys and half of its values, or all of both."""
         work, positions = self.work, 1 + self.work.drafted
         total, layer = work.context + work.own_slots, work.context * self.layer_token
@@ -78,7 +84,7 @@ class Workspace:
             widened = layer if work.kv_dtype == "int8" else 0
             scores = folded * positions * work.context * self.masked(False)
             if not self.is_fused:
-                context = self.scores(1, folded * positions, work.context)
+                context = self.scores(contexts, folded * positions, work.context)
                 scores += max(context, self.scores(rows, rows * positions, work.own_slots))
             return max(3 * widened // 2, widened + scores)
         scores = rows * positions * total * self.masked(True) + self.by_sdpa(rows, rows * positions, total)

@@ -1,5 +1,6 @@
 """What is decided from shapes alone. Oracles: bytes of tensors that are really allocated; arithmetic done by hand."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -18,12 +19,14 @@ from plan import (
     choose_packing,
     estimate_step,
     human,
+    longest_context,
     plan_run,
     weigh,
 )
 from report import Stopwatch, measure
 from request import Sampling, Workload
 from rotary import RopeScaling
+from workspace import Workspace
 
 CPU = torch.device("cpu")
 
@@ -95,7 +98,7 @@ def test_scores_are_planned_where_they_are_held(by_torch, monkeypatch):
     scores = 64 * 3 * 20_000
 
     def attention(dtype: torch.dtype = torch.float32, compile: bool = False, **fields) -> int:
-        return plan(GQA, replace(work, **fields), 10**12, dtype, compile=compile).space.attention(64, 64)
+        return plan(GQA, replace(work, **fields), 10**12, dtype, compile=compile).space.attention(64, 1, 64)
 
     assert attention() == 4 * scores
     assert attention(drafted=2) == 3 * 4 * scores
@@ -217,7 +220,7 @@ def test_a_context_in_int8_is_planned_as_such(by_torch):
     )
     assert halved.context == 5000 * GQA.kv_values_per_token * 14 // 10 < plain.context == halved.context_while_read
     keys = plain.context // GQA.n_layer // 2
-    assert halved.space.reading() == 2 * keys and halved.space.attention(1, 1) == 3 * keys
+    assert halved.space.reading() == 2 * keys and halved.space.attention(1, 1, 1) == 3 * keys
     assert halved.needed == halved.weights.total + plain.context + 2 * keys
 
 
@@ -230,6 +233,36 @@ def test_a_prompt_that_is_read_whole_is_planned_as_such():
         for args, chunk in ((replace(GQA, hidden_dim=900), 10), (replace(GQA, hidden_dim=900), 10**6), (by_length, 10))
     )
     assert large == dynamic == 5000 * 4 * (6 * 60 + 3 * 900 + 4 * 30) and chunks <= large // 5
+
+
+def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(monkeypatch):
+    """On a GPU of bfloat16: windows are masks, soft caps scores, of what a chunk of 512 sees. By hand."""
+    monkeypatch.setattr("workspace.has_fused", lambda *_: True)
+    gpu = Workload(8000, 1, 20), torch.device("cuda"), torch.bfloat16, False
+    plain, near, capped = (
+        Workspace(replace(GQA, head_dim=64, **fields), *gpu).reading()
+        for fields in ({}, {"windows": (100, 200, 100)}, {"score_softcap": 5.0})
+    )
+    by_sdpa = 8 * 712 * 6 * (512 + 64)  # keys repeated for each head, and plain products
+    assert near - plain == 512 * 712 * (10 + 3) + by_sdpa
+    assert capped - plain > 6 * 512 * 8000 * 4
+
+
+def test_prompts_behind_a_shared_context_are_planned_with_their_scores(by_torch):
+    space = plan(GQA, Workload(12_000, 3, 20), 10**12, compile=False).space
+    assert space.reading(True) - space.reading() >= 512 * 3 * 12_000 * 4  # a key/value head's, in fp32
+
+
+def test_a_conversation_may_hold_what_a_plan_of_it_accepts(by_torch):
+    """Also where a compiled step would hold more than an eager one."""
+    args, work = replace(GQA, score_softcap=5.0, n_layer=1, context_limit=1 << 20), Workload(0, 1, 20, prefill_chunk=16)
+    weights = weigh(empty_model(args))
+    for compile in (None, False):
+        room = longest_context(args, weights, work, CPU, torch.float32, 10**8, compile)
+        for more in (0, 1):
+            held = replace(work, context=room - 20 + more)
+            with pytest.raises(ValueError, match="one sample needs") if more else contextlib.nullcontext():
+                plan_run(args, weights, held, CPU, torch.float32, 10**8, compile)
 
 
 def test_logits_are_planned_with_what_the_draw_makes_of_them():
