@@ -31,6 +31,7 @@ from families import (
     our_tensors,
     tinyllamas_config,
 )
+from files import companions, read_json, weight_files
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
@@ -139,47 +140,6 @@ def is_of(value: object, kind: Any) -> bool:
     if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
         return False
     return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
-
-
-def weight_files(folder: Path) -> tuple[Path, ...]:
-    """model.pth, else what Hugging Face stores. Raises FileNotFoundError where there is neither."""
-    return (folder / "model.pth",) if (folder / "model.pth").exists() else hugging_face_files(folder)
-
-
-def hugging_face_files(folder: Path) -> tuple[Path, ...]:
-    """The shards that an index names, or the files that are there; *.safetensors before pytorch_model*.bin."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        if (whole := folder / f"{stem}{suffix}").is_file():
-            return (whole,)
-        if (index := folder / f"{stem}{suffix}.index.json").exists():
-            return shards_of(index)
-        if found := sorted(folder.glob("*.safetensors" if stem == "model" else "pytorch_model*.bin")):
-            return tuple(found)
-    raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in {folder}: give one that has, or a model.pth")
-
-
-def shards_of(index: Path) -> tuple[Path, ...]:
-    """The files that an index names, all of which must be beside it."""
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) and "/" not in v for v in where.values()):
-        raise ValueError(f"{index} has no weight_map of file names: fetch it again")
-    names = sorted(set(where.values()))
-    if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder: fetch it")
-    return tuple(index.parent / name for name in names)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    check_plain(path)
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): put the file there") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
 
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:
@@ -367,7 +327,7 @@ def write_whole(value: Any, path: Path) -> None:
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes config.json, where it is not there yet, and model.pth, each under a temporary name first. Raises OSError
+    """Writes config.json, unless it says so already, and model.pth, each under a temporary name first. Raises OSError
     where that cannot be."""
     folder.mkdir(parents=True, exist_ok=True)
     path, unfinished = folder / "config.json", folder / "config.json.unfinished"
@@ -378,12 +338,6 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def companions(folder: Path) -> list[Path]:
-    """What belongs to a model beside its weights: its config, and all of the tokenizer."""
-    found = [path for pattern in ("*.json", "*.jinja", "tokenizer.model") for path in folder.glob(pattern)]
-    return [path for path in found if path.is_file() and not path.name.endswith(".index.json")]
 
 
 def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:

@@ -113,13 +113,14 @@ class LayersDraft(Draft):
         return mine
 
     def propose(self, rows: Speculating, k: int) -> Tensor | None:
-        tokens = [rows.token]
+        tokens, logprobs = [rows.token], []
         for ahead in range(k):
             where = rows.input_pos + ahead
             logits, _ = self.step(StepInput(tokens[-1], where, rows.samples, rows.seed), self.cache)  # [N,1,V]
-            drawn = rows.draw(logits[..., : rows.model.args.vocab_size], where + 1)
-            tokens.append(sound(self, *drawn))
-        return torch.cat(tokens[1:], 1)
+            token, logprob = rows.draw(logits[..., : rows.model.args.vocab_size], where + 1)
+            tokens.append(token)
+            logprobs.append(logprob)
+        return sound(self, torch.cat(tokens[1:], 1), torch.cat(logprobs, 1))
 
 
 class ModelDraft(LayersDraft):

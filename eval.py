@@ -32,6 +32,7 @@ from typing import Any
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run
+from files import files_of
 from flags import OneLineParser
 from hub import locate
 from jobs import parse_json
@@ -349,7 +350,7 @@ def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
 def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
     """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
     checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
-    check_output(options.output, checkpoint.folder.iterdir())
+    check_output(options.output, files_of(checkpoint.folder))
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
     engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
@@ -393,13 +394,17 @@ def run_perplexity(options: argparse.Namespace) -> None:
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
     found = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{path}, line {number}: {error}: mend it") from error
         for name, kind in fields.items():
             if not isinstance(value, dict) or not isinstance(value.get(name), kind):
                 raise ValueError(f"{path}, line {number}: no {name} of the right kind")
@@ -607,7 +612,8 @@ def check_options(options: argparse.Namespace) -> str:
         least = 0 if name == "num_fewshot" else 1
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"{name} {getattr(options, name)} must be at least {least}")
-    check_output(options.output, (options.perplexity, options.samples, options.scored))
+    tasks = [] if options.include_path is None else options.include_path.rglob("*")
+    check_output(options.output, (options.perplexity, options.samples, options.scored, *tasks))
     return given[0]
 
 

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any, NoReturn
 
-from system import complain
+from system import complain, finish
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -18,6 +18,9 @@ class OneLineParser(argparse.ArgumentParser):
         default = settings.get("default")
         shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
         self.group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    def print_help(self, file: Any = None) -> NoReturn:
+        finish(lambda: print(self.format_help(), end="", file=file))
 
     def error(self, message: str) -> NoReturn:
         told = os.environ.get("RANK", "0") == "0"  # under torchrun, once

@@ -34,6 +34,7 @@ from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from drafts import Speculation, choose_draft
 from engine import Engine
+from files import files_of
 from hub import locate
 from jobs import Begun, Decided, Job, Output, Progress, block_of, read_begun, read_records, set_up_job, skip_bad
 from jobs import summary as summarise
@@ -113,7 +114,7 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
     )
     checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
     draft = options.draft_checkpoint_path
-    check_inputs_stay(options, [checkpoint.folder, *([locate(draft)] if draft else [])])
+    check_inputs_stay(options, [*files_of(checkpoint.folder), *(files_of(locate(draft)) if draft else [])])
     args = checkpoint.args
     tokenizer = load_tokenizer(checkpoint.folder)
     messages = any(not isinstance(record.said, str) for record in records or ())
@@ -383,7 +384,7 @@ def profiled(go: Callable[[Session, Engine], None], session: Session, engine: En
 def export(profile: torch.profiler.profile, path: Path) -> None:
     """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
     nothing more can be written to that file."""
-    trace = path.with_suffix(".trace")  # one that ends in .gz PyTorch would write elsewhere first
+    trace = path.with_name("trace")  # one that ends in .gz PyTorch would write elsewhere first
     profile.export_chrome_trace(str(trace))
     with trace.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)

@@ -13,19 +13,11 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from files import COMPANIONS, weight_files
+
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # The same weights once more under Mistral's names, and weights that are not a model's.
 NOT_OURS = ("consolidated", "adapter")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -173,8 +165,6 @@ def is_whole(folder: Path) -> bool:
     # Without an index nothing but this file tells the first shards from all of them.
     if (folder / UNFINISHED).exists() or not (folder / "config.json").is_file():
         return False
-    from checkpoint import weight_files  # not above: it imports torch, which a download does without
-
     try:
         return bool(weight_files(folder))
     except FileNotFoundError:

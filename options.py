@@ -176,19 +176,13 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
-    """Raises ValueError where what is written would replace the prompts, the heads of a draft, or what lies with a
-    model, under whatever name. models: folders, or files in them."""
-    folders = [path if path.is_dir() else path.parent for path in models]
-    read = [
-        options.prompt_file,
-        options.prompts,
-        *options.draft[1:],
-        *(path for folder in folders for path in folder.iterdir()),
-    ]
+    """Raises ValueError where what is written would replace the prompts, the heads of a draft, or a file of a model,
+    under whatever name."""
+    read = [options.prompt_file, options.prompts, *options.draft[1:], *models]
     files = {identity(Path(path)) for path in read if path is not None}
     for path in (options.report, options.profile, options.output):
         if path is not None and (found := identity(path)) is not None and found in files:
-            raise ValueError(f"{path} is the prompt, or lies with the model: it would be replaced, give another file")
+            raise ValueError(f"{path} is the prompt, or belongs to the model: it would be replaced, give another file")
 
 
 def read_prompts(options: argparse.Namespace) -> bytes:

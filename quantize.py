@@ -11,7 +11,7 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from system import INTERRUPTED, complain, finish, start
+from system import INTERRUPTED, check_plain, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -276,6 +276,8 @@ def quantise(options: argparse.Namespace) -> Path:
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"
     check_output(output, checkpoint, text)
+    if text is not None:
+        check_plain(text)  # it is read twice
     layers, kept = choose_layers(empty_model(checkpoint.args), mode, options.groupsize)
     recipe, state, folder = Recipe(mode, layers, kept, groupsize), read_weights(checkpoint), None
     check_weights(empty_model(checkpoint.args), state)

@@ -58,7 +58,7 @@ class Notes(Stream):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is written meanwhile goes nowhere, also by a library that has no Python."""
+        """What is written meanwhile goes nowhere, also by a library that has no Python. For one thread at a time."""
         kept = os.dup(2)
         try:
             os.dup2(self.null, 2)
@@ -69,7 +69,7 @@ class Notes(Stream):
 
 
 class Guarded:
-    """An object of a library in Rust: where a call fails it is a ValueError that names the file it was made of.
+    """An object of a library in Rust: where a call fails otherwise than by a ValueError, it is one that names the file.
 
     Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
     out; stderr is the process's, so where Python is the user's own they stay.

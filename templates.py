@@ -1,4 +1,5 @@
-"""A model's chat template, in jinja2's sandbox, within bounds of time and memory: it may be anybody's program."""
+"""A model's chat template, in jinja2's sandbox. It may be anybody's program: its time is bounded, and what +, * and **
+make; not what filters make."""
 
 import itertools
 import json

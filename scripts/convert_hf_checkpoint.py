@@ -21,15 +21,12 @@ from dataclasses import replace
 from checkpoint import (
     Checkpoint,
     check_weights,
-    companions,
-    hugging_face_files,
     read_checkpoint,
-    read_json,
     read_weights,
     save_model,
 )
+from files import COMPANIONS, companions, hugging_face_files, read_json
 from flags import OneLineParser
-from hub import COMPANIONS
 from model import empty_model
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew

@@ -9,9 +9,10 @@ taken (`<=` for `<`, `-` for `+`), and a number becomes one more. Left out is wh
 the words of errors, and what guards our own invariants (assert, `strict=`, `frozen=`). mutmut 3 wraps every function
 in another, which torch.compile does not bear.
 
-A fork that has imported the libraries, but nothing of the repository, writes the change into a copy of it and runs the
+A fork that has imported the libraries, but nothing of the core, writes the change into a copy of it and runs the
 nearest tests, then wider ones. The first failure kills the mutant, as CPU_SECONDS of processor time do. Tests that
-compile or start many commands are left out, so the rate is a lower bound. A mutant that cannot be imported is broken,
+compile or start many commands are left out, so the rate is a lower bound. After an edit of the core the record is to be
+deleted. A mutant that cannot be imported is broken,
 and not counted; those of tests/mutants.txt are equivalent: no test can tell them from the code.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import finish, start
+from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -278,10 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try_all(todo[worker :: args.workers], args.record, args.turns)
             os._exit(0)
         workers.append(child)
-    for child in workers:
-        os.waitpid(child, 0)
+    if any([os.waitpid(child, 0)[1] for child in workers]):
+        return complain(f"a worker has failed: see whether {args.record} can be written, and start it again")
     done = recorded(args.record)
-    report([done[mutant] for mutant in chosen if mutant in done])
+    try:
+        report([done[mutant] for mutant in chosen if mutant in done])
+    except ValueError as error:
+        return complain(error)
     return 0
 
 

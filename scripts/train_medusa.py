@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import companions, load_model, read_checkpoint, write_whole
+from checkpoint import load_model, read_checkpoint, write_whole
+from files import companions
 from flags import OneLineParser
 from hub import locate
 from model import Transformer

@@ -419,8 +419,8 @@ def test_nothing_is_overwritten_by_a_refused_command(tmp_path):
     shutil.copytree(TINY, model)
     prompt.write_text("Once")
     base = ["--checkpoint_path", model, "--prompt_file", prompt]
-    assert_refused(run(*base, "--report", prompt), "prompt.txt is the prompt, or lies with the model")
-    assert_refused(run(*base, "--profile", model / "model.pth"), "model.pth is the prompt, or lies with the model")
+    assert_refused(run(*base, "--report", prompt), "prompt.txt is the prompt, or belongs to the model")
+    assert_refused(run(*base, "--profile", model / "model.pth"), "model.pth is the prompt, or belongs to the model")
     assert_refused(run(*base, "--report", both, "--profile", both), "both: give two files")
     assert prompt.read_text() == "Once" and (model / "model.pth").read_bytes() == (TINY / "model.pth").read_bytes()
     assert (tmp_path / "r.json").read_text() == "precious"

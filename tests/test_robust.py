@@ -35,6 +35,7 @@ from test_tokenizer import byte_level
 import engine as road
 import eval as evaluate
 import generate
+import quantize
 from checkpoint import read_checkpoint
 from engine import Engine
 from options import build_parser
@@ -235,7 +236,7 @@ def test_what_the_run_reads_is_not_replaced_under_any_name(model, tmp_path):
             link(read, tmp_path / name)
             for flag in ("--report", "--profile"):
                 result = run(*base, *drafts.get(read, []), flag, tmp_path / name)
-                assert_refused(result, f"{name} is the prompt, or lies with the model: it would be replaced")
+                assert_refused(result, f"{name} is the prompt, or belongs to the model: it would be replaced")
             os.remove(tmp_path / name)
         assert read.read_bytes() == before
 
@@ -251,6 +252,33 @@ def test_what_an_evaluation_reads_is_not_replaced_under_any_name(model, tmp_path
         assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
         assert read.read_bytes() == before
         output.unlink()
+
+
+def test_what_lies_beside_a_model_may_be_written_again(tmp_path, capsys):
+    """An output of the run before is none of the files that are read."""
+    model, text = tmp_path / "model", tmp_path / "text"
+    shutil.copytree(TINY, model)
+    text.write_text("Once upon a time there was a cat.")
+    flags = ["--checkpoint_path", str(model), "--perplexity", str(text), "--output", str(model / "found.json")]
+    assert [evaluate.main([*flags, "--quiet"]) for _ in range(2)] == [0, 0], capsys.readouterr().err
+
+
+def test_a_pipe_of_calibration_is_refused(tmp_path, capsys):
+    """It would be waited for; and it is read twice."""
+    os.mkfifo(tmp_path / "pipe")
+    flags = ["--checkpoint_path", str(TINY), "--mode", "int4-gptq", "--output", str(tmp_path / "a" / "m.pth")]
+    assert quantize.main([*flags, "--calibration_file", str(tmp_path / "pipe")]) == 2
+    assert "pipe is not a plain file" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("command", ["generate.py", "scripts/download.py"])
+def test_help_that_cannot_be_written_is_one_line(command):
+    """Where Python holds its output back, as it does by default."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, ROOT / command, "--help"]
+        result = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert result.returncode == 2 and re.fullmatch("error: stdout cannot be written .*\n", result.stderr)
 
 
 COMMANDS = ["generate.py", "eval.py", "quantize.py", "mixtral-moe/memory.py"]

@@ -100,7 +100,12 @@ def started(world: int, *arguments: object, input: str = "") -> list[warm.Comman
 
 def torchrun(world: int, *arguments: object, input: str = "") -> subprocess.CompletedProcess:
     """All ranks, to their end. What they print stands in the order of the ranks."""
-    ended = [rank.end(200) for rank in started(world, *arguments, input=input)]
+    ranks = started(world, *arguments, input=input)
+    try:
+        ended = [rank.end(200) for rank in ranks]
+    finally:
+        for rank in ranks:  # one that waits for another that has failed
+            rank.process.kill()
     out, err = "".join(each.stdout for each in ended), "".join(each.stderr for each in ended)
     return subprocess.CompletedProcess(ended[0].args, max(abs(each.returncode) for each in ended), out, err)
 
