@@ -534,10 +534,10 @@ class Batch:
         self.cache.resize(slots)
         last, drawn = self.cache.start[:, None] + slots - 1, []
         for _ in range(self.look):
-            inputs = StepInput(self.token, self.input_pos, self.samples, self.seeds)
+            where = self.input_pos.minimum(last)  # a row that is done may be further than the slots in view
+            inputs = StepInput(self.token, where, self.samples, self.seeds)
             drawn.append(self.agreed(self.step(inputs, self.cache)))
-            self.token = drawn[-1][0][:, None]
-            self.input_pos = torch.minimum(self.input_pos + 1, last)  # a row that is done may be at its end
+            self.token, self.input_pos = drawn[-1][0][:, None], self.input_pos + 1
         tally, held = self.tally, self.shelf.tokens + self.groups.tokens + self.sharing.root
         context = sum(len(place[0].prompt.tokens) for place in self.places if place is not None)
         tally.spared = max(tally.spared, (context - held) * self.token_bytes)

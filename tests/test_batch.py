@@ -97,6 +97,24 @@ def test_a_host_that_looks_every_few_steps_draws_the_same(engine, monkeypatch):
     assert drawn(generate_many(engine, prompts, asked)) == expected
 
 
+@pytest.mark.parametrize("look", [1, 8])
+def test_long_samples_are_those_of_each_prompt_alone(monkeypatch, look):
+    """Past 64, 128 and 256 tokens, with rows that are taken again by prompts which come later, and rows that are done
+    and go on meanwhile, beyond the slots in view."""
+
+    def row(index: int, ending: Ending, *rest) -> Row:
+        return Row(index, replace(ending, length=(5, 67, 131, 261)[(index + len(rest[1])) % 4]), *rest)
+
+    for module in (batch, road):
+        monkeypatch.setattr(module, "Row", row)
+    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", look)
+    engine = Engine(random_model(replace(GQA, n_layer=1)), compile=False)
+    prompts, asked = prompts_of(20, 1, 66, 4), request(2, 261, rows_at_once=3)
+    expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
+    assert {len(tokens) for each in expected.values() for tokens, _, _ in each} == {5, 67, 131, 261}
+    assert drawn(generate_many(engine, prompts, asked)) == expected
+
+
 def test_long_prompts_are_read_in_chunks(engine):
     prompts = [Prompt(each.id, prompts_of(9, 0, 0)[0].tokens[:9] * 40 + each.tokens) for each in prompts_of(9, 0, 0, 3)]
     prompts.append(Prompt("short", prompts[0].tokens[:10]))

@@ -43,8 +43,9 @@ def test_all_layouts_draw_the_same_tokens(n):
     assert len({tuple(each.tokens) for each in by_layout["bifurcated"]}) == n
 
 
-@pytest.mark.parametrize("length", [1, 2, 40])
-def test_logprobs_equal_those_of_one_forward_pass(engine, length):
+@pytest.mark.parametrize("look,length", [(1, 1), (1, 2), (1, 40), (1, 261), (8, 261)])
+def test_logprobs_equal_those_of_one_forward_pass(engine, monkeypatch, look, length):
+    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
     for each in engine.generate(PROMPT, request(5, length)):
         assert each.logprobs == pytest.approx(engine.score(PROMPT, [each.tokens])[0].logprobs, abs=1e-6)
 
@@ -345,7 +346,7 @@ class Drafted(road.Decoding):
         return torch.where(torch.arange(3) < count[:, None], tokens, -1), logprobs, count
 
 
-@pytest.fixture(params=[1, 5], ids=["looked at every step", "looked at every five"])
+@pytest.fixture(params=[1, 8], ids=["looked at every step", "looked at every eight"])
 def stride(request, monkeypatch) -> int:
     """How often tokens are brought to the host, which on an accelerator is not every step."""
     monkeypatch.setitem(road.LOOK_EVERY, "cpu", request.param)

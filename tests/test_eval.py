@@ -16,17 +16,18 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, PROMPT, TINY, WINDOW, full, random_model, random_tokens
+from conftest import ALIBI, GQA, PROMPT, TINY, WINDOW, Letters, full, random_model, random_tokens
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import engine as road
 import eval as evaluation
 import quantize
 import scoring
 from checkpoint import read_checkpoint
 from engine import Engine
 from eval import Evaluator, Texts, main, pass_at, windows
-from request import Sampling
+from request import Request, Sampling
 from rotary import RopeScaling
 from scoring import Scored, Scorer
 
@@ -221,6 +222,22 @@ def test_several_requests_for_one_prompt_are_its_samples(ours):
     texts = ours.generate_until([("The cat", given), ("the", given), ("The cat", given), ("The cat", given)])
     assert len({texts[0], texts[2], texts[3]}) > 1
     assert texts == ours.generate_until([("The cat", given), ("the", given), ("The cat", given), ("The cat", given)])
+
+
+@pytest.mark.parametrize("look", [1, 8])
+def test_long_texts_are_those_of_each_prompt_alone(monkeypatch, look):
+    """Past 256 tokens, in fp64, with what prompts share read once. Oracle: the engine's own sample of each."""
+    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    monkeypatch.setattr(evaluation, "SHARED_PROMPT", 4)
+    letters = Letters()
+    letters.specials = {}
+    engine = Engine(random_model(replace(GQA, n_layer=1)), letters, compile=False)
+    texts = SimpleNamespace(tokenizer=letters, encode=letters.encode, prefix=0, eos_ids=frozenset())
+    prompts = ["Once upon a time, a cat", "Once upon a time, a dog", "Tom"]
+    found = Evaluator(engine, texts, 200).generate_until([(each, {"max_gen_toks": 261}) for each in prompts])
+    for prompt, text in zip(prompts, found, strict=True):
+        (sample,) = engine.generate(letters.encode(prompt), Request(1, 261, Sampling(0)))
+        assert text == letters.decode(sample.tokens) and len(text) == 261
 
 
 @pytest.mark.parametrize(

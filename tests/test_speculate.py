@@ -128,6 +128,17 @@ def test_samples_are_those_of_plain_decoding(always, model, draft, expected):
     assert min(accepted[:2]) > 0, "some were right and some were not"
 
 
+@pytest.mark.parametrize("draft,look", [("model", 1), *((kind, 8) for kind in KINDS)], indirect=["draft"])
+def test_long_samples_are_those_of_plain_decoding(always, model, draft, monkeypatch, look):
+    """Past 64, 128 and 256 tokens, with rows that end early and stay."""
+    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    row, asked = road.Row, request(3, 261, DRAWN)
+    monkeypatch.setattr(road, "Row", lambda at, end, *rest: row(at, replace(end, length=(30, 131, 261)[at]), *rest))
+    expected = Engine(model).generate(PROMPT, asked)
+    assert [len(each.tokens) for each in expected] == [30, 131, 261]
+    assert draws(speculating(model, draft).generate(PROMPT, asked)) == draws(expected)
+
+
 @pytest.mark.parametrize("draft", ["prompt", "layers"], indirect=True)
 def test_logits_that_are_not_finite_are_noticed_while_drafting(always, draft):
     """From a token on that comes late: a damaged row of the embedding."""
