@@ -22,6 +22,7 @@ from hub import locate
 from model import ModelArgs, Transformer
 from speculate import USUAL_K, Draft, Speculating, Speculation
 from tokenizer import load_tokenizer
+from tp import WHOLE, VocabularyEmbedding
 
 
 class PromptDraft(Draft):
@@ -124,7 +125,8 @@ class LayersDraft(Draft):
 
 
 class ModelDraft(LayersDraft):
-    """Another model of the same vocabulary, with a chain of caches of its own over the same context."""
+    """Another model of the same vocabulary, with a chain of caches of its own over the same context. Its embedding may
+    have more or fewer rows than the target's, whose last ones are padding."""
 
     PART = 32  # positions that are made up for at a time
     engine: Engine
@@ -136,7 +138,10 @@ class ModelDraft(LayersDraft):
         self.name, self.layers, self.args, self.load = "model", args.n_layer, args, load
 
     def place(self, engine: Engine, rows: int) -> None:
-        self.engine = Engine(self.load(engine.device, engine.dtype, rows))
+        model = self.load(engine.device, engine.dtype, rows)
+        if self.args.vocab_size < engine.args.vocab_size:  # it reads nothing where the target has a token that it lacks
+            model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, 0, WHOLE)
+        self.engine = Engine(model)
         self.weights = self.engine.weights.total
         self.token_bytes = self.args.kv_values_per_token * engine.dtype.itemsize
 
@@ -201,8 +206,8 @@ class MedusaDraft(Draft):
             return rows.token.expand(-1, k)
         x = rows.model.norm(rows.hidden)  # [N,1,dim]
         heads = (F.linear(x + F.silu(F.linear(x, *block)), output) for *block, output in self.heads[:k])
-        tokens = sound(self, *rows.draw(torch.cat(list(heads), 1), rows.input_pos + rows.arange(1, k + 1)))
-        return tokens if self.ids is None else self.ids[tokens]
+        where = rows.input_pos + rows.arange(1, k + 1)
+        return sound(self, *rows.draw(torch.cat(list(heads), 1), where, names=self.ids))
 
 
 def check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:

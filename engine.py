@@ -182,13 +182,15 @@ def bucket(slots: int) -> int:
 
 
 class Decoding:
-    """How rows move on: plain decoding, one token for each row and step. `width` is the most that a step gives, k."""
+    """How rows move on: plain decoding, one token for each row and step. `width` is the most that a step gives, k. What
+    is drawn is the same on all ranks that hold a part of the network."""
 
     width = 1
 
     def __init__(self, run: "Run", cache: KVCache, samples: Tensor) -> None:
         """samples [N]: the index of each row's sample."""
         self.cache, self.samples, self.sampling = cache, samples, run.request.sampling
+        self.shard = run.engine.shard
         self.seed, self.one = torch.tensor(run.request.seed, device=samples.device), torch.ones_like(samples)
         self.seen = seen_in(run.history, samples, self.sampling.repetition_penalty, run.engine.args.vocab_size)
         self.step = run.engine.step(self.sampling, run.plan)
@@ -197,13 +199,13 @@ class Decoding:
         """Draws the token at `position` for every row from the logits [1,V] before it."""
         numbers = uniform(self.seed, self.samples, torch.full_like(self.samples, position))
         token, logprob = draw(logits.expand(len(self.samples), -1), numbers, self.sampling, self.seen)
-        return token[:, None], logprob[:, None], self.one
+        return self.shard.agree(token)[:, None], logprob[:, None], self.one
 
     def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
         """token [N,1], the last one of each row, not yet run, at input_pos [N,1]."""
         inputs = StepInput(token, input_pos, self.samples, self.seed, add(self.seen, token))
         drawn, logprob = self.step(inputs, self.cache)
-        return drawn[:, None], logprob[:, None], self.one
+        return self.shard.agree(drawn)[:, None], logprob[:, None], self.one
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but the given ones."""
@@ -279,7 +281,7 @@ class Run:
         decoding = self.decoder(self, cache, samples)
         # 2. The first token of every row, from the prompt's logits.
         self.monitor.wave(rows)
-        pending = [self.agreed(decoding.first(logits, self.begin))]
+        pending = [decoding.first(logits, self.begin)]
         token = pending[0][0]
         input_pos = torch.full((len(rows), 1), self.begin, device=device)
         steps, ahead = 0, 1  # `ahead`: the most tokens that a row may have by now
@@ -300,19 +302,11 @@ class Run:
             # 4. A step over the slots that it may write, and those before them.
             cache.resize(base + min(self.own_slots, bucket(ahead - 1 + decoding.width)))
             # A row that is done may be further than those in view.
-            pending.append(self.agreed(decoding.next(token, input_pos.clamp_max(self.begin + ahead - 1))))
+            pending.append(decoding.next(token, input_pos.clamp_max(self.begin + ahead - 1)))
             steps, ahead = steps + 1, ahead + decoding.width
             # 5. Each row moves by its own count.
             tokens, _, count = pending[-1]
             token, input_pos = tokens.gather(1, count[:, None] - 1), input_pos + count[:, None]
-
-    def agreed(self, drawn: Drawn) -> Drawn:
-        """The same for all ranks that hold a part of the network."""
-        if self.engine.shard.world == 1:
-            return drawn
-        tokens, logprobs, count = drawn
-        both = self.engine.shard.agree(torch.cat([tokens, count[:, None]], 1))  # [N,k+1]
-        return both[:, :-1], logprobs, both[:, -1]
 
     def collect(self, rows: Sequence[Row], pending: Sequence[Drawn], cache: KVCache, stepped: bool) -> Iterator[Piece]:
         """Brings the tokens of the last steps to the host and ends the rows that are done."""

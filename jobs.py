@@ -25,6 +25,7 @@ from plan import human
 from ranks import Ranks
 from report import Bar, placed, sample_fields
 from samples import rank
+from sampling import RULE
 
 Id = str | int
 OWN = frozenset(
@@ -299,7 +300,7 @@ def set_up_job(
     """What --prompts asks of this replica. Raises ValueError."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
-    header = {"model": fingerprint(checkpoint), "dtype": str(decided.dtype), "seed": decided.seed}
+    header = {"model": fingerprint(checkpoint), "dtype": str(decided.dtype), "seed": decided.seed, "draw": RULE}
     header["ends"] = [] if options.ignore_eos else sorted(dialogue.eos_ids)
     part = slice(ranks.replica, None, ranks.replicas)
     assert decided.records is not None

@@ -1,4 +1,5 @@
-// Attention over a chain of caches, and products with weights as they are held, on a CPU. Loaded by kernels.py.
+// Attention over a chain of caches, products with weights as they are held, and the random numbers of a draw, on a CPU.
+// Loaded by kernels.py.
 //
 // Attention is that of FlashAttention 2 (Dao 2023, arXiv 2307.08691): keys come in blocks that stay in the cache, the
 // softmax is kept as a running peak and total per query, and no score is held. Where heads are few the keys are split
@@ -758,7 +759,43 @@ void multiply(const Product& p) {
     if (memory.size() > MOST_KEPT) memory = {};
 }
 
+// --- Random numbers ---
+
+// Philox4x32-10 (sampling.philox), of whose four words two are read: fp64 of 53 bits.
+constexpr int COUNTERS = 16;
+
+struct Numbers {
+    const int64_t *keys, *tokens;  // [N], [N,K]: rows of tokens are `stride` apart
+    double* out;                   // [N,K]
+    int64_t N, K, stride, threads;
+};
+
+void count(uint32_t key, uint32_t next_key, const int64_t* tokens, int n, double* out) {
+    uint32_t a[COUNTERS] = {}, b[COUNTERS] = {}, c[COUNTERS] = {}, d[COUNTERS] = {};
+    std::copy_n(tokens, n, a);
+    for (int round = 0; round < 10; round++, key += 0x9E3779B9, next_key += 0xBB67AE85)
+        for (int i = 0; i < COUNTERS; i++) {
+            uint64_t x = uint64_t(a[i]) * 0xD2511F53, y = uint64_t(c[i]) * 0xCD9E8D57;
+            a[i] = uint32_t(y >> 32) ^ b[i] ^ key, b[i] = uint32_t(y);
+            c[i] = uint32_t(x >> 32) ^ d[i] ^ next_key, d[i] = uint32_t(x);
+        }
+    double numbers[COUNTERS];
+    for (int i = 0; i < COUNTERS; i++) numbers[i] = a[i] * 0x1p-32 + (b[i] >> 11) * 0x1p-53;
+    std::copy_n(numbers, n, out);
+}
+
 }  // namespace
+
+extern "C" void numbers(const Numbers* call) {
+    const Numbers& c = *call;
+    long blocks = (c.K + COUNTERS - 1) / COUNTERS;
+#pragma omp parallel for num_threads(c.threads)
+    for (long i = 0; i < c.N * blocks; i++) {
+        long row = i / blocks, first = i % blocks * COUNTERS;
+        int n = std::min<long>(COUNTERS, c.K - first);
+        count(c.keys[row], c.keys[row] >> 32, c.tokens + row * c.stride + first, n, c.out + row * c.K + first);
+    }
+}
 
 // Both return whether there was memory for it.
 extern "C" bool multiply(const Product* product) try {

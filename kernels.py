@@ -1,9 +1,9 @@
-"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches, and
-products with weights in int8 and int4, and of one or two rows with plain ones.
+"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches,
+products with weights in int8 and int4, and of one or two rows with plain ones, and the random numbers of a draw.
 
-The definition is bifurcated_attention.py, in plain PyTorch. It is what runs where there is no compiler, a build fails,
-or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete this file and the lines
-that call it, and all else works.
+The definitions are bifurcated_attention.py and sampling.py, in plain PyTorch. They are what runs where there is no
+compiler, a build fails, or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete
+this file and the lines that call it, and all else works.
 
 The library is built at first use by the compiler that torch.compile would take, into torch.compile's cache folder, by a
 name made of the source, the flags and the CPU; another process finds it there.
@@ -39,6 +39,7 @@ BUILD_SECONDS = 120  # after which a compiler is given up
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
 LARGEST_HEAD_DIM = 256
+NUMBERS_PER_THREAD = 1 << 15  # random numbers: what PyTorch's element-wise operations give to one thread
 STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
 
 
@@ -111,7 +112,9 @@ def load(path: Path) -> Library:
     functions = ctypes.CDLL(str(path))
     functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
     functions.multiply.argtypes = [ctypes.c_void_p]
+    functions.numbers.argtypes = [ctypes.c_void_p]
     functions.attend.restype = functions.multiply.restype = ctypes.c_bool
+    functions.numbers.restype = None
     return Library(functions, "kernels.cpp")
 
 
@@ -261,6 +264,24 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
 def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
     """What torch.compile needs to know of it."""
     return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def counts(device: torch.device) -> bool:
+    """Whether the random numbers of a draw there can be made by `numbers`."""
+    return device.type == "cpu" and library().functions is not None
+
+
+def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
+    """sampling.of_tokens for the keys [N] of rows and tokens [N,K], int64 -> fp64 [N,K]."""
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    made = torch.empty(tokens.shape, dtype=torch.float64)
+    threads = torch.get_num_threads() if made.numel() > NUMBERS_PER_THREAD else 1
+    call = [keys.data_ptr(), tokens.data_ptr(), made.data_ptr(), *tokens.shape, tokens.stride(0), threads]
+    functions.numbers((ctypes.c_int64 * len(call))(*call))
+    return made
 
 
 OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")

@@ -32,8 +32,8 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0; 1 is off")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be from 1e-6 to 1e6; 1 is off")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From logits to tokens: filters, the draw, and random numbers that belong to (seed, sample, position).
+"""From logits to tokens: filters, the draw, and random numbers that belong to (seed, sample, position, token).
 
 Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V vocabulary.
 """
@@ -6,11 +6,17 @@ Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V v
 import torch
 from torch import Tensor
 
+import kernels
 from repetition import NOTHING, penalised
 from request import Sampling
 
 # Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+# Names the rule of the draw: another one, by which a seed draws other samples, takes another name.
+RULE = "exponential race, Philox4x32-10"
+
+NUMBERS_AT_ONCE = 1 << 18  # of tokens, made in PyTorch: of each, Philox holds some 100 bytes
 
 # Philox4x32-10's multipliers and key increments (Salmon et al. 2011, table 2), and a word of 32 bits.
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -50,6 +56,19 @@ def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
     return ((even[0] << 21) | (odd[0] >> 11)).double() * 2.0**-53
 
 
+def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
+    """The random numbers of tokens [N,K] in rows of the numbers [N], which `uniform` gives: fp64 [N,K], as those are.
+
+    A row's 53 bits are the key, and the token the counter, of another Philox4x32-10. So a token's number depends
+    neither on its rank nor on which others are candidates, and two rows share theirs with odds of 2^-53.
+    """
+    keys = (rows * 2.0**53).long()
+    if kernels.counts(rows.device):
+        return kernels.numbers(keys, tokens)
+    parts = tokens.split(max(1, NUMBERS_AT_ONCE // max(1, len(rows))), dim=1)
+    return torch.cat([uniform(keys[:, None], part, part.new_zeros(())) for part in parts], 1)
+
+
 class UniformBlocks:
     """`uniform`, made for a block of positions of each row at a time: uncompiled, Philox is some 150 small operations,
     for one number as for a thousand."""
@@ -74,7 +93,7 @@ class UniformBlocks:
 
 
 def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """The distribution to draw from: probs [N,K] and the token ids [N,K] they belong to, in ascending order of id.
+    """The distribution to draw from: probs [N,K] and the token ids [N,K] they belong to.
 
     ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
     """
@@ -88,14 +107,12 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
         probs = probs.masked_fill(mass - probs >= sampling.top_p * mass[:, -1:], 0)
     if sampling.min_p is not None:
         probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0)
-    if ids is not None:
-        # By id, so that rounding which swaps two near-equal logits cannot move every boundary between tokens.
-        ids, order = ids.sort(-1)
-        probs = probs.gather(-1, order)
     return probs, ids
 
 
-def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOTHING) -> tuple[Tensor, Tensor]:
+def draw(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOTHING, names: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE.
 
     What is kept is made first: small blocks amid those that a part frees would keep the next part from them.
@@ -103,27 +120,46 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOT
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     tokens, logprobs = (torch.empty_like(uniform, dtype=each) for each in (torch.long, torch.float32))
     for part in (slice(first, first + rows) for first in range(0, len(logits), rows)):
-        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling)
+        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling, names)
     return tokens, logprobs
 
 
-def draw_rows(logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw_rows(
+    logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling, names: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draws a token per row. logits [N,V], uniform [N] in [0,1), seen: the tokens that each row has already, bool [N,V]
-    or [N,0] -> tokens [N], log-probabilities [N].
+    or [N,0], names [V]: the token of each logit, None: its index -> tokens [N], log-probabilities [N].
 
-    The inverse of the cumulative distribution, in fp64, at one number per row: one pass over the vocabulary, where
-    noise on every logit costs a random number for each. The log-probability is that of the untempered, unfiltered
+    The first to arrive in a race of the candidates, each after an exponential time of rate p: it is i with probability
+    p_i, and rounding changes it only where two nearly tie. The log-probability is that of the untempered, unfiltered
     model.
     """
     logits = logits.float()
     scores = penalised(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
-        token = scores.argmax(-1, keepdim=True)  # [N,1]
+        index = scores.argmax(-1, keepdim=True)  # [N,1]
     else:
         probs, ids = candidates(scores, sampling)
-        cdf = probs.cumsum(-1, dtype=torch.float64)  # [N,K]
-        # 1 - uniform is in (0,1], so the first entry that reaches the target has a probability above 0.
-        # Where logits are nan none does: any token that exists will do, since their log-probability is not finite.
-        token = torch.searchsorted(cdf, (1 - uniform[:, None]) * cdf[:, -1:]).clamp_max(cdf.shape[-1] - 1)  # [N,1]
-        token = token if ids is None else ids.gather(-1, token)
-    return token[:, 0], (logits.gather(-1, token) - logits.logsumexp(-1, keepdim=True))[:, 0]
+        index = first_to_arrive(probs, of_tokens(uniform, named(ids, names, probs)))
+        index = index if ids is None else ids.gather(-1, index)
+    token = index if names is None else names[index]
+    return token[:, 0], (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0]
+
+
+def named(ids: Tensor | None, names: Tensor | None, probs: Tensor) -> Tensor:
+    """The tokens [N,K] of the candidates; ids None: each logit is one."""
+    if ids is not None:
+        return ids if names is None else names[ids]
+    names = torch.arange(probs.shape[1], device=probs.device) if names is None else names
+    return names.expand_as(probs)
+
+
+def first_to_arrive(probs: Tensor, numbers: Tensor) -> Tensor:
+    """The index [N,1] of the smallest -log(1 - u) / p. probs [N,K] fp32, numbers [N,K] fp64, which are overwritten.
+
+    Numbers are multiples of 2^-53, so a time is exact to 2^-53 and a token of probability 1e-12 is drawn at its rate to
+    1e-4. Zero stands for what is below, half of that at the mean: no time is 0, so nothing of probability 0 arrives.
+    Where logits are nan any token that exists will do, since their log-probability is not finite.
+    """
+    times = numbers.neg_().log1p_().neg_().clamp_min_(2.0**-54)
+    return torch.div(probs, times, out=times).argmax(-1, keepdim=True)

@@ -162,12 +162,23 @@ class Speculating(Decoding):
         """The rows' own slots that a step reads."""
         return self.cache.slots - self.base
 
-    def draw(self, logits: Tensor, where: Tensor, seen: Tensor = NOTHING) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, logits: Tensor, where: Tensor, seen: Tensor = NOTHING, names: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """logits [N,S,V] -> the tokens at the positions [N,S], and their log-probabilities. A draft draws as if nothing
-        were seen."""
+        were seen; names [V]: the tokens that it tells apart."""
         numbers = self.numbers(self.seed, self.samples, where).flatten()
-        tokens, logprobs = draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1))
-        return tokens.view_as(where), logprobs.view_as(where)
+        tokens, logprobs = draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
+        return self.shard.agree(tokens).view_as(where), logprobs.view_as(where)
+
+    def proposed(self, k: int) -> Tensor | None:
+        """The draft's proposals [N,k]. Ranks that hold a part of the network take those of the first, since the tokens
+        of a step, and whether there is such a step, have to be the same on all."""
+        proposals = self.draft.propose(self, k)
+        if self.shard.world == 1:
+            return proposals
+        agreed = self.shard.agree(self.token.new_full((len(self.token), k), -1) if proposals is None else proposals)
+        return None if int(agreed[0, 0]) < 0 else agreed
 
     def first(self, logits: Tensor, position: int) -> Drawn:
         drawn = super().first(logits, position)
@@ -182,7 +193,7 @@ class Speculating(Decoding):
             self.warm = True
         begin, drafts = self.speculation.clock(), self.pace.plain_left == 0
         if drafts:
-            proposals = self.draft.propose(self, self.pace.k)  # [N,k]
+            proposals = self.proposed(self.pace.k)
         proposed = self.speculation.clock()
         if proposals is None:
             tokens, logprobs, count = super().next(token, input_pos)

@@ -1,5 +1,6 @@
 """The repetition penalty. Oracles: transformers' processor; a plain loop over full passes, without a cache."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -111,7 +112,21 @@ def test_one_compiled_step_serves_every_n(monkeypatch):
             same(found(compiled, sampling, n), found(eager, sampling, n))
 
 
-@pytest.mark.parametrize("penalty", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1e-6, 0.8])
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+def test_the_most_extreme_penalties_draw_what_exact_arithmetic_draws(temperature, penalty):
+    """Logits as large as 1e4, of both signs, seen and not. Oracle: by hand; all but one token are hopeless."""
+    logits, seen = torch.tensor([[1e4, 9e3, -1e4, 8e3, 0.0]]), torch.tensor([[False, True, True, False, True]])
+    expected = 1 if penalty < 1 else 0
+    for number in (0.0, 0.5, 1 - 2**-53):
+        token, logprob = draw(
+            logits, torch.tensor([number], dtype=torch.float64), Sampling(temperature, repetition_penalty=penalty), seen
+        )
+        assert token.item() == expected and logprob.isfinite()
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, 1e-45, 9e-7, 1.1e6, 1e300, float("nan"), float("inf")])
 def test_impossible_penalties_are_refused(penalty):
-    with pytest.raises(ValueError, match=f"repetition_penalty {penalty} must be above 0"):
+    message = re.escape(f"repetition_penalty {penalty} must be from 1e-6 to 1e6")
+    with pytest.raises(ValueError, match=message):
         Sampling(repetition_penalty=penalty)

@@ -1,15 +1,28 @@
-"""From logits to tokens. Oracles: plain NumPy for the filters, the distribution for the draw; for the random numbers
-the published vectors of Philox and a Philox of Python's integers, whose other word size is NumPy's own generator."""
+"""From logits to tokens, on the CPU, in fp32 and fp64. Oracles: plain NumPy for the filters, the distribution for the
+draw, and in closed form how often two draws by the same numbers meet; for the random numbers the published vectors of
+Philox and a Philox of Python's integers, whose other word size is NumPy's own generator."""
 
 import math
+from itertools import pairwise
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from request import Sampling
-from sampling import LOGITS_AT_ONCE, UniformBlocks, candidates, draw, draw_rows, philox, uniform
+from sampling import (
+    LOGITS_AT_ONCE,
+    UniformBlocks,
+    candidates,
+    draw,
+    draw_rows,
+    first_to_arrive,
+    of_tokens,
+    philox,
+    uniform,
+)
 
 # Philox4x32-10 and Philox4x64-10: multipliers and key increments of Salmon et al. 2011, and the bits of a word.
 PHILOX = {
@@ -159,6 +172,60 @@ def test_no_number_comes_twice():
     assert torch.stack(found).unique().numel() == 64 * 40 * 40
 
 
+def plain_of_token(row: float, token: int) -> float:
+    key = int(row * 2**53)
+    high, low, *_ = plain_philox([token, 0, 0, 0], [key & 0xFFFFFFFF, key >> 32])
+    return (high << 21 | low >> 11) / 2**53
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def maker(request, monkeypatch) -> str:
+    """What makes the numbers of tokens."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: kernels.Library(None, "no C++ compiler"))
+    elif kernels.library().functions is None:
+        pytest.skip("no C++ compiler")
+    return request.param
+
+
+@pytest.mark.parametrize("K", [1, 15, 16, 17, 66, 130, 257])
+def test_numbers_of_tokens_are_those_of_row_and_token(maker, monkeypatch, K):
+    """Of ids up to 32 bits, side by side or not, and of a vocabulary that rows share; in parts too."""
+    monkeypatch.setattr("sampling.NUMBERS_AT_ONCE", 100)
+    rows = torch.tensor([0.0, 1 - 2**-53, uniform(*map(torch.tensor, (3, 2**40, 5)))], dtype=torch.float64)
+    ids = torch.randint(2**32, (3, K), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = torch.tensor([0, 2**32 - 1, 2**31])
+    shared = torch.arange(31_999, 31_999 + K).expand(3, -1)
+    for tokens in (ids, ids.repeat(1, 2)[:, ::2], ids.T.contiguous().T, shared):
+        found = of_tokens(rows, tokens)
+        pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
+        expected = [[plain_of_token(row, id) for id in each] for row, each in pairs]
+        assert found.dtype == torch.float64 and found.tolist() == expected
+
+
+def test_many_numbers_are_divided_among_threads(maker, monkeypatch):
+    """Oracle: each row by itself, on one thread."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(kernels, "NUMBERS_PER_THREAD", 0)
+    rows = uniform(torch.tensor(5), torch.arange(7), torch.tensor(0))
+    tokens = torch.arange(1003).expand(7, -1)
+    found = of_tokens(rows, tokens)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert torch.equal(found, torch.cat([of_tokens(row[None], tokens[:1]) for row in rows]))
+
+
+@pytest.mark.parametrize("step", [(1, 0), (0, 1)], ids=["row", "token"])
+def test_numbers_of_tokens_are_uniform_and_those_of_neighbours_independent(step):
+    """As those of rows: pairs on a grid of 16 x 16, of 256 rows by 256 tokens. Fails with odds of 1e-6 for a generator
+    that is right; the seed is fixed."""
+    rows = uniform(torch.tensor(11), torch.arange(257), torch.tensor(7))
+    numbers = of_tokens(rows, torch.arange(257).expand(257, -1)).numpy()
+    here, there = numbers[:256, :256].flatten(), numbers[step[0] :, step[1] :][:256, :256].flatten()
+    counts, _, _ = numpy.histogram2d(here, there, bins=16, range=[[0, 1], [0, 1]])
+    statistic, bound = chi_square(counts, numpy.full((16, 16), 256.0))
+    assert statistic < bound
+
+
 # The reference filters, in the order top_k, top_p, min_p, on one row.
 def reference(logits: numpy.ndarray, sampling: Sampling) -> numpy.ndarray:
     scaled = logits.astype(numpy.float64) / sampling.temperature
@@ -219,12 +286,95 @@ def test_top_p_at_an_exact_tie_keeps_one():
 
 
 def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_interval():
-    """The smallest and the largest number that `uniform` gives."""
-    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 2.0, -math.inf]]).expand(2, -1)
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    tokens, logprobs = draw(logits, ends, Sampling(1.0))
-    assert tokens.tolist() == [3, 1]
-    assert logprobs.isfinite().all()
+    """The smallest and the largest number that `uniform` gives, to what has no probability and to all others."""
+    probs, ends = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for filtered in ends:
+        for kept in ends:
+            numbers = torch.where(probs > 0, kept, filtered)
+            assert first_to_arrive(probs, numbers).item() == 3, "the likelier of two with the same number"
+    assert first_to_arrive(torch.full((1, 5), 0.2), torch.full((1, 5), 0.5, dtype=torch.float64)).item() == 0, "a tie"
+
+
+@pytest.mark.parametrize("p", [1e-3, 1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("other", [0.01, 0.5, 1 - 2**-20])
+def test_a_rare_token_arrives_first_as_often_as_it_should(p, other):
+    """Against one that is nearly certain, whose number is given. Oracle: the largest number by which the rare one is
+    first, 1 - (1 - other) ^ (p / (1 - p)), found by bisection among all the multiples of 2^-53."""
+    probs, rest = torch.tensor([[1 - p, p]]), float(torch.tensor(1 - p))
+    rare = float(torch.tensor(p))  # in fp32
+
+    def is_first(multiple: int) -> bool:
+        numbers = torch.tensor([[other, multiple * 2.0**-53]], dtype=torch.float64)
+        return first_to_arrive(probs, numbers).item() == 1
+
+    low, high = 0, 2**53 - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_first(middle) else (low, middle)
+    expected = -math.expm1(rare / rest * math.log1p(-other))
+    assert high * 2.0**-53 == pytest.approx(expected, rel=1e-12, abs=2.0**-53)
+
+
+def noisy(rows: int, vocabulary: int, size: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits about as flat as a story model's, the same with noise of +-size, and the numbers of as many rows."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, vocabulary, generator=generator)
+    noise = (2 * torch.rand(logits.shape, generator=generator) - 1) * size
+    return logits, logits + noise, uniform(torch.tensor(seed), torch.arange(rows), torch.tensor(0))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, top_k=200), Sampling(1.0), Sampling(1.5, min_p=1e-4)], ids=str)
+def test_rounding_changes_hardly_a_draw(sampling):
+    """Logits moved by 1e-5, as another batch size moves them: no token of 2,000 changes. Two candidates are as near to
+    each other with odds of some 1e-5; a cumulative sum, all of whose borders move, changed 1 in 300."""
+    for seed in range(5):
+        logits, moved, numbers = noisy(400, 4000, 1e-5, seed)
+        assert torch.equal(draw(logits, numbers, sampling)[0], draw(moved, numbers, sampling)[0])
+
+
+def meeting(p: Tensor, q: Tensor) -> Tensor:
+    """The probability [N] that draws from p and q [N,V], both above 0, by the same numbers give the same token: it is i
+    where no other arrives before it in either race, 1 / sum over j of max(p_j / p_i, q_j / q_i)."""
+    return (1 / torch.maximum(p[:, None] / p[:, :, None], q[:, None] / q[:, :, None]).sum(2)).sum(1)
+
+
+@pytest.mark.parametrize("size", [0.03, 0.5, 3.0])
+def test_draws_from_two_distributions_meet_as_often_as_they_should(size):
+    """Oracle: the closed form. 20,000 draws are within five standard deviations of it with odds of 6e-7."""
+    logits, moved, _ = noisy(20, 30, size)
+    numbers = uniform(torch.tensor(9), torch.arange(20)[:, None], torch.arange(1000)).flatten()
+    drawn = [draw(each.repeat_interleave(1000, 0), numbers, Sampling(1.0))[0] for each in (logits, moved)]
+    expected = meeting(*(each.double().softmax(-1) for each in (logits, moved)))
+    deviation = (1000 * (expected * (1 - expected)).sum()).sqrt()
+    assert abs(int((drawn[0] == drawn[1]).sum()) - 1000 * float(expected.sum())) < 5 * float(deviation)
+
+
+def test_a_filter_changes_a_draw_only_where_it_removes_the_token():
+    """A token's number is its own, whatever its rank and whichever others are candidates."""
+    logits, _, numbers = noisy(500, 257, 0.0)
+    filters = [
+        Sampling(1.0),
+        Sampling(1.0, top_k=130),
+        Sampling(1.0, top_k=66),
+        Sampling(1.0, 66, 0.8),
+        Sampling(1.0, 1),
+    ]
+    for wider, narrower in pairwise(filters):
+        before, after = draw(logits, numbers, wider)[0], draw(logits, numbers, narrower)[0]
+        kept, ids = candidates(logits, narrower)
+        is_kept = torch.zeros(logits.shape).scatter(1, ids, kept).gather(1, before[:, None])[:, 0] > 0
+        assert torch.equal(before[is_kept], after[is_kept]) and 0 < is_kept.sum() < 500
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(0.9), Sampling(0.9, top_k=7)], ids=str)
+def test_logits_of_some_tokens_are_drawn_by_their_names(sampling):
+    """Oracle: all logits, those of the others -inf."""
+    few, _, numbers = noisy(50, 17, 0.0)
+    names = torch.randperm(130, generator=torch.Generator().manual_seed(1))[:17]
+    every = torch.full((50, 130), -math.inf).index_copy(1, names, few)
+    found, expected = draw(few, numbers, sampling, names=names), draw(every, numbers, sampling)
+    assert torch.equal(found[0], expected[0]) and set(found[0].tolist()) <= set(names.tolist())
+    torch.testing.assert_close(found[1], expected[1])
 
 
 @pytest.mark.parametrize(
@@ -277,6 +427,9 @@ def test_rows_drawn_some_at_a_time_are_the_same(monkeypatch, sampling):
         ((1.0, None, None, 1.5), "min_p 1.5"),
         ((1.0, None, None, -0.1), "min_p -0.1"),
         ((1.0, None, None, None, 0.0), "repetition_penalty 0.0"),
+        ((1.0, None, None, None, 1e-40), "repetition_penalty 1e-40 must be from 1e-6 to 1e6"),
+        ((1.0, None, None, None, 1e39), "repetition_penalty 1e\\+39"),
+        ((1.0, None, None, None, math.nan), "repetition_penalty nan"),
         ((1.0, None, None, None, math.inf), "repetition_penalty inf"),
     ],
 )

@@ -222,6 +222,26 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
             assert held - replicated <= (1 / world + 0.1) * (sum(whole.values()) - replicated), name
 
 
+def test_drafts_of_ranks_that_draw_otherwise_change_no_sample(checkpoints, tmp_path):
+    """Two ranks hold a network in fp32, and the second moves its logits before each draw, of a draft too. The drafts:
+    layers of the target and prompt look-up, whose draws and text steer collectives; a model; one that proposes other
+    tokens on each rank, or nothing on one. Oracle: one process without a draft."""
+    checkpoint = checkpoints["gqa"]
+    request = Request(3, 40, Sampling(0.9, top_k=20), seed=2, eos_ids=frozenset())
+    prompt = PROMPT * 2  # in which something is found
+    engine = Engine(load_model(checkpoint, "cpu", torch.float32, 3), compile=False)
+    expected = [each.tokens for each in engine.generate(prompt, request)]
+    (tmp_path / "case").write_bytes(pickle.dumps((checkpoint, prompt, request)))
+    result = torchrun(2, "tests/tp_worker.py", "drafts", tmp_path / "case", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    found = [json.loads((tmp_path / f"out.{rank}").read_text()) for rank in range(2)]
+    assert found[0] == found[1] and len(found[0]) == 5
+    for name, (tokens, steps, accepted) in found[0].items():
+        assert tokens == expected, name
+        assert name == "plain" or (steps > 4 and sum(accepted) > 12), name
+    assert found[0]["model"][2][3] == sum(found[0]["model"][2]), "the target as its own draft is always right"
+
+
 def test_without_a_group_nothing_is_summed():
     """A replica by itself; in a group of one the sums are made, two a layer, and not for the vocabulary."""
     model = random_model(BASE, torch.float32)

@@ -2,9 +2,11 @@
 
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py CASES OUT
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py die FLAGS
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py drafts CHECKPOINT OUT
 """
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -13,19 +15,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine as engine_module
 import generate
+import speculate
 from batch import Prompt, generate_many
 from cache import KVCache
 from checkpoint import load_model
+from drafts import LayersDraft, ModelDraft, PromptDraft
 from engine import Engine, Run
 from ranks import join, leave
 from request import Request
+from speculate import Draft, Pace, Speculating, Speculation
 
 
 def die_while_decoding(flags: list[str]) -> int:
@@ -81,7 +89,55 @@ def draw_cases(cases: str, out: str) -> None:
     leave()
 
 
+class Apart(Draft):
+    """Proposes other tokens on each rank, and at some steps nothing on one of them or on both."""
+
+    name = "apart"
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.steps = rank, 0
+
+    def begin(self, rows: Speculating) -> Self:
+        return self
+
+    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+        self.steps += 1
+        ahead = 1 + self.rank + torch.arange(k)
+        return (rows.token + ahead) % rows.model.args.vocab_size if self.steps % (2 + self.rank) else None
+
+
+def draw_with_drafts(checkpoint: str, out: str) -> None:
+    """The samples of a request by plain decoding and with each draft, of every rank. All but the first rank move their
+    logits before they draw, as if they rounded otherwise, though far more."""
+    ranks = join(None, torch.device("cpu"))
+    saved, prompt, request = pickle.loads(Path(checkpoint).read_bytes())
+    if not ranks.leads:
+        draw, generator = engine_module.draw, torch.Generator().manual_seed(0)
+
+        def moved(logits: Tensor, *rest: object, **more: object) -> tuple[Tensor, Tensor]:
+            return draw(logits + 2 * torch.randn(logits.shape, generator=generator), *rest, **more)
+
+        engine_module.draw = speculate.draw = moved  # type: ignore[attr-defined]
+    Pace.SETTLE, Pace.PATIENCE = 1, math.inf
+    load = partial(load_model, saved)
+    drafts = [LayersDraft(1), ModelDraft(saved.args, load), PromptDraft(), Apart(ranks.rank)]
+    drawn = {}
+    for draft in (None, *drafts):
+        engine = Engine(load_model(saved, "cpu", torch.float32, 3, ranks.shard), None, False, ranks.shard)
+        engine.available = 1 << 40
+        if draft is not None:
+            Speculation(draft, 3).place(engine, 3)
+        tokens = [each.tokens for each in engine.generate(prompt, request)]
+        report = engine.decoder.report() if engine.decoder is not None else {}  # type: ignore[attr-defined]
+        drawn[draft.name if draft else "plain"] = tokens, report.get("drafted_steps"), report.get("accept_histogram")
+    Path(f"{out}.{ranks.rank}").write_text(json.dumps(drawn))
+    leave()
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "drafts":
+        draw_with_drafts(*sys.argv[2:])
+        sys.exit()
     if sys.argv[1] == "die":
         sys.exit(die_while_decoding(sys.argv[2:]))
     draw_cases(*sys.argv[1:])
