@@ -37,6 +37,11 @@ MASKED = {
 }
 
 
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record an operation on these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def has_fused(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the fused kernels are the way: on CUDA (compute capability 8.0 on), for what they take. On a CPU the
     matrix products of partial_attention are faster for few queries."""
@@ -107,11 +112,11 @@ def partial_attention(
     if k.shape[-2] == 0:  # amax refuses an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
     boolean = mask is None or mask.dtype == torch.bool  # a bias would be rounded to q's dtype
-    differentiated = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if boolean and softcap is None and not differentiated and has_fused(q.device, q.dtype, D):
+    records = differentiated(q, k, v)
+    if boolean and softcap is None and not records and has_fused(q.device, q.dtype, D):
         return fused_partial(q, k, v, mask)  # whose log-sum-exp has no gradient
     again = partial(checkpoint, attend_heads, use_reentrant=False, preserve_rng_state=False)
-    attend = again if differentiated else attend_heads
+    attend = again if records else attend_heads
     at_once = SCORES_AT_ONCE.get(q.device.type, 1 << 28)
     if torch.compiler.is_compiling() or B * G * Q * k.shape[-2] <= at_once:
         return attend(q, k, v, mask, softcap)

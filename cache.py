@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from bifurcated_attention import Partial, fused_partial, has_fused, merge_partials, shared_attention
+from bifurcated_attention import Partial, differentiated, fused_partial, has_fused, merge_partials, shared_attention
 from model import ModelArgs
 from rotary import ScoreMod
 
@@ -58,7 +58,8 @@ class KVCache:
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
-        self.over_chain = kernels.choose_attention(like, head_dim) or attend_by_torch
+        by_kernel = kernels.takes(like.device, like.dtype, head_dim)
+        self.over_chain = attend_by_kernel if by_kernel else attend_by_torch
         # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
         self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
@@ -205,6 +206,15 @@ def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mo
     return merge_partials(partials)[0].to(q.dtype)
 
 
+def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+    """The same by the operator of kernels.py, which has no gradients: where they are asked for, by PyTorch."""
+    if torch.is_grad_enabled():
+        chain = cache, *(link.cache for link in cache.links)
+        if differentiated(q, *(tensor for each in chain for tensor in each.tensors)):
+            return attend_by_torch(cache, layer, q, input_pos, mod)
+    return kernels.attend_chain(cache, layer, q, input_pos, mod)
+
+
 class Link:
     """An ancestor as the rows of a cache see it.
 
@@ -278,7 +288,8 @@ class Prefill:
         cache = self.cache
         cache.k[layer][:, :, self.begin : self.end] = k
         cache.v[layer][:, :, self.begin : self.end] = v
-        if self.as_chain or cache.links and mod is not None:
+        records = self.in_parts and differentiated(q, k, v)  # a fused kernel's log-sum-exp has no gradient
+        if self.as_chain or records or cache.links and mod is not None:
             return cache.over_chain(cache, layer, q, input_pos, mod)
         if mod is None and self.in_parts:
             return self.attend_in_parts(layer, q, k, v, input_pos)

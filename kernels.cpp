@@ -21,6 +21,8 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #ifdef __AVX2__
@@ -68,6 +70,16 @@ inline vec load(const int8_t* p) { return __builtin_convertvector(integers(p), v
 inline void store(float* p, vec x) { *(loose*)p = x; }
 inline vec splat(float x) { return vec{} + x; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
+
+// a[0] + a[1], a[2] + a[3], ..., b[0] + b[1], ...
+template <int... I>
+inline vec neighbours(vec a, vec b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+#else
+    return __builtin_shuffle(a, b, ivec{2 * I...}) + __builtin_shuffle(a, b, ivec{2 * I + 1 ...});
+#endif
+}
 
 inline float number(float x) { return x; }
 inline float number(int8_t x) { return x; }
@@ -179,14 +191,12 @@ void tiles(const float* a, int rows, long row, long column, const float* b, int 
 
 // The sums of W vectors, as one vector.
 inline vec sums(vec* x) {
-    ivec even, odd;
-    for (int i = 0; i < W; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
 #pragma GCC unroll 4
     for (int n = W; n > 1; n /= 2)
 #pragma GCC unroll 8
         for (int i = 0; i < n / 2; i++) {
             vec a = x[2 * i], b = x[2 * i + 1];
-            x[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+            x[i] = neighbours(a, b, std::make_integer_sequence<int, W>());
         }
     return x[0];
 }
@@ -271,7 +281,7 @@ struct Plan {
     void visible(const Task& task, Query q, int& begin, int& end) const {
         const Part& part = parts[task.part];
         int64_t position = c.input_pos[q.n * c.S + q.s] - part.start[task.row];
-        int64_t written = part.length ? part.length[task.row] : part.slots;
+        int64_t written = part.length ? std::min(part.length[task.row], part.slots) : part.slots;
         if (!part.index) written = std::min(written, position + 1);
         end = int(std::max<int64_t>(0, written));
         begin = c.window ? int(std::clamp<int64_t>(position - c.window + 1, 0, end)) : 0;
@@ -311,7 +321,7 @@ void Plan::add_tasks(int p) {
 void Plan::make() {
     for (int p = 0; p < c.parts; p++) {
         members.emplace_back(parts[p].rows);
-        for (int n = 0; n < c.N; n++) members[p][parts[p].index ? parts[p].index[n] : n].push_back(n);
+        for (int n = 0; n < c.N; n++) members[p].at(parts[p].index ? parts[p].index[n] : n).push_back(n);
         add_tasks(p);
     }
     size_t queries = c.N * c.H * c.S;
@@ -346,7 +356,7 @@ const float* scales(const Part& part, const Task& task, int side, int t, int n, 
 inline vec adjusted(const Plan& plan, vec x, vec slope, ivec slot, ivec position, ivec begin, ivec end) {
     if (plan.softcap) x = plan.softcap * tanh(x * (1 / plan.softcap));
     if (plan.c.slopes) x += slope * __builtin_convertvector(slot - position, vec);
-    return (begin <= slot) & (slot < end) ? x : splat(-INFINITY);
+    return ((begin <= slot) & (slot < end)) ? x : splat(-INFINITY);
 }
 
 // room.scores [n][lanes] of the keys from t0 on become weights, words of M; the running peak and total move on.
@@ -756,7 +766,7 @@ void multiply(const Product& p) {
                 by_fours(p.rows, [&](auto rows, int i) { multiply_narrow<rows, T>(p, x, i, o, n, room); });
         }
     }
-    if (memory.size() > MOST_KEPT) memory = {};
+    if (memory.size() > MOST_KEPT) std::vector<float>().swap(memory);
 }
 
 // --- Random numbers ---
@@ -797,8 +807,10 @@ extern "C" void numbers(const Numbers* call) {
     }
 }
 
-// Both return whether there was memory for it.
-extern "C" bool multiply(const Product* product) try {
+// Both return one of these.
+enum Status : int { DONE, NO_MEMORY, NO_SUCH_ROW };
+
+extern "C" int multiply(const Product* product) try {
     if (product->type == FLOAT)
         multiply<Single, float>(*product);
     else
@@ -807,19 +819,21 @@ extern "C" bool multiply(const Product* product) try {
 #else
         multiply<Single, bf16>(*product);
 #endif
-    return true;
+    return DONE;
 } catch (const std::bad_alloc&) {
-    return false;
+    return NO_MEMORY;
 }
 
-extern "C" bool attend(const Call* call, const Part* parts, float scale, float softcap) try {
+extern "C" int attend(const Call* call, const Part* parts, float scale, float softcap) try {
     Plan plan{*call, parts, scale, softcap, {}, {}, 0, {}, {}};
     plan.make();
     if (call->type == FLOAT)
         attend<float>(plan);
     else
         attend<bf16>(plan);
-    return true;
+    return DONE;
 } catch (const std::bad_alloc&) {
-    return false;
+    return NO_MEMORY;
+} catch (const std::out_of_range&) {
+    return NO_SUCH_ROW;
 }

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bifurcated_attention import differentiated
 from rotary import ScoreMod
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -40,6 +41,7 @@ BUILD_SECONDS = 120  # after which a compiler is given up
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
 LARGEST_HEAD_DIM = 256
 NUMBERS_PER_THREAD = 1 << 15  # random numbers: what PyTorch's element-wise operations give to one thread
+NO_SUCH_ROW = 2  # of enum Status of kernels.cpp
 STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
 
 
@@ -113,7 +115,7 @@ def load(path: Path) -> Library:
     functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
     functions.multiply.argtypes = [ctypes.c_void_p]
     functions.numbers.argtypes = [ctypes.c_void_p]
-    functions.attend.restype = functions.multiply.restype = ctypes.c_bool
+    functions.attend.restype = functions.multiply.restype = ctypes.c_int
     functions.numbers.restype = None
     return Library(functions, "kernels.cpp")
 
@@ -180,11 +182,6 @@ def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: Sc
     return attend(q, [part(cache, layer), *ancestors], input_pos, mod)[0]
 
 
-def choose_attention(like: Tensor, head_dim: int) -> Callable[..., Tensor] | None:
-    """What attends to a chain whose tensors are of the dtype and on the device of `like`; None: PyTorch does."""
-    return attend_chain if takes(like.device, like.dtype, head_dim) else None
-
-
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -197,30 +194,78 @@ def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
     return [k.data_ptr(), v.data_ptr(), of_k[0], of_v[0], of_k[1], of_v[1], of_k[2], of_v[2]]
 
 
+def check_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError where autograd would need the gradients of an operator."""
+    if differentiated(*tensors):
+        raise NotImplementedError(f"{name} has no gradients: call it under torch.no_grad()")
+
+
+def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Raises ValueError where a tensor is not as kernels.cpp reads it."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)}" + ", with gaps" * (not tensor.is_contiguous())
+        raise ValueError(f"{name} is {found}: expected {dtype} {list(shape)}, contiguous")
+
+
+def check_part(part: Part, q: Tensor) -> None:
+    """Raises ValueError where a part is not as kernels.cpp reads it, behind queries [N,H,S,D]."""
+    k, v, k_scale, v_scale, start, rows, length = part
+    R, G, L, D = k.shape
+    N, H, _, head_dim = q.shape
+    if head_dim != D or v.shape != k.shape or G == 0 or H % G or (rows is None and R != N):
+        raise ValueError(f"q {list(q.shape)} does not fit k {list(k.shape)} and v {list(v.shape)}")
+    if k.dtype not in (q.dtype, torch.int8) or v.dtype != k.dtype:
+        raise ValueError(f"keys are {k.dtype} and values {v.dtype}: expected {q.dtype}, as q, or int8")
+    if k.stride(3) != 1 or v.stride(3) != 1 or k.stride(2) % 2 and k.dtype == torch.bfloat16:
+        raise ValueError(
+            f"keys or values have strides {k.stride()} and {v.stride()}: expected 1, of bfloat16 even ones"
+        )
+    for scale in (k_scale, v_scale) if k.dtype == torch.int8 else ():
+        if scale is None or scale.dtype != q.dtype or scale.shape != (R, G, L, 1):
+            raise ValueError(f"int8 needs scales {[R, G, L, 1]} in {q.dtype}")
+    check("start", start, torch.long, R)
+    if rows is not None:
+        check("rows", rows, torch.long, N)
+    if length is not None:
+        check("length", length, torch.long, R)
+
+
 def run_attend(
     q: Tensor, tensors: list[Tensor | None], input_pos: Tensor, slopes: Tensor | None, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """`attend` as an operator. tensors: of all parts, one after another."""
+    check_gradients("attention by kernels.cpp", q, slopes, *tensors)
     size = len(Part._fields)
     parts = [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
     out, lse = attend_shape(q)
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     N, H, S, D = q.shape
+    odd = D % 2 and q.dtype == torch.bfloat16
+    if q.dtype not in (torch.float32, torch.bfloat16) or odd or D > LARGEST_HEAD_DIM:
+        most = f"up to {LARGEST_HEAD_DIM} numbers, in bfloat16 an even count"
+        raise ValueError(f"queries are {q.dtype} [..., {D}]: expected float32 or bfloat16, {most}")
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
+    check("input_pos", input_pos, torch.long, N, S)
+    if slopes is not None:
+        check("slopes", slopes, torch.float32, H)
     call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
     call += [N, H, S, D, parts[0].k.shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(parts)]
-    assert slopes is None or slopes.is_contiguous()
     of_parts = len(call)
     for each in parts:
+        check_part(each, q)
         k, v, _, _, *indices = each
-        assert all(side.dtype in (q.dtype, torch.int8) and side.stride(3) == 1 for side in (k, v))
-        assert all(index is None or index.is_contiguous() for index in indices)
         call += [*pair(k, v), *pair(each.k_scale, each.v_scale), *map(address, indices)]
         call += [k.shape[0], k.shape[2], TYPES[k.dtype]]
     given = (ctypes.c_int64 * len(call))(*call)
     first = ctypes.addressof(given)
-    if not functions.attend(first, first + 8 * of_parts, D**-0.5, softcap):
+    status = functions.attend(first, first + 8 * of_parts, D**-0.5, softcap)
+    if status == NO_SUCH_ROW:
+        sizes = " and ".join(
+            f"{each.rows.tolist()} of a cache of {len(each.k)}" for each in parts if each.rows is not None
+        )
+        raise IndexError(f"rows {sizes}")
+    if status:
         raise MemoryError(f"attention of {N} rows at {S} positions")
     return out, lse
 
@@ -240,7 +285,9 @@ def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
 def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
     are as few as to wait for it; of more rows PyTorch's product is faster."""
-    if x.numel() > STREAMED_ROWS * x.shape[-1] or x.dtype != weight.dtype or not weight.is_contiguous():
+    check_gradients("streamed_linear", x, weight, bias)
+    fits = x.dtype == weight.dtype and weight.is_contiguous() and multiplies(x.dtype, x.shape[-1], x.shape[-1])
+    if x.numel() > STREAMED_ROWS * x.shape[-1] or not fits:
         return F.linear(x, weight, bias)
     return run_linear(x, weight, None, None, bias)
 
@@ -249,14 +296,24 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
     """x [...,in] -> [...,out]. An Int8Weight of packed.py; with zeros, an Int4Weight. Sums are in fp32."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
-    assert all(tensor is None or tensor.is_contiguous() for tensor in (values, scales, zeros))
-    assert all(each is None or each.dtype == torch.bfloat16 for each in (scales, zeros)), "as quantize.py writes them"
-    product, x = linear_shape(x, values), x.contiguous()
-    inputs = x.shape[-1]
-    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
+    check_gradients("a product by kernels.cpp", x, values, scales, zeros, bias)
+    outputs, inputs = values.shape[0], x.shape[-1]
     group = inputs if zeros is None else inputs // zeros.shape[1]
-    sizes = [x.numel() // inputs, values.shape[0], inputs, group, TYPES[x.dtype], torch.get_num_threads()]
-    if not functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes)):
+    if not multiplies(x.dtype, inputs, group):
+        raise ValueError(f"x is {x.dtype} [..., {inputs}] in groups of {group}: expected float32 or bfloat16, and 32s")
+    if scales is None:
+        check("weight", values, x.dtype, outputs, inputs)
+    elif zeros is None:
+        check("values", values, torch.int8, outputs, inputs)
+        check("scales", scales, torch.bfloat16, outputs)
+    else:
+        check("values", values, torch.uint8, outputs, inputs // 2)
+        check("scales", scales, torch.bfloat16, outputs, inputs // group)
+        check("zeros", zeros, torch.bfloat16, outputs, inputs // group)
+    product, x = linear_shape(x, values), x.contiguous()
+    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
+    sizes = [x.numel() // inputs, outputs, inputs, group, TYPES[x.dtype], torch.get_num_threads()]
+    if functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes)):
         raise MemoryError(f"a product of {sizes[0]} rows")
     return product if bias is None else product.add_(bias)
 

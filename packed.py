@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from bifurcated_attention import differentiated
 from experts import GroupedLinear
-from kernels import linear_shape, multiplies
+from kernels import check_gradients, linear_shape, multiplies
 
 # Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
 SMALLEST = 1 << 17
@@ -49,7 +50,9 @@ def multiplies_bfloat16() -> bool:
 
 
 class HeldLinear(nn.Module):
-    """A linear layer for inference whose weight is not held plainly. kernel: what multiplies by it."""
+    """A linear layer for inference whose weight is not held plainly. kernel: what multiplies by it.
+
+    Operators have no gradients: where autograd asks for those of the input or the bias, PyTorch's product runs."""
 
     kernel: str
 
@@ -119,6 +122,7 @@ WEIGHTS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary(
 
 def multiply(x: Tensor, bias: Tensor | None, number: int, features: int) -> Tensor:
     """x [N,S,in] times the packed weight of that number -> [N,S,out]."""
+    check_gradients("packed_linear", x, bias)
     return torch.ops.mkldnn._linear_pointwise(x, WEIGHTS[number], bias, "none", [], "")
 
 
@@ -137,6 +141,8 @@ class StreamedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        if differentiated(x, self.weight, self.bias):
+            return super().forward(x)
         return torch.ops.bifurcated.streamed_linear(x, self.weight, self.bias)
 
 
@@ -167,6 +173,8 @@ class PackedLinear(HeldLinear):
         WEIGHTS[self.number] = self.packed
 
     def forward(self, x: Tensor) -> Tensor:
+        if differentiated(x, self.bias):
+            return F.linear(x, self.packed.to_dense(), self.bias)
         return torch.ops.bifurcated.packed_linear(x, self.bias, self.number, self.features)
 
 
@@ -321,6 +329,7 @@ EXPAND_FROM = {"int8": 24, "int4": 96}
 
 def multiply_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x bfloat16 [N,S,in], an Int8Weight -> [N,S,out]."""
+    check_gradients("int8_linear", x, scales, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] < EXPAND_FROM["int8"]:
         product = torch.ops.aten._weight_int8pack_mm(flat, values, scales)
@@ -334,6 +343,7 @@ def multiply_int4(
     x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
 ) -> Tensor:
     """x bfloat16 [N,S,in], an Int4Weight, packed and as it is -> [N,S,out]. packed_scales [groups,out,2]."""
+    check_gradients("int4_linear", x, scales, zeros, bias)
     flat, weight = x.reshape(-1, x.shape[-1]).contiguous(), Int4Weight(values, scales, zeros)
     if flat.shape[0] < EXPAND_FROM["int4"]:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, weight.groupsize, packed_scales)
@@ -392,7 +402,12 @@ class QuantisedLinear(HeldLinear):
         return self.held(*(getattr(self, field.name) for field in fields(self.held)))
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.expanded(x) if differentiated(x, self.bias) else self.multiply(x)
+
+    def expanded(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.expand(x.dtype), self.bias)
+
+    multiply = expanded
 
 
 class Int8PackLinear(QuantisedLinear):
@@ -400,7 +415,7 @@ class Int8PackLinear(QuantisedLinear):
 
     kernel = "int8pack"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.bifurcated.int8_linear(x, self.values, self.scales, self.bias)
 
 
@@ -415,7 +430,7 @@ class Int4PackLinear(QuantisedLinear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
         self.packed_scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         return torch.ops.bifurcated.int4_linear(
             x, self.packed, self.packed_scales, self.values, self.scales, self.zeros, self.bias
         )
@@ -426,7 +441,7 @@ class WidenedLinear(QuantisedLinear):
 
     kernel = "widened"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         zeros = getattr(self, "zeros", None)
         return torch.ops.bifurcated.quantised_linear(x, self.values, self.scales, zeros, self.bias)
 

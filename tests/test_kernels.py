@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import (
     ALIBI,
@@ -32,9 +34,10 @@ from torch import Tensor
 import cache as caches
 import kernels
 import packed
-from cache import KVCache, NoCache, attend_by_torch
+from cache import KVCache, NoCache, Prefill, attend_by_kernel, attend_by_torch
 from engine import Engine
-from kernels import Part, attend, attend_chain
+from experts import ExpertLinear
+from kernels import Part, attend
 from layouts import Int8Context
 from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
 from request import Request, Sampling
@@ -309,8 +312,8 @@ def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
 def test_a_model_gives_the_logits_of_the_torch_path(args, monkeypatch):
     """Prefill in chunks into a context and a fork of it, then steps of one and of three tokens."""
     model, both = random_model(args, torch.float32), []
-    for kind in (attend_chain, attend_by_torch):
-        monkeypatch.setattr(kernels, "takes", lambda *_, kind=kind: kind is attend_chain)
+    for kind in (attend_by_kernel, attend_by_torch):
+        monkeypatch.setattr(kernels, "takes", lambda *_, kind=kind: kind is attend_by_kernel)
         context = prefilled(model, random_tokens(args, 1, 70), 33)
         question = KVCache.fork(context, 1, 9)
         part = random_tokens(args, 1, 9, seed=4)
@@ -321,6 +324,193 @@ def test_a_model_gives_the_logits_of_the_torch_path(args, monkeypatch):
             logits.append(model(random_tokens(args, 5, size, seed=begin), positions(79 + begin, 5, size), cache))
         both.append(torch.cat([each.flatten() for each in logits]))
     torch.testing.assert_close(*both, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("trained", ["q", "own keys", "own values", "context's keys", "context's values"])
+@pytest.mark.parametrize("mod", [None, MODS["all"]], ids=["plain", "all"])
+def test_gradients_flow_through_a_chain(trained, mod):
+    """fp32, of one input at a time. Oracle: autograd through the fp64 softmax over all keys."""
+    torch.manual_seed(0)
+    N, G, T, S, D = 3, 2, 70, 2, 10
+    q, k, v = torch.randn(N, 6, S, D), *torch.randn(2, N, G, S, D)
+    context = KVCache(torch.empty(0), 1, (1, G, T, D), zeros(1))
+    context.k[0], context.v[0] = torch.randn(2, 1, G, T, D)
+    leaf = dict(zip(("q", "own keys", "own values", "context's keys", "context's values"),
+                    (q, k, v, context.k[0], context.v[0]), strict=True))[trained].requires_grad_()  # fmt: skip
+    cache, input_pos = KVCache.fork(context, N, S), positions(T, N, S)
+    assert cache.over_chain is attend_by_kernel
+    out = cache.attend(0, q, k, v, input_pos, mod)
+    distance = input_pos[..., None] - torch.arange(T + S)
+    sides = (torch.cat([mine[0].expand(N, -1, -1, -1), own], 2) for mine, own in ((context.k, k), (context.v, v)))
+    expected, _ = plainly(q, *sides, distance >= 0, distance, mod)
+    weight = torch.randn(out.shape)
+    found, right = (torch.autograd.grad((each * weight).sum(), leaf)[0] for each in (out, expected))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("args", [GQA, ALIBI], ids=["GQA", "ALiBi, window"])
+def test_a_model_is_trained_through_its_caches(args, monkeypatch):
+    """All weights, in fp32, by N = 3 rows behind a context of 70 tokens. Oracle: one full pass of each row, in fp64."""
+    monkeypatch.setattr("packed.SMALLEST", 1)
+    model = random_model(replace(args, n_layer=2, windows=args.windows[:2]), torch.float32)
+    exact = deepcopy(model).double()
+    stream_linears(model)
+    prompt, own = random_tokens(args, 1, 70), random_tokens(args, 3, 4, seed=2)
+    context = KVCache.empty(model.args, 1, 70, model.norm.weight)
+    for each in (model, exact):
+        each.requires_grad_(True)
+    model.hidden(prompt, positions(0, 1, 70), Prefill(context, 0, 70))
+    logits = model(own, positions(70, 3, 4), KVCache.fork(context, 3, 4))
+    expected = exact(torch.cat([prompt.expand(3, -1), own], 1), positions(0, 3, 74), NoCache())[:, 70:]
+    for each in (logits, expected):
+        each.log_softmax(-1)[..., 5].sum().backward()
+    for (name, found), right in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert found.grad is not None and right.grad is not None, name
+        assert (found.grad - right.grad).norm() <= 1e-4 * right.grad.norm(), name
+
+
+def held_linears() -> Iterator[nn.Module]:
+    """Every layer [48,96] whose weight an operator multiplies, in fp32 or bfloat16."""
+    plain = nn.Linear(96, 48).requires_grad_(False)
+    yield packed.StreamedLinear(plain)
+    if packed.can_pack(torch.device("cpu"), torch.float32):
+        yield packed.PackedLinear(plain)
+    for kind, packs in (("int8", packed.Int8PackLinear), ("int4", packed.Int4PackLinear)):
+        yield packed.WidenedLinear(random_weight(kind, 48, 96), torch.randn(48), torch.float32)
+        if packed.IS_X86:
+            yield packs(random_weight(kind, 48, 96), torch.randn(48).bfloat16(), torch.bfloat16)
+
+
+def test_gradients_flow_through_layers_whose_weight_is_held():
+    """To the input, and to the bias. Oracle: what the layer itself makes of the identity is its weight."""
+    for linear in held_linears():
+        bias = linear.bias
+        assert isinstance(bias, Tensor)
+        x, upstream = torch.randn(2, 96, dtype=bias.dtype), torch.randn(2, 48, dtype=bias.dtype)
+        weight = (linear(torch.eye(96, dtype=bias.dtype)) - bias.detach()).double()  # [in,out]
+        for leaf, right in ((x, upstream.double() @ weight.T), (bias, upstream.double().sum(0))):
+            leaf.requires_grad_(True)
+            (found,) = torch.autograd.grad(linear(x), leaf, upstream)
+            most = 1e-5 if bias.dtype == torch.float32 else 2e-2
+            assert (found.double() - right).norm() <= most * right.norm(), linear
+            leaf.requires_grad_(False)
+
+
+def test_gradients_flow_through_experts():
+    """Oracle: each row by its own expert."""
+    experts, x = ExpertLinear(nn.Linear(6, 5) for _ in range(3)), torch.randn(7, 6, requires_grad=True)
+    ends, upstream = torch.tensor([2, 2, 7], dtype=torch.int32), torch.randn(7, 5)
+    leaves = x, experts[0].weight, experts[2].bias
+    found = torch.autograd.grad(experts(x, ends), leaves, upstream)
+    rows = torch.stack([experts[0 if row < 2 else 2](x[row]) for row in range(7)])
+    for mine, right in zip(found, torch.autograd.grad(rows, leaves, upstream), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+def test_an_operator_refuses_what_asks_for_gradients():
+    ops, x, pos = torch.ops.bifurcated, torch.randn(1, 1, 32, requires_grad=True), zeros(1)[:, None]
+    int8, int4 = random_weight("int8", 16, 32), random_weight("int4", 16, 32)
+    held = packed.PackedLinear(nn.Linear(32, 16)) if packed.can_pack(torch.device("cpu"), torch.float32) else None
+    calls: list[Callable[[Tensor], object]] = [
+        lambda x: ops.streamed_linear(x, torch.randn(16, 32), None),
+        lambda x: ops.quantised_linear(x, int8.values, int8.scales, None, None),
+        lambda x: ops.quantised_linear(x, int4.values, int4.scales, int4.zeros, None),
+        lambda x: ops.int8_linear(x.bfloat16(), int8.values, int8.scales, None),
+        lambda x: ops.int4_linear(x.bfloat16(), *int4_packed(int4), None),
+        lambda x: attend(x[None], [Part(x[None].detach(), x[None].detach(), None, None, zeros(1))], pos, None),
+        lambda x: attend(x[None].detach(), [Part(x[None], x[None], None, None, zeros(1))], pos, None),
+    ]
+    for call in calls + [lambda x: ops.packed_linear(x, None, held.number, 16)] * (held is not None):
+        with pytest.raises(NotImplementedError, match="has no gradients: call it under torch.no_grad"):
+            call(x)
+        with torch.no_grad():
+            call(x)
+
+
+def int4_packed(weight: Int4Weight) -> tuple[Tensor, ...]:
+    layer = packed.Int4PackLinear(weight, None, torch.bfloat16)
+    return layer.packed, layer.packed_scales, weight.values, weight.scales, weight.zeros
+
+
+def wrong_attention() -> dict[str, tuple[dict, str]]:
+    """What kernels.cpp would misread: replaced arguments of a sound call, and the error."""
+    k, long = torch.randn(3, 2, 9, 16), zeros(3)
+    odd = torch.randn(3, 2, 9, 17).bfloat16()[..., :16]
+    return {
+        "q in int8": ({"q": torch.zeros(3, 6, 1, 16, dtype=torch.int8)}, "queries are torch.int8"),
+        "q in float16": ({"q": torch.zeros(3, 6, 1, 16).half()}, "queries are torch.float16"),
+        "a head of an odd size": (dict(q=torch.zeros(3, 6, 1, 15).bfloat16(), k=k[..., :15].bfloat16(), v=k[..., :15].bfloat16()), "queries .* 15"),
+        "a head too large": (dict(q=torch.zeros(3, 6, 1, 258), k=k, v=k), "queries .* 258"),
+        "H is no multiple of G": ({"q": torch.zeros(3, 5, 1, 16)}, "does not fit"),
+        "another head size": ({"q": torch.zeros(3, 6, 1, 32)}, "does not fit"),
+        "fewer values": ({"v": k[:, :, :8]}, "does not fit"),
+        "fewer rows of keys": ({"k": k[:2], "v": k[:2], "start": zeros(2)}, "does not fit"),
+        "keys in another dtype": ({"k": k.bfloat16(), "v": k.bfloat16()}, "keys are torch.bfloat16"),
+        "values in another dtype": ({"v": k.double()}, "values torch.float64"),
+        "tokens in odd steps": (dict(q=torch.zeros(3, 6, 1, 16).bfloat16(), k=odd, v=odd), "strides .*17"),
+        "heads that lie last": ({"k": k.transpose(2, 3).contiguous().transpose(2, 3)}, "strides"),
+        "int8 without scales": ({"k": k.char(), "v": k.char()}, "int8 needs scales"),
+        "int8 with other scales": (
+            {"k": k.char(), "v": k.char(), "k_scale": k[..., :1].double(), "v_scale": k[..., :1]}, "int8 needs scales"
+        ),
+        "int32 positions": ({"input_pos": torch.full((3, 1), 8, dtype=torch.int32)}, "input_pos is torch.int32"),
+        "fewer positions": ({"input_pos": torch.full((2, 1), 8)}, r"input_pos .* expected torch.int64 \[3, 1\]"),
+        "slopes in fp64": ({"slopes": torch.ones(6).double()}, "slopes is torch.float64"),
+        "fewer slopes": ({"slopes": torch.ones(5)}, "slopes"),
+        "slopes with gaps": ({"slopes": torch.ones(12)[::2]}, "slopes .* with gaps"),
+        "int32 start": ({"start": long.int()}, "start is torch.int32"),
+        "int32 rows": ({"rows": long.int()}, "rows is torch.int32"),
+        "int32 length": ({"length": long.int()}, "length is torch.int32"),
+        "fewer rows": ({"rows": zeros(2)}, "rows"),
+        "length with gaps": ({"length": zeros(6)[::2]}, "length"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", wrong_attention())
+def test_attention_refuses_what_it_would_misread(wrong):
+    replaced, error = wrong_attention()[wrong]
+    k = torch.randn(3, 2, 9, 16)
+    fields = {"k": k, "v": k, "k_scale": None, "v_scale": None, "start": zeros(3), "rows": None, "length": None}
+    sound = {"q": torch.randn(3, 6, 1, 16), "input_pos": torch.full((3, 1), 8), "slopes": None, **fields}
+    given = sound | replaced
+    part = Part(*(given[name] for name in fields))
+    with pytest.raises(ValueError, match=error):
+        attend(given["q"], [part], given["input_pos"], ScoreMod(slopes=given["slopes"]))
+
+
+@pytest.mark.parametrize("row", [-1, 2, 2**40])
+def test_a_row_that_is_not_there_is_an_error(row):
+    k = torch.randn(2, 2, 9, 16)
+    part = Part(k, k, None, None, zeros(2), torch.tensor([0, 1, row]))
+    with pytest.raises(IndexError, match="rows .* of a cache of 2"):
+        attend(torch.randn(3, 6, 1, 16), [part], torch.full((3, 1), 8), None)
+
+
+def test_a_length_past_the_slots_is_that_of_the_slots():
+    q, k = torch.randn(3, 6, 1, 16), torch.randn(1, 2, 9, 16)
+    parts = [Part(k, k, None, None, zeros(1), zeros(3), length) for length in (None, torch.tensor([10**6]))]
+    assert torch.equal(*(attend(q, [part], torch.full((3, 1), 8), None)[0] for part in parts))
+
+
+def test_products_refuse_what_they_would_misread():
+    """In int4 and int8; a plain weight that the operator does not take is PyTorch's."""
+    product, int8, int4 = torch.ops.bifurcated.quantised_linear, *(random_weight(k, 16, 96) for k in ("int8", "int4"))
+    for x in (torch.randn(1, 64), torch.randn(1, 90), torch.randn(1, 96).double(), torch.randn(1, 96).char()):
+        for weight in (int8, int4):
+            with pytest.raises(ValueError, match="expected"):
+                product(x, weight.values, weight.scales, getattr(weight, "zeros", None), None)
+    x = torch.randn(1, 96)
+    for values, scales, zeros_ in (
+        (int8.values, int8.scales.float(), None), (int8.values, int8.scales[:9], None),
+        (int8.values.byte(), int8.scales, None),
+        (int8.values.T.contiguous().T, int8.scales, None), (int4.values, int4.scales, int4.zeros[:, :2].contiguous()),
+        (int4.values, int4.scales.T.contiguous().T, int4.zeros), (int4.values.char(), int4.scales, int4.zeros),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            product(x, values, scales, zeros_, None)
+    for x in (torch.randn(1, 30), torch.randn(1, 96).double(), torch.randn(1, 96).half()):
+        weight = torch.randn(16, x.shape[-1]).to(x.dtype)
+        assert torch.equal(torch.ops.bifurcated.streamed_linear(x, weight, None), F.linear(x, weight))
 
 
 @needs_stories
