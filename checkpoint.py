@@ -353,7 +353,7 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
     if config.exists() and read_json(config) != checkpoint.config:
         raise ValueError(f"{config} is of another model: give --output in a folder of its own")
     for mine in [] if config.exists() else companions(checkpoint.folder):
-        theirs = folder / mine.name
+        theirs = folder / mine.relative_to(checkpoint.folder)
         if theirs.exists() and not (theirs.is_file() and theirs.read_bytes() == mine.read_bytes()):
             raise ValueError(f"{theirs} is of another model: give --output in a folder of its own")
 
@@ -365,11 +365,17 @@ def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor]
     write_whole({"recipe": asdict(recipe), "state": dict(state)}, output)
 
 
+def copy_new(source: Path, target: Path) -> None:
+    """Copies a file, unless one is there."""
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
     """Puts config.json, and what belongs to the tokenizer, into a folder that has no config.json."""
     if (folder / "config.json").exists():
         return
     for path in companions(checkpoint.folder):
-        if not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+        copy_new(path, folder / path.relative_to(checkpoint.folder))
     (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", "utf-8")

@@ -15,6 +15,7 @@ COMPANIONS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 )
 WEIGHTS = ("*.pth", "*.safetensors", "*.bin", "*.index.json")
 

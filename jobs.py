@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 
 from batch import Outcome, Prompt, Tally, seed_of
-from chat import Dialogue, Message
+from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
 from plan import human
 from ranks import Ranks
@@ -42,7 +42,7 @@ class Record:
 
     number: int
     id: Id
-    said: str | list[Message]
+    said: str | Messages
     fields: dict[str, Any]
 
 
@@ -80,10 +80,10 @@ def parse(number: int, line: str) -> Record:
     said = value.get("prompt", value.get("messages"))
     if "prompt" in value and not isinstance(said, str):
         raise ValueError("the prompt is not a text")
-    if "messages" in value and not is_conversation(said):
-        raise ValueError("messages are not a list of objects with role and content")
     if not said:
         raise ValueError("the prompt is empty: give some text")
+    if "messages" in value:
+        said = parse_messages(said, value.get("tools"))
     id = value.get("id", number)
     if isinstance(id, bool) or not isinstance(id, str | int):
         raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
@@ -91,12 +91,6 @@ def parse(number: int, line: str) -> Record:
     if taken := sorted(fields.keys() & OWN):
         raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
     return Record(number, id, said, fields)
-
-
-def is_conversation(said: object) -> bool:
-    return isinstance(said, list) and all(
-        isinstance(each, dict) and all(isinstance(each.get(name), str) for name in ("role", "content")) for each in said
-    )
 
 
 def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:

@@ -64,6 +64,11 @@ class RopeScaling:
         """Whether all positions turn by the length so far."""
         return self.kind in ("dynamic", "longrope")
 
+    def regime(self, length: int) -> int:
+        """The same for two lengths so far where a position is rotated alike at both."""
+        longer = max(0, length - self.original_context) if self.by_length else 0
+        return longer if self.kind == "dynamic" else int(longer > 0)
+
 
 @dataclass(frozen=True)
 class ScoreMod:

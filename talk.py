@@ -38,7 +38,7 @@ class Talk:
         """Forgets all that was said; the system prompt stays."""
         self.conversation = Conversation(self.engine, self.request)
         self.dialogue.messages.clear()
-        self.turns: list[tuple[str, Mark, int]] = []  # of each its text, and what was there before it
+        self.turns: list[tuple[str, Mark, int]] = []  # of each its text, and how far all had come before it
         self.again = 0  # how often the last turn was drawn anew
 
     def say(self, text: str) -> None:
@@ -47,7 +47,7 @@ class Talk:
 
     def run(self, line: str | None) -> None:
         """A turn for the line, if one is given, then one per line of stdin, until it ends or Ctrl-C comes twice."""
-        self.say(f"seed {self.request.seed}")
+        self.say(f"{self.options.checkpoint_path}, seed {self.request.seed}; /help lists the commands, /exit ends")
         if self.room < self.engine.args.context_limit:
             self.say(f"memory holds a conversation of {self.room} tokens, the model {self.engine.args.context_limit}")
         goes_on, stopped = True, False
@@ -71,7 +71,17 @@ class Talk:
         return not line or self.turn(line)
 
     def turn(self, text: str) -> bool:
-        """Draws replies, shows and keeps. What is refused, or is stopped before a word was said, changes nothing."""
+        """A turn of which a reply is kept, or nothing changes: it is refused, or stopped before a word was said, or
+        while the reply was being picked. Returns whether the conversation goes on."""
+        before, kept = (self.conversation.mark(), len(self.dialogue.messages)), len(self.turns)
+        try:
+            return self.draw(text)
+        finally:
+            if len(self.turns) == kept:
+                self.back_to(*before)
+
+    def draw(self, text: str) -> bool:
+        """Draws replies, shows and keeps."""
         mark, messages, interrupt = self.conversation.mark(), len(self.dialogue.messages), None
         console = Console(self.options, self.plan, self.engine.device, None, turn=len(self.turns) + 1)
         try:
@@ -91,7 +101,6 @@ class Talk:
             told = error if isinstance(error, ValueError | FloatingPointError) else out_of_memory(error)
             if told is None:
                 raise
-            self.conversation.back_to(mark)
             if self.ranks.leads:
                 complain(f"{told}; /reset begins anew" if self.turns else told)
             return True
@@ -102,11 +111,14 @@ class Talk:
             self.conversation.keep(reply)
             self.dialogue.keep(text, reply.text or "")
             self.turns.append((text, mark, messages))
-        else:
-            self.conversation.back_to(mark)
         if interrupt is not None:
             raise interrupt
         return True
+
+    def back_to(self, mark: Mark, messages: int) -> None:
+        """Forget what was said since."""
+        self.conversation.back_to(mark)
+        del self.dialogue.messages[messages:]
 
     def fitting(self, tokens: int) -> Request:
         """The request for a turn of so many tokens, its replies no longer than what is left."""
@@ -123,9 +135,23 @@ class Talk:
             self.say("there is no turn to take back")
             return None
         text, mark, messages = self.turns.pop()
-        self.conversation.back_to(mark)
-        del self.dialogue.messages[messages:]
+        self.back_to(mark, messages)
         return text
+
+    def redraw(self) -> bool:
+        """The last turn again, with the next samples of the same seed. Where no other reply is kept, the one that was
+        there is."""
+        turns, history, messages = list(self.turns), list(self.conversation.history), list(self.dialogue.messages)
+        if (text := self.take_back()) is None:
+            return True
+        self.again += 1
+        try:
+            return self.turn(text)
+        finally:
+            if len(self.turns) < len(turns):
+                self.again -= 1
+                self.conversation.go_on_from(history)
+                self.turns, self.dialogue.messages[:] = turns, messages
 
 
 def begin_anew(talk: Talk) -> bool:
@@ -140,21 +166,14 @@ def undo(talk: Talk) -> bool:
     return True
 
 
-def regenerate(talk: Talk) -> bool:
-    """The next samples of the same seed."""
-    if (text := talk.take_back()) is None:
-        return True
-    talk.again += 1
-    return talk.turn(text)
-
-
 HELP = """\
 /regenerate  other replies to the last text
 /undo        takes back the last text and its reply
 /reset       begins anew
+/exit        ends the conversation
 /help        this
-Any other line is said to the model. Ctrl-C ends a reply, and what was said of it is kept; twice, or Ctrl-D, it ends the
-conversation."""
+Any other line is said to the model; several lines that are pasted are one text. Ctrl-C ends a reply, and what was said
+of it is kept; twice, or Ctrl-D, it ends the conversation."""
 
 
 def show_help(talk: Talk) -> bool:
@@ -165,17 +184,20 @@ def show_help(talk: Talk) -> bool:
 COMMANDS: dict[str, Callable[[Talk], bool]] = {
     "/reset": begin_anew,
     "/undo": undo,
-    "/regenerate": regenerate,
+    "/regenerate": Talk.redraw,
+    "/exit": lambda talk: False,
     "/help": show_help,
 }
 
 
 def ask(question: str) -> str | None:
     """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples; on a terminal there
-    is line editing, and a history."""
+    is line editing, and a history, and with GNU readline lines that are pasted together come together."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        with suppress(ImportError):  # of Python's, not on every system
-            import readline  # noqa: F401
+        with suppress(ImportError):  # not on every system
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
         with suppress(EOFError):
             return input(question)
         return None

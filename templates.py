@@ -1,12 +1,16 @@
-"""A model's chat template, in jinja2's sandbox. It may be anybody's program: its time is bounded, and what +, * and **
-make; not what filters make."""
+"""A program that renders chat templates in jinja2's sandbox, within limits of CPU time and memory.
 
-import itertools
+    python templates.py SECONDS BYTES CHARACTERS
+
+A template comes with a model and may be anybody's code, so chat.py runs it here. A line of stdin is JSON, [template,
+values]; the line of stdout that answers it is {"text": ...} or {"error": ...}. SECONDS and CHARACTERS are of each text.
+Where Python has no `resource` (Windows), memory is not limited, and time only by whoever waits for the answer.
+"""
+
 import json
 import sys
 import time
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any, NoReturn
@@ -16,8 +20,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-LONGEST_RENDERING, LARGEST_VALUE = 5.0, 10**7  # seconds; characters, items or bits
 
 
 class Generation(Extension):
@@ -34,58 +36,46 @@ def refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def extent(value: object) -> int:
-    """Bits of an integer, items or characters of what has any."""
-    return value.bit_length() if isinstance(value, int) else len(value) if isinstance(value, Sized) else 0
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses single operations that could take all memory or time."""
-
-    intercepted_binops = frozenset({"**", "*", "+"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        result = extent(left) + extent(right)
-        if operator == "**" and isinstance(right, int):
-            result = extent(left) * abs(right)
-        elif operator == "*" and isinstance(left, int) != isinstance(right, int):  # a text, so many times
-            count, value = (left, right) if isinstance(left, int) else (right, left)
-            result = abs(count) * extent(value)
-        if result > LARGEST_VALUE:
-            raise jinja2.TemplateError(f"the result of {operator} is too big")
-        return super().call_binop(context, operator, left, right)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Raises TemplateError where a template has run for LONGEST_RENDERING seconds of this thread's time: a template is
-    a program, and need not end."""
-    limit, before, steps = time.thread_time() + LONGEST_RENDERING, sys.gettrace(), itertools.count()
-
-    def trace(*_: object) -> Any:
-        if next(steps) % 64 == 0 and time.thread_time() > limit:
-            raise jinja2.TemplateError(f"it has run for {LONGEST_RENDERING} seconds")
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
 @lru_cache(maxsize=8)
 def compile_template(template: str) -> jinja2.Template:
     extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
-def render(template: str, values: dict[str, Any]) -> str:
-    """Raises what jinja2 raises, or Python: a template is a program."""
-    compiled = compile_template(template)
-    with bounded():
-        return compiled.render(values)
+def limit(name: str, value: int) -> None:
+    """Lower a limit of this process, where the system has it and it is not lower already."""
+    with suppress(ImportError, ValueError):
+        import resource
+
+        which = getattr(resource, name)
+        resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+
+
+def answer(line: str, memory: int, characters: int) -> dict[str, str]:
+    try:
+        template, values = json.loads(line)
+        text = compile_template(template).render(values)
+    except MemoryError:
+        return {"error": f"it takes more than {memory >> 20} MB of memory"}
+    except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
+        return {"error": str(error)}
+    if len(text) > len(line) + characters:
+        return {"error": f"its text is longer than {characters} characters"}
+    return {"text": text}
+
+
+def main(arguments: list[Any]) -> None:
+    seconds, memory, characters = map(int, arguments)
+    limit("RLIMIT_CORE", 0)
+    limit("RLIMIT_AS", memory)
+    for line in sys.stdin:
+        limit("RLIMIT_CPU", int(time.process_time()) + 1 + seconds)  # counted from the start of the process
+        print(json.dumps(answer(line, memory, characters)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -15,12 +15,12 @@ from system import check_stays, complain, finish, start
 if __name__ == "__main__":
     start()
 
-import shutil
 from dataclasses import replace
 
 from checkpoint import (
     Checkpoint,
     check_weights,
+    copy_new,
     read_checkpoint,
     read_weights,
     save_model,
@@ -46,8 +46,8 @@ def convert(source: Path, out: Path) -> Path:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)
     for name in KEPT:
-        if (checkpoint.folder / name).exists() and not (out / name).exists():
-            shutil.copyfile(checkpoint.folder / name, out / name)
+        if (checkpoint.folder / name).exists():
+            copy_new(checkpoint.folder / name, out / name)
     return out / "model.pth"
 
 

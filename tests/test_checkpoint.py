@@ -264,10 +264,14 @@ def test_converting_replaces_nothing_of_another_model(folder, tmp_path):
             convert(folder, out)
         assert [path.name for path in out.iterdir()] == [name]
         (out / name).unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("its own")
     for _ in range(2):
         convert(folder, out)
-        assert (out / "tokenizer.model").read_text() == "its own"
-        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.pth", "tokenizer.model"]
+        names = ["additional_chat_templates", "config.json", "model.pth", "tokenizer.model"]
+        assert sorted(path.name for path in out.iterdir()) == names
+        for name in ("tokenizer.model", "additional_chat_templates/tool_use.jinja"):
+            assert (out / name).read_text() == "its own"
 
 
 def test_converting_replaces_nothing_that_is_read(folder, tmp_path):

@@ -58,6 +58,9 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "config.json", "t
         ]),
         (BIN_ONLY, [], [*COMPANIONS[:2], "tokenizer.model", *COMPANIONS[2:], BIN_INDEX, *BINS]),
         (BOTH, [], ["config.json", "tokenizer.model", "model.safetensors"]),
+        ([*BOTH, "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"], [], [
+            "config.json", "tokenizer.model", "additional_chat_templates/tool_use.jinja", "model.safetensors"
+        ]),
         ([*BOTH, *shards("model", 2, ".safetensors"), INDEX], [], [
             "config.json", "tokenizer.model", "model.safetensors"
         ]),
@@ -69,7 +72,10 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "config.json", "t
         (TINYLLAMAS, ["stories260K/stories260K.pt", "stories15M.pt"], ["stories260K/stories260K.pt", "stories15M.pt"]),
         (BOTH, ["pytorch_model.bin", "config.json"], ["config.json", "tokenizer.model", "pytorch_model.bin"]),
     ],
-    ids=["llama", "mistral", "bin", "both", "file and shards", "one bin", "own name", "file", "files", "file of both"],
+    ids=[
+        "llama", "mistral", "bin", "both", "templates", "file and shards", "one bin", "own name", "file", "files",
+        "file of both",
+    ],
 )  # fmt: skip
 def test_one_set_of_weights_is_chosen(names, files, expected):
     assert sorted(choose(names, files)) == sorted(expected)

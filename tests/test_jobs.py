@@ -113,7 +113,9 @@ def test_a_file_without_a_prompt_is_refused(tmp_path, content):
 
 BAD = [
     (b'{"prompt": "a"', "not JSON"), (b"[1]", "neither a text nor an object"), (b'{"text": "a"}', "neither a text"),
-    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": [{"role": "user"}]}', "messages are not a list"),
+    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages are not a list"),
+    (b'{"messages": [{"role": "user"}]}', "message 1 (user) has no content"),
+    (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages are not a list"),
     (b'""', "the prompt is empty"), (b'{"messages": []}', "the prompt is empty"),
     (b'{"prompt": "a", "messages": []}', "with one of prompt and messages"),
     (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),

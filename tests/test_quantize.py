@@ -383,6 +383,8 @@ def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, s
             assert main([*flags, "--output", str(output)]) == 2
             assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
             output.unlink()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("its own")
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_text("its own")
         (output.parent / name).write_text("another")
@@ -393,6 +395,7 @@ def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, s
         os.link(folder / name, output.parent / name)
         assert main(["--checkpoint_path", str(folder), "--mode", "int8", "--output", str(output)]) == 0
         assert (folder / name).read_text() == "its own"
+        assert (output.parent / "additional_chat_templates" / "tool_use.jinja").read_text() == "its own"
         shutil.rmtree(output.parent)
         output.parent.mkdir()
 
