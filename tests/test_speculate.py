@@ -162,6 +162,41 @@ def test_greedy_samples_in_fp32_are_those_of_plain_decoding(always, draft):
         assert draws(engine.generate(PROMPT, asked)) == draws(plain.generate(PROMPT, asked))
 
 
+def padded(model: Transformer, vocabulary: int) -> Transformer:
+    """The same network with the first rows of its vocabulary, or with more, of large numbers."""
+    other = random_model(replace(model.args, vocab_size=vocabulary), model.norm.weight.dtype)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        if mine.shape != theirs.shape:
+            mine.fill_(30.0)
+        rows = min(len(mine), len(theirs))
+        mine[:rows] = theirs[:rows]
+    return other
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
+@pytest.mark.parametrize("rows", [70, 96, 98, 130])
+def test_a_draft_may_have_fewer_or_more_rows_than_the_target(always, monkeypatch, rows, tied, sampling):
+    """fp64. As where vocabularies are padded to other sizes, over prompts and samples that hold tokens which the draft
+    lacks, at N = 1 and 3: what one of the two has no row for is never proposed. Oracle: plain decoding; and the draft,
+    which is the target but for such rows, is right wherever it has read none."""
+    model = random_model(replace(TWO, tied_output=tied))
+    proposed, check = [], Speculating.check
+    monkeypatch.setattr(
+        Speculating, "check", lambda each, tokens: proposed.append(tokens.flatten()) or check(each, tokens)
+    )
+    engine = speculating(model, ModelDraft(replace(model.args, vocab_size=rows), lambda *_: padded(model, rows)))
+    for n, prompt in ((1, PROMPT), (3, [96, *PROMPT, 96, 69, 70, 95])):
+        asked = request(n, 67, sampling)
+        expected = Engine(model).generate(prompt, asked)
+        assert draws(engine.generate(prompt, asked)) == draws(expected)
+        if rows == 70 and sampling is DRAWN:
+            assert any(token >= rows for sample in expected for token in sample.tokens), "the draft reads such tokens"
+    assert torch.cat(proposed).max() < min(rows, 97)
+    accepted = engine.decoder.report()["accept_histogram"]
+    assert accepted[3] > 0 and (rows < 97 or sum(accepted[:3]) <= 4), "only the last step of a row may be cut"
+
+
 class Known(Draft):
     """Proposes what plain decoding draws, but for the token after the first `right` ones of each row and step."""
 
