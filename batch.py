@@ -116,7 +116,7 @@ class Sharing:
             return cls(0, (), lengths)
         common = shared(leaves[0], leaves[-1])
         root = common if common >= ROOT else 0
-        found = [group for node in tree(leaves, GROUP, root) for group in groups_under(node, root)]
+        found = choose_groups(tree(leaves, GROUP, root), root)
         return cls(root, tuple(sorted(found, key=lambda group: group.members)), lengths)
 
     @property
@@ -145,21 +145,25 @@ class Sharing:
         return sorted(range(len(first)), key=first.__getitem__)
 
 
-def groups_under(node: Node, above: int) -> list[Group]:
-    """The groups that save the most tokens, where a prompt is in one at most: the node itself, or those below it."""
-    if not node.children:
-        return []
-    length = above + len(node.tokens)
-    below = [group for child in node.children for group in groups_under(child, length)]
-    own = Group(length, tuple(sorted(numbers(node))))
-    return [own] if own.saved >= sum(group.saved for group in below) else below
-
-
-def numbers(node: Node) -> Iterator[int]:
-    """The sequences that end at or below a node."""
-    yield from node.ends
-    for child in node.children:
-        yield from numbers(child)
+def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
+    """The groups that save the most tokens, where a prompt is in one at most: each is a node, or some below it. above:
+    tokens that all have read."""
+    found: list[tuple[Node, int]] = []  # each node before those below it, and the tokens read at its end
+    todo = [(node, above) for node in roots]
+    while todo:
+        node, begin = todo.pop()
+        found.append((node, begin + len(node.tokens)))
+        todo += [(child, found[-1][1]) for child in node.children]
+    best: dict[int, tuple[int, int, list[tuple[Node, int]]]] = {}  # members at or below a node, what the best save
+    for node, length in reversed(found):
+        below = [best.pop(id(child)) for child in node.children]
+        members, saved = len(node.ends) + sum(each[0] for each in below), sum(each[1] for each in below)
+        chosen = [each for _, _, parts in below for each in parts]
+        if node.children and length * (members - 1) >= saved:
+            saved, chosen = length * (members - 1), [(node, length)]
+        best[id(node)] = members, saved, chosen
+    every = [each for _, _, parts in best.values() for each in parts]
+    return [Group(length, tuple(sorted(end for each in node.walk() for end in each.ends))) for node, length in every]
 
 
 def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, request
+from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, random_tokens, request
 from torch import Tensor
 
 import batch
@@ -212,6 +212,16 @@ def test_sharing_is_that_of_a_plain_trie(seed, monkeypatch):
     for group in found.groups:
         assert len({tuple(prompts[member][: group.length]) for member in group.members}) == 1
         assert all(len(prompts[member]) > group.length for member in group.members)
+
+
+def test_prompts_that_each_extend_the_last_are_shared(monkeypatch):
+    """1,500 of them, 9 tokens more each: a tree as deep. Oracle: the most that one group of them saves; each shares all
+    but the last token of its shortest member."""
+    monkeypatch.setattr(batch, "GROUP", 5)
+    tokens = random_tokens(GQA, 9 * 1500).tolist()
+    sharing = Sharing.among([tokens[: 9 * (1 + number)] for number in range(1500)])
+    assert sharing.root == 8
+    assert sum(group.saved for group in sharing.groups) == max((9 * n - 1) * (1500 - n) for n in range(1, 1501))
 
 
 def test_what_is_shared_is_read_once(engine):
