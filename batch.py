@@ -116,7 +116,7 @@ class Sharing:
             return cls(0, (), lengths)
         common = shared(leaves[0], leaves[-1])
         root = common if common >= ROOT else 0
-        found = [group for node in tree(leaves, GROUP, root) for group in groups_under(node, root)]
+        found = choose_groups(tree(leaves, GROUP, root), root)
         return cls(root, tuple(sorted(found, key=lambda group: group.members)), lengths)
 
     @property
@@ -145,21 +145,25 @@ class Sharing:
         return sorted(range(len(first)), key=first.__getitem__)
 
 
-def groups_under(node: Node, above: int) -> list[Group]:
-    """The groups that save the most tokens, where a prompt is in one at most: the node itself, or those below it."""
-    if not node.children:
-        return []
-    length = above + len(node.tokens)
-    below = [group for child in node.children for group in groups_under(child, length)]
-    own = Group(length, tuple(sorted(numbers(node))))
-    return [own] if own.saved >= sum(group.saved for group in below) else below
-
-
-def numbers(node: Node) -> Iterator[int]:
-    """The sequences that end at or below a node."""
-    yield from node.ends
-    for child in node.children:
-        yield from numbers(child)
+def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
+    """The groups that save the most tokens, where a prompt is in one at most: each is a node, or some below it. above:
+    tokens that all have read."""
+    found: list[tuple[Node, int]] = []  # each node before those below it, and the tokens read at its end
+    todo = [(node, above) for node in roots]
+    while todo:
+        node, begin = todo.pop()
+        found.append((node, begin + len(node.tokens)))
+        todo += [(child, found[-1][1]) for child in node.children]
+    best: dict[int, tuple[int, int, list[tuple[Node, int]]]] = {}  # members at or below a node, what the best save
+    for node, length in reversed(found):
+        below = [best.pop(id(child)) for child in node.children]
+        members, saved = len(node.ends) + sum(each[0] for each in below), sum(each[1] for each in below)
+        chosen = [each for _, _, parts in below for each in parts]
+        if node.children and length * (members - 1) >= saved:
+            saved, chosen = length * (members - 1), [(node, length)]
+        best[id(node)] = members, saved, chosen
+    every = [each for _, _, parts in best.values() for each in parts]
+    return [Group(length, tuple(sorted(end for each in node.walk() for end in each.ends))) for node, length in every]
 
 
 def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:
@@ -253,6 +257,9 @@ class Shelf:
         return row
 
     def give_back(self, row: int) -> None:
+        """What it held goes: a slot that is masked has a weight of 0, and 0 * nan is nan."""
+        for each in self.cache.tensors:
+            each[row, :, : self.used[row]] = 0
         self.free.append(row)
         self.length[row], self.used[row] = 0, 0
 
@@ -292,7 +299,7 @@ class Reading(Rows):
 @dataclass
 class Held:
     """A prompt that has been read, or is about to be. row, group: its own and its group's row, each on its shelf. left:
-    samples that are not finished."""
+    samples that are not finished. error: why there will be none."""
 
     number: int
     prompt: Prompt
@@ -301,6 +308,7 @@ class Held:
     group: int
     rows: list[Row]
     left: int
+    error: str | None = None
 
 
 class Batch:
@@ -397,6 +405,8 @@ class Batch:
         token, start, sample, seed = torch.tensor(entries, device=self.token.device).T
         self.token[rows, 0], self.input_pos[rows, 0] = token, start
         self.cache.start[rows] = start
+        for each in self.cache.tensors:  # as Shelf.give_back
+            each[rows] = 0
         self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
         self.samples[rows], self.seeds[rows] = sample, seed
         self.moved = bool(self.ended)  # by their first token: first they are handed out
@@ -479,11 +489,16 @@ class Batch:
         for each, held in enumerate(found):
             drawn = draw(logits[each : each + 1].expand(len(samples), -1), random[each], self.request.sampling)
             self.record([(held, row) for row in held.rows], [self.agreed(drawn)])
-            self.ready.extend((held, row) for row in held.rows if row.sample.finish_reason is None)
+            if held.error is None:
+                self.ready.extend((held, row) for row in held.rows if row.sample.finish_reason is None)
 
     def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities [C]: the tokens are the same for all ranks that hold a part of the network."""
-        return self.engine.shard.agree(drawn[0]), drawn[1]
+        """Tokens and log-probabilities [C], the same for all ranks that hold a part of the network: they decide which
+        rows go on."""
+        if self.engine.shard.world == 1:
+            return drawn
+        both = self.engine.shard.agree(torch.stack([each.double() for each in drawn]))  # of which each token is one
+        return both[0].long(), both[1]
 
     def record(self, places: Sequence[tuple[Held, Row] | None], drawn: Sequence[tuple[Tensor, Tensor]]) -> int:
         """Brings what steps have drawn, [C] each, to the host, and ends what is done. Returns the tokens recorded."""
@@ -493,27 +508,42 @@ class Batch:
             if place is None:
                 continue
             held, row = place
-            for token, logprob in zip(*new, strict=True):
-                if row.sample.finish_reason is None:
-                    row.record(token, logprob)
-                    count += 1
+            if held.error is not None:
+                continue
+            try:
+                for token, logprob in zip(*new, strict=True):
+                    if row.sample.finish_reason is None:
+                        row.record(token, logprob)
+                        count += 1
+            except FloatingPointError as error:
+                self.fail(held, str(error))
             if row.sample.finish_reason is not None:
                 self.end(held)
         self.tally.drawn += count
         return count
 
+    def fail(self, held: Held, error: str) -> None:
+        """End a prompt that has no samples; its rows leave with those that are done."""
+        held.error, held.left = error, 0
+        self.ready = deque(each for each in self.ready if each[0] is not held)
+        self.release(held)
+
     def end(self, held: Held) -> None:
         """One more sample of a prompt is finished; with the last, what it held is free."""
         held.left -= 1
-        if held.left:
-            return
+        if not held.left:
+            self.release(held)
+
+    def release(self, held: Held) -> None:
+        """Hand out a prompt, and give back what it held."""
         self.shelf.give_back(held.row)
         group = self.at[held.number][0]
         self.remaining[group] -= 1
         if group and not self.remaining[group]:
             self.groups.give_back(self.resident.pop(group))
-        self.ended.append(Outcome(held.prompt, [row.sample for row in held.rows]))
-        self.tally.prompts += 1
+        samples = [] if held.error is not None else [row.sample for row in held.rows]
+        self.ended.append(Outcome(held.prompt, samples, held.error))
+        self.tally.prompts += held.error is None
 
     def shrink(self) -> None:
         """Where nothing waits, rows that are done leave when half are."""
@@ -544,7 +574,7 @@ class Batch:
         tally.steps, tally.capacity = tally.steps + self.look, tally.capacity + self.look * len(self.places)
         tally.busy += self.record(self.places, drawn)
         for at, place in enumerate(self.places):
-            if place is not None and place[1].sample.finish_reason is not None:
+            if place is not None and (place[1].sample.finish_reason is not None or place[0].error is not None):
                 self.places[at], self.moved = None, True
 
 
@@ -564,7 +594,8 @@ def generate_many(
 ) -> Iterator[Outcome]:
     """Draws request.num_samples continuations of each prompt, and gives each prompt when it is finished; first those
     that cannot be run, with the reason. A sample is a function of (request.seed, the prompt's id, its index), and in
-    fp32 that of the prompt alone, drawn with the seed `seed_of`. tally: is kept up to date.
+    fp32 that of the prompt alone, drawn with the seed `seed_of`. A prompt whose logits are not finite cannot be run, as
+    is noticed while it is. tally: is kept up to date.
 
     Raises ValueError, before any kernel runs, where ids repeat, or the request is not for many prompts or does not fit.
     """

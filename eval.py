@@ -31,7 +31,7 @@ from typing import Any
 
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
-from engine import SILENT, Engine, Run
+from engine import SILENT, Engine, Run, bucket
 from files import files_of
 from flags import OneLineParser
 from hub import locate
@@ -47,7 +47,7 @@ from tokenizer import load_tokenizer, read_metadata
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
-SHARED_PROMPT = 64  # tokens: every step of a sample pays for a further link of the chain
+SHARED_PROMPT = 64  # tokens: every step of a sample pays for a link to them
 # What ends a function of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -211,18 +211,20 @@ class Evaluator:
         """Leaves in order of their tokens -> the number of each, all its tokens, and those that are still to be read
         after the cache of what it shares with others."""
 
-        def walk(nodes: Sequence[Node], before: list[int], above: KVCache | None) -> Iterator[tuple]:
-            for node in nodes:
-                history = [*before, *node.tokens]
-                if node.children:
-                    cache = self.engine_cache(above, len(node.tokens))
-                    self.engine.prefill(cache, node.tokens, Request().prefill_chunk, SILENT)
-                    self.read += len(node.tokens)
-                    yield from walk(node.children, history, cache)
-                else:
-                    yield node.ends[0], history, node.tokens, above
-
-        yield from walk(leaves if self.scorer.alone else tree(leaves, SHARED_PROMPT), [], None)
+        roots = leaves if self.scorer.alone else tree(leaves, SHARED_PROMPT)
+        path = self.engine_cache(None, 0)  # of all nodes above the one being read; the next one takes its slots again
+        todo: list[tuple[Node, list[int]]] = [(node, []) for node in reversed(roots)]
+        while todo:
+            node, before = todo.pop()
+            history = [*before, *node.tokens]
+            path.resize(len(before))
+            if not node.children:
+                yield node.ends[0], history, node.tokens, path if before else None
+                continue
+            path.resize(len(history), bucket(len(history)))
+            self.engine.prefill(path, node.tokens, Request().prefill_chunk, SILENT)
+            self.read += len(node.tokens)
+            todo += [(child, history) for child in reversed(node.children)]
 
     def engine_cache(self, above: KVCache | None, slots: int, reserve: int = 0) -> KVCache:
         """One row of `slots` slots, after the cache above if there is one."""

@@ -1,9 +1,10 @@
 """Log-probabilities of given tokens after given contexts; what several of them begin with is read once.
 
 The sequences form a prefix tree: the preamble that many items share, the context of an item, its endings. Large nodes
-are links of a chain of caches. Small subtrees, such as an item with its endings, run together as rows: a row holds a
-whole subtree, and a token sees those before it on its own branch. The rows lie end to end in one row of the network, so
-that none of its positions is padding; attention alone sees them as rows.
+are read one by one, depth first, into one cache, which holds the path to the node being read. Small subtrees, such as
+an item with its endings, run together as rows: a row holds a whole subtree, and a token sees those before it on its own
+branch. The rows lie end to end in one row of the network, so that none of its positions is padding; attention alone
+sees them as rows.
 
 Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads, G key/value heads, D head dimension,
 K positions that are scored, V vocabulary.
@@ -47,12 +48,23 @@ class Node:
     ends: Sequence[int] = ()
     children: list["Node"] = field(default_factory=list)
 
+    def walk(self) -> Iterator["Node"]:
+        """This node and all under it, each before its children. Nothing here recurses: a trajectory of a thousand
+        prompts, each of which extends the last, is a tree as deep."""
+        todo = [self]
+        while todo:
+            node = todo.pop()
+            yield node
+            todo += reversed(node.children)
+
     @property
     def size(self) -> int:
         """Tokens of this node and of all under it."""
-        return len(self.tokens) + sum(child.size for child in self.children)
+        return sum(len(node.tokens) for node in self.walk())
 
 
+# A node that is still to be read: the last layer's output before it, its position.
+Pending = tuple[Node, Tensor, int]
 # What sequences ask for: the number of each, and the places of its scored positions.
 Asked = list[tuple[int, list[int]]]
 
@@ -120,7 +132,8 @@ class Scorer:
     """Scores sequences with one network.
 
     batch_tokens: rows that run together have at most so many tokens. done: is told how many more sequences have been
-    scored. asked, read: tokens of all sequences so far, and those that the network has read for them.
+    scored. asked, read: tokens of all sequences so far, and those that the network has read for them. path: one row
+    that holds what is read of all nodes above the one being read; the next one takes its slots again.
     """
 
     def __init__(
@@ -156,42 +169,46 @@ class Scorer:
         self.wanted = [continuation for _, continuation in sequences]
         self.found = [Scored([], True)] * len(sequences)
         nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
-        self.descend(
-            nodes if self.alone else tree(nodes, SHORTEST), None, self.like.new_zeros(1, self.model.args.dim), 0
-        )
+        longest = max((len(node.tokens) for node in nodes), default=0)
+        self.path = KVCache.empty(self.args, 1, 0, self.like, longest)
+        self.descend(nodes if self.alone else tree(nodes, SHORTEST), self.like.new_zeros(1, self.model.args.dim))
         return self.found
 
-    def descend(self, nodes: Sequence[Node], above: KVCache | None, before: Tensor, begin: int) -> None:
-        """Reads nodes that continue the cache above, at the position `begin`. before [1,dim]: the last layer's output
-        at the position before it."""
+    def descend(self, roots: Sequence[Node], before: Tensor) -> None:
+        """Read nodes and all under them. before [1,dim]: the last layer's output before them."""
+        todo = self.spread(roots, before, 0)
+        while todo:
+            node, before, begin = todo.pop()
+            hidden = torch.cat([before, self.run(node, begin)])  # [1 + K,dim]
+            self.read += len(node.tokens)
+            places = list(range(len(hidden)))[len(hidden) - node.scored :]
+            self.note([(number, places) for number in node.ends], hidden)
+            todo += self.spread(node.children, hidden[-1:], begin + len(node.tokens))
+
+    def spread(self, nodes: Sequence[Node], before: Tensor, begin: int) -> list[Pending]:
+        """Read the small ones of nodes that continue the first `begin` positions of the path. Returns the others, the
+        first one last. before [1,dim]: the last layer's output at the position before them."""
         small = [] if self.alone else [node for node in nodes if node.size <= SMALL]
-        links = () if above is None else KVCache.fork(above, 1, 0).links
+        links = (Link(self.path, [0], None),) if begin else ()
         for batch in batches(small, self.batch_tokens):
             rows = Rows(batch, begin, links, self.like.device)
             hidden = self.model.hidden(rows.tokens, rows.input_pos, rows)[0] if rows.tokens.numel() else before[:0]
             self.read += len(hidden)
             self.note(rows.asked, torch.cat([before, hidden]))
-        for node in nodes if self.alone else [node for node in nodes if node.size > SMALL]:
-            count = len(node.tokens)
-            if above is None:
-                cache = KVCache.empty(self.args, 1, count, self.like)
-            else:
-                cache = KVCache.fork(above, 1, count)
-            hidden = torch.cat([before, self.run(node, cache)])  # [1 + K,dim]
-            self.read += count
-            places = list(range(len(hidden)))[len(hidden) - node.scored :]
-            self.note([(number, places) for number in node.ends], hidden)
-            self.descend(node.children, cache, hidden[-1:], begin + count)
+        large = nodes if self.alone else [node for node in nodes if node.size > SMALL]
+        return [(node, before, begin) for node in reversed(large)]
 
-    def run(self, node: Node, cache: KVCache) -> Tensor:
-        """Reads a node into a cache of its own -> the last layer's output [K,dim] where it is scored, or at its end."""
+    def run(self, node: Node, begin: int) -> Tensor:
+        """Reads a node into the path -> the last layer's output [K,dim] where it is scored, or at its end."""
         tokens, found = torch.tensor([node.tokens], device=self.like.device), []
-        size = tokens.shape[1] if self.alone else CHUNK
-        scored = tokens.shape[1] - min(tokens.shape[1], max(1, node.scored))
+        count = tokens.shape[1]
+        size = count if self.alone else CHUNK
+        scored = count - min(count, max(1, node.scored))
+        self.path.resize(begin + count)
         for first, part in enumerate(tokens.split(size, 1)):
-            slots = first * size + torch.arange(part.shape[1], device=tokens.device)
-            prefill = Prefill(cache, first * size, part.shape[1])
-            hidden = self.model.hidden(part, cache.start[:, None] + slots, prefill)
+            slots = begin + first * size + torch.arange(part.shape[1], device=tokens.device)
+            prefill = Prefill(self.path, begin + first * size, part.shape[1])
+            hidden = self.model.hidden(part, slots[None], prefill)
             found.append(hidden[0, max(0, scored - first * size) :])
         return torch.cat(found)
 
@@ -237,27 +254,26 @@ def check_finite(logprob: float) -> None:
         raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
 
 
-def tree(leaves: Sequence[Node], shortest: int, depth: int = 0, common: Sequence[int] | None = None) -> list[Node]:
+def tree(leaves: Sequence[Node], shortest: int, depth: int = 0) -> list[Node]:
     """Leaves in order of their tokens, of which the first `depth` have been read, under nodes of what they share, which
-    are of at least `shortest` tokens.
-
-    common: how many tokens each leaf shares with the next; None: to be counted.
-    """
-    if common is None:
-        common = [shared(one, other) for one, other in zip(leaves, leaves[1:])]  # noqa: B905
-    nodes, first = [], 0
-    for last in range(len(leaves)):
-        if last < len(common) and common[last] >= depth + shortest:
-            continue
-        if last == first:
+    are of at least `shortest` tokens."""
+    common = [shared(one, other) for one, other in zip(leaves, leaves[1:])]  # noqa: B905
+    roots: list[Node] = []
+    todo = [(0, len(leaves), depth, roots)]  # leaves first to last - 1, under nodes that have read so many tokens
+    while todo:
+        first, end, depth, nodes = todo.pop()
+        for last in range(first, end):
+            if last + 1 < end and common[last] >= depth + shortest:
+                continue
             leaf = leaves[first]
-            nodes.append(Node(leaf.tokens[depth:], leaf.scored, leaf.ends))
-        else:
-            end = min(common[first:last])
-            below = tree(leaves[first : last + 1], shortest, end, common[first:last])
-            nodes.append(Node(leaves[first].tokens[depth:end], children=below))
-        first = last + 1
-    return nodes
+            if last == first:
+                nodes.append(Node(leaf.tokens[depth:], leaf.scored, leaf.ends))
+            else:
+                length = min(common[first:last])
+                nodes.append(Node(leaf.tokens[depth:length]))
+                todo.append((first, last + 1, length, nodes[-1].children))
+            first = last + 1
+    return roots
 
 
 def shared(one: Node, other: Node) -> int:

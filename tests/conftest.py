@@ -1,9 +1,11 @@
 """What several test files need: small random models, a tokenizer of letters, one full pass as an oracle, and where the
 shared data lies if it does."""
 
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +66,15 @@ def random_model(args: ModelArgs, dtype: torch.dtype = torch.float64, seed: int 
 
 def random_tokens(args: ModelArgs, *shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(args.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def shallow() -> Iterator[None]:
+    """Room for some calls within each other, and not for hundreds."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)
+    yield
+    sys.setrecursionlimit(limit)
 
 
 def positions(begin: int, rows: int, length: int) -> torch.Tensor:

@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, request
+from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, random_tokens, request
 from torch import Tensor
 
 import batch
@@ -15,7 +16,7 @@ import engine as road
 from batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
 from engine import Engine
 from experts import Mixture
-from request import Request
+from request import Request, Sampling
 from rotary import RopeScaling
 from samples import Ending, Row
 
@@ -149,6 +150,29 @@ def test_what_cannot_be_run_is_said_and_the_others_go_on(engine):
     assert [outcome.error is None for outcome in generate_many(engine, bad[:1], request())] == [False]
 
 
+@pytest.mark.parametrize("look", [1, 8])
+def test_a_prompt_whose_logits_are_not_finite_is_said_and_the_others_go_on(monkeypatch, look):
+    """A damaged row of the embedding, which some prompts hold, at their end or as a group, and some samples draw. Rows
+    that read it are taken again. Oracle: the run of each prompt alone, which ends in an error or does not."""
+    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", look)
+    model = random_model(replace(GQA, n_layer=1))
+    model.tok_embeddings.weight[11] = torch.nan
+    engine, asked = Engine(model, compile=False), request(2, 25, Sampling(1.0), rows_at_once=5)
+    prompts = [Prompt(each.id, [token for token in each.tokens if token != 11]) for each in prompts_of(20, 2, 70, 12)]
+    group = prompts[0].tokens[:20] + [11] + prompts[1].tokens[20:] * 9
+    longest = Prompt("end", [*prompts[0].tokens[:20], *range(12, 52), 11])
+    prompts[:0] = [longest, *(Prompt(f"group {at}", [*group, at]) for at in (1, 2))]
+    expected = {}
+    for prompt in prompts:
+        with suppress(FloatingPointError):
+            expected[prompt.id] = alone(engine, prompt, asked)
+    found = {outcome.prompt.id: outcome for outcome in generate_many(engine, prompts, asked)}
+    assert found.keys() == {prompt.id for prompt in prompts} and 3 < len(expected) < len(prompts) - 3
+    assert {id: draws(outcome.samples) for id, outcome in found.items() if outcome.error is None} == expected
+    errors = [outcome for outcome in found.values() if outcome.error is not None]
+    assert all("logits are not finite" in each.error and not each.samples for each in errors)
+
+
 def test_requests_for_one_prompt_are_refused(engine):
     two = prompts_of(0, 0, 0, 2)
     for asked, given, words in (
@@ -212,6 +236,16 @@ def test_sharing_is_that_of_a_plain_trie(seed, monkeypatch):
     for group in found.groups:
         assert len({tuple(prompts[member][: group.length]) for member in group.members}) == 1
         assert all(len(prompts[member]) > group.length for member in group.members)
+
+
+def test_prompts_that_each_extend_the_last_are_shared(monkeypatch):
+    """1,500 of them, 9 tokens more each: a tree as deep. Oracle: the most that one group of them saves; each shares all
+    but the last token of its shortest member."""
+    monkeypatch.setattr(batch, "GROUP", 5)
+    tokens = random_tokens(GQA, 9 * 1500).tolist()
+    sharing = Sharing.among([tokens[: 9 * (1 + number)] for number in range(1500)])
+    assert sharing.root == 8
+    assert sum(group.saved for group in sharing.groups) == max((9 * n - 1) * (1500 - n) for n in range(1, 1501))
 
 
 def test_what_is_shared_is_read_once(engine):

@@ -98,6 +98,18 @@ def test_what_is_shared_is_read_once():
     assert scorer.asked == 6 * 72 and scorer.read == 50 + 3 * 20 + 6 * 2
 
 
+def test_sequences_that_each_extend_the_last(shallow, monkeypatch):
+    """A tree of 200 levels, read as large nodes. Oracle: one pass, since no token sees those after it."""
+    monkeypatch.setattr(scoring, "SMALL", 0)
+    monkeypatch.setattr(scoring, "SHORTEST", 1)
+    model, tokens = random_model(replace(GQA, n_layer=1)), random_tokens(GQA, 602).tolist()
+    expected, scorer = one_pass(model, tokens[:1], tokens[1:]).logprobs, Scorer(model)
+    ends = range(2, 602, 3)
+    for end, found in zip(ends, scorer.score([(tokens[:end], tokens[end : end + 2]) for end in ends]), strict=True):
+        assert found.logprobs == pytest.approx(expected[end - 1 : end + 1], abs=1e-9)
+    assert scorer.read < 900, "what is shared is read once"
+
+
 def test_an_engine_scores_continuations_and_refuses_an_empty_context():
     engine = Engine(random_model(GQA))
     continuations = [[3], [], [5, 6, 7, 8], [5, 6, 1]]
@@ -238,6 +250,21 @@ def test_long_texts_are_those_of_each_prompt_alone(monkeypatch, look):
     for prompt, text in zip(prompts, found, strict=True):
         (sample,) = engine.generate(letters.encode(prompt), Request(1, 261, Sampling(0)))
         assert text == letters.decode(sample.tokens) and len(text) == 261
+
+
+def test_texts_after_prompts_that_each_extend_the_last(shallow, monkeypatch):
+    """A tree of 200 levels. Oracle: the likeliest token by one pass of the longest prompt."""
+    monkeypatch.setattr(evaluation, "SHARED_PROMPT", 1)
+    letters = Letters()
+    letters.specials = {}
+    engine = Engine(random_model(replace(GQA, n_layer=1)), letters, compile=False)
+    texts = SimpleNamespace(tokenizer=letters, encode=letters.encode, prefix=0, eos_ids=frozenset())
+    story = letters.decode(random_tokens(GQA, 600).tolist())
+    evaluator = Evaluator(engine, texts, 200)
+    found = evaluator.generate_until([(story[:end], {"max_gen_toks": 1}) for end in range(3, 603, 3)])
+    likeliest = full(engine.model, torch.tensor([letters.encode(story)]))[0].argmax(-1).tolist()
+    assert found == [letters.decode(likeliest[end - 1 : end]) for end in range(3, 603, 3)]
+    assert evaluator.read < 900, "what is shared is read once"
 
 
 @pytest.mark.parametrize(
