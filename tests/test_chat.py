@@ -8,19 +8,26 @@ The templates are short forms of those that the models are published with, which
 
 import base64
 import functools
+import itertools
 import json
 import os
+import re
+import readline
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from conftest import ROOT, STORIES, TINY
+from conftest import GQA, PROMPT, ROOT, STORIES, TINY, Letters, draws, random_model, random_tokens, request
+from test_cli import run
+from test_robust import TALK, Terminal, said
 from test_tokenizer import LLAMA3, byte_level, llama3_backend, llama_reference, save, template
 from tokenizers import Regex
 from tokenizers import Tokenizer as Backend
@@ -30,6 +37,7 @@ from transformers import PreTrainedTokenizerFast
 from chat import (
     LLAMA2,
     Chat,
+    Conversation,
     Messages,
     Renderer,
     end_of_turn_ids,
@@ -39,6 +47,9 @@ from chat import (
     prompt_tokens,
     read_chat,
 )
+from engine import Engine
+from request import Request
+from rotary import RopeScaling
 from tokenizer import load_tokenizer
 
 CHATML = (
@@ -689,3 +700,97 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json is not what it must be"):
         read_chat(tmp_path)
+
+
+def breaking(error: BaseException, *calls: int):
+    """An Engine.prefill whose calls of these numbers fail."""
+    plain, count = Engine.prefill, itertools.count()
+
+    def prefill(*arguments):
+        if next(count) in calls:
+            raise error
+        return plain(*arguments)
+
+    return mock.patch.object(Engine, "prefill", prefill)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), ValueError("refused")], ids=repr)
+@pytest.mark.parametrize("n", [1, 3])
+def test_where_no_other_reply_comes_the_earlier_one_stays(error, n):
+    """Oracle: the conversation without /regenerate, and with it where nothing failed."""
+    flags = ["-n", n, "--top", 1]
+    with breaking(error, 1):
+        stays = said("Once upon a time", "/regenerate", "The dog", flags=flags)
+    assert stays == said("Once upon a time", "The dog", flags=flags)
+    with breaking(error, 2, 3):
+        again = said(
+            "Once upon a time", "The dog", "/regenerate", "/regenerate", "/regenerate", "/undo", "A", flags=flags
+        )
+    assert again == said("Once upon a time", "The dog", "/regenerate", "/undo", "A", flags=flags)
+
+
+@pytest.mark.parametrize("begun", [[], ["Once"]], ids=["first", "second"])
+def test_a_turn_of_which_no_reply_is_picked_changes_nothing(begun):
+    """Oracle: the conversation without it."""
+    picks = [*([lambda ranked: ranked[0].sample] * len(begun)), mock.Mock(side_effect=KeyboardInterrupt)]
+    picks += [lambda ranked: ranked[0].sample] * 2
+    flags = ["-n", 3]
+    with mock.patch("talk.pick", lambda ranked: picks.pop(0)(ranked)):
+        rows = said(*begun, "The cat", "Once upon a time", "The dog", flags=[*flags, "--pick"])
+    kept = said(*begun, flags=flags)
+    after = said(*begun, "Once upon a time", "The dog", flags=flags)[len(kept) :]
+    assert not picks and (rows[: len(kept)], rows[-len(after) :]) == (kept, after)
+
+
+def test_a_conversation_begins_by_naming_the_model_and_ends_by_a_word():
+    assert said("Once upon a time", "/exit", "The dog") == said("Once upon a time")
+    line, *_ = run(*TALK, input="/exit\n").stderr.splitlines()
+    assert line == f"{TINY / 'model.pth'}, seed 1; /help lists the commands, /exit ends"
+
+
+@pytest.mark.skipif("GNU" not in (readline.__doc__ or ""), reason="only GNU readline knows what is pasted")
+def test_lines_that_are_pasted_together_are_one_message():
+    """Oracle: the prompt with a line end inside."""
+    engine = Engine.open(TINY, dtype="float32")
+    terminal = Terminal(*TALK, prepare=lambda: None)
+    terminal.until("> ")
+    terminal.type("\x1b[200~Once upon\ra time\x1b[201~ it was\r")
+    (row,) = map(json.loads, re.findall(r"{.*}", terminal.until(r"{.*}[\s\S]*> ")))
+    terminal.type("/exit\r")
+    assert terminal.end() == 0
+    drawn = engine.generate(engine.encode("Once upon\na time it was"), Request(1, 12, seed=1))
+    assert row["tokens"] == drawn[0].tokens
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_where_positions_turn_by_the_length_a_conversation_equals_one_long_prompt(kind, n):
+    """Across the original context of 60: in a reply, by a text, after going back. fp64. Oracle: generate() on all that
+    was said."""
+    by_pair = {"short": (1.0, 1.1, 1.3, 1.7, 2.0), "long": (1.0, 1.9, 3.1, 5.0, 8.0)} if kind == "longrope" else {}
+    scaling = RopeScaling(kind, 4.0, 60, **by_pair)
+    engine = Engine(random_model(replace(GQA, rope_scaling=scaling)), Letters())
+    conversation = Conversation(engine, request(n, 12))
+    marks = []
+    for turn, length in enumerate((20, 9, 9, 5, -1, 70, 3, -1, -1, 40)):
+        if length < 0:
+            conversation.back_to(marks.pop())
+            continue
+        marks.append(conversation.mark())
+        text, before = random_tokens(GQA, length, seed=turn).tolist(), list(conversation.history)
+        samples = conversation.turn(text)
+        assert draws(samples) == draws(engine.generate([*before, *text], request(n, 12))), turn
+        conversation.keep(samples[-1])
+
+
+def test_a_turn_that_fails_where_all_is_read_anew_leaves_the_history():
+    scaling = RopeScaling("dynamic", 4.0, 20)
+    engine = Engine(random_model(replace(GQA, rope_scaling=scaling)), Letters())
+    conversation = Conversation(engine, request(2, 12))
+    conversation.keep(conversation.turn(PROMPT)[0])
+    mark, before = conversation.mark(), list(conversation.history)
+    with breaking(KeyboardInterrupt(), 0), pytest.raises(KeyboardInterrupt):
+        conversation.turn([5, 6])
+    conversation.back_to(mark)
+    assert conversation.history == before
+    assert draws(conversation.turn([7])) == draws(engine.generate([*before, 7], request(2, 12)))
