@@ -5,7 +5,6 @@ the names of control tokens. What a message says is never one of them: a mark is
 the template sees it, and taken out again after the cut.
 """
 
-import re
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
@@ -17,11 +16,11 @@ from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
 from request import Request
 from samples import Piece, Sample, continuation_text
-from system import check_plain
-from tokenizer import JSONTokenizer, Tokenizer, inside, read_metadata
+from system import check_plain, read_text
+from tokenizer import JSONTokenizer, Tokenizer
+from vocabulary import continued, inside, read_metadata
 
 Message = dict[str, str]  # role: system, user or assistant; content
-BARRIER = "\ue000"  # no token reaches from this character into what follows it
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
     try:
         if path.exists():
             check_plain(path)
-            template = path.read_text("utf-8")
+            template = read_text(path)
         elif isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}["default"]
         if not isinstance(template, str | None):
@@ -96,26 +95,10 @@ def unused(texts: Iterable[str]) -> tuple[str, str]:
     return next(free), next(free)
 
 
-def control_names(tokenizer: Tokenizer) -> list[str]:
-    """Longest first: of two that begin alike, the longer is meant. A name of one character could not be defused."""
-    return sorted((name for name in tokenizer.specials if len(name) > 1), key=len, reverse=True)
-
-
 def defused(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> list[Message]:
     """The messages with `mark` inside every name of a control token."""
-    within = inside(control_names(tokenizer))
+    within = inside(tokenizer.names.tokens)
     return [message | {"content": within.sub(mark, message["content"])} for message in messages]
-
-
-def cut(rendered: str, tokenizer: Tokenizer) -> list[str]:
-    """Text, control token, text, control token, ..., text."""
-    return re.split(f"({'|'.join(map(re.escape, control_names(tokenizer))) or '(?!)'})", rendered)
-
-
-def continued(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text that follows other text: without the space that SentencePiece puts before a prompt."""
-    before, ids = tokenizer.encode(BARRIER), tokenizer.encode(BARRIER + text)
-    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text)
 
 
 def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
@@ -130,8 +113,8 @@ def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begins: bool) -> list[int]:
     """Ids of rendered text whose messages are defused by `mark`. begins: it is the beginning of the prompt."""
-    parts = cut(rendered, tokenizer)
-    prefixes = tokenizer.encode("a") != continued(tokenizer, "a")
+    parts = tokenizer.names.cut(rendered)
+    prefixes = tokenizer.encode("a") != continued(tokenizer.encode, "a")
     bare_first = prefixes and not begins
     bare_rest = prefixes and len(parts) > 1 and not prefixes_all(chat, tokenizer, parts[1])
     ids = []
@@ -140,7 +123,7 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begi
         if index % 2:
             ids.append(tokenizer.specials[part])
         elif bare_rest if index else bare_first:
-            ids += continued(tokenizer, text)
+            ids += continued(tokenizer.encode, text)
         else:
             ids += tokenizer.encode(text)
     return ids
@@ -192,7 +175,7 @@ def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
     """The control token that the template writes directly after a reply, spaces aside; empty where it writes none."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     rest, _ = after_reply(chat, tokenizer, messages, "a")
-    text, *parts = cut(rest, tokenizer)
+    text, *parts = tokenizer.names.cut(rest)
     return frozenset() if text.strip() else frozenset(tokenizer.specials[name] for name in parts[:1])
 
 
