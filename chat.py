@@ -23,11 +23,11 @@ from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
 from request import Request
 from samples import Piece, Sample, continuation_text
-from system import check_plain
-from tokenizer import JSONTokenizer, Tokenizer, read_metadata
+from system import check_plain, read_text
+from tokenizer import JSONTokenizer, Tokenizer
+from vocabulary import continued, read_metadata
 
 Message = dict[str, Any]  # role, content, and what else a template knows: tool_calls, name, ...
-BARRIER = "\ue000"  # no token reaches from this character into what follows it
 PROGRAM = Path(__file__).with_name("templates.py")
 RENDERING_SECONDS, RENDERING_PATIENCE = 5, 60.0  # of CPU time; by the clock, where the system cannot limit CPU time
 RENDERING_MEMORY, RENDERING_LENGTH = 1 << 29, 10**7  # bytes; characters beyond those of the messages
@@ -192,7 +192,7 @@ def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
         paths = {each.stem: each for each in (folder / "additional_chat_templates").glob("*.jinja")}
         for name, each in (paths | ({"default": path} if path.exists() else {})).items():
             check_plain(each)
-            templates[name] = each.read_text("utf-8")
+            templates[name] = read_text(each)
         if wrong := [text for text in templates.values() if not isinstance(text, str)]:
             raise TypeError(f"{wrong[0]!r} is not a template")
     except (ValueError, TypeError, KeyError) as error:
@@ -216,15 +216,6 @@ def unused(chat: Chat, said: Messages) -> tuple[str, str]:
     return next(free), next(free)
 
 
-def control_names(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Longest first: of two that begin alike, the longer is meant. A name of one character could not be defused."""
-    return tuple(sorted((name for name in tokenizer.specials if len(name) > 1), key=len, reverse=True))
-
-
-def pattern_of(names: Sequence[str]) -> str:
-    return "|".join(map(re.escape, names)) or "(?!)"
-
-
 @lru_cache(maxsize=8)
 def parts_of(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
     """What the names begin with and what they end with. Words are left out: a template may well write `<|`, a role and
@@ -237,10 +228,10 @@ def parts_of(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
 def text_guard(tokenizer: Tokenizer, mark: str) -> Callable[[str], str]:
     """A function that puts `mark` into a text: inside every name of a control token, and before or behind a part of a
     name that other text, put beside this one by a template, could complete."""
-    names = control_names(tokenizer)
-    heads, tails = parts_of(names)
-    longest = len(names[0]) if names else 0
-    whole = re.compile(f"(?={pattern_of(names)})(.)", re.DOTALL)
+    names = tokenizer.names
+    heads, tails = parts_of(tuple(names.tokens))
+    longest = max(map(len, names.tokens), default=0)
+    whole = re.compile(f"(?={names.pattern.pattern})(.)", re.DOTALL)
 
     def guard(text: str) -> str:
         begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # a template may trim it
@@ -268,17 +259,6 @@ def defused(said: Messages, tokenizer: Tokenizer, mark: str) -> Messages:
     return Messages(map_texts(said.turns, guard), map_texts(said.tools, guard))
 
 
-def cut(rendered: str, tokenizer: Tokenizer) -> list[str]:
-    """Text, control token, text, control token, ..., text."""
-    return re.split(f"({pattern_of(control_names(tokenizer))})", rendered)
-
-
-def continued(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text that follows other text: without the space that SentencePiece puts before a prompt."""
-    before, ids = tokenizer.encode(BARRIER), tokenizer.encode(BARRIER + text)
-    return ids[len(before) :] if ids[: len(before)] == before else tokenizer.encode(text)
-
-
 def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
     """Whether text after a control token is encoded as a prompt is. A tokenizer.json says so by itself."""
     if not isinstance(tokenizer, JSONTokenizer):
@@ -291,8 +271,8 @@ def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begins: bool) -> list[int]:
     """Ids of rendered text whose messages are defused by `mark`. begins: it is the beginning of the prompt."""
-    parts = cut(rendered, tokenizer)
-    prefixes = tokenizer.encode("a") != continued(tokenizer, "a")
+    parts = tokenizer.names.cut(rendered)
+    prefixes = tokenizer.encode("a") != continued(tokenizer.encode, "a")
     bare_first = prefixes and not begins
     bare_rest = prefixes and len(parts) > 1 and not prefixes_all(chat, tokenizer, parts[1])
     ids = []
@@ -301,7 +281,7 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begi
         if index % 2:
             ids.append(tokenizer.specials[part])
         elif bare_rest if index else bare_first:
-            ids += continued(tokenizer, text)
+            ids += continued(tokenizer.encode, text)
         else:
             ids += tokenizer.encode(text)
     return ids
@@ -410,7 +390,7 @@ def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
     """The control token that the template writes directly after a reply, spaces aside; empty where it writes none."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     rest, _ = after_reply(chat, tokenizer, messages, "a")
-    text, *parts = cut(rest, tokenizer)
+    text, *parts = tokenizer.names.cut(rest)
     return frozenset() if text.strip() else frozenset(tokenizer.specials[name] for name in parts[:1])
 
 

@@ -9,7 +9,7 @@ What requests begin with alike is read once (scoring.py). Results go to stdout a
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
-from system import INTERRUPTED, check_stays, check_writable, complain, finish, start, write_file
+from system import INTERRUPTED, check_stays, check_writable, complain, finish, read_text, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import os
-import re
 import secrets
 import sys
 import time
@@ -42,7 +41,8 @@ from report import Bar
 from request import Request, Sampling
 from samples import Sample
 from scoring import Node, Scorer, tree
-from tokenizer import load_tokenizer, read_metadata
+from tokenizer import load_tokenizer
+from vocabulary import read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
@@ -70,12 +70,10 @@ class Texts:
         if not first:
             raise ValueError(f"the tokenizer in {folder} has neither BOS nor EOS: nothing can stand before a text")
         self.prefix = first[0]
-        names = sorted(map(re.escape, tokenizer.specials), key=len, reverse=True)
-        self.specials = re.compile(f"({'|'.join(names)})" if names else "((?!))")
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
         """begin: BOS is put before it, where the tokenizer does so and the text does not begin with it."""
-        parts = enumerate(self.specials.split(text))  # every second one is a name
+        parts = enumerate(self.tokenizer.names.cut(text))  # every second one is a name
         named, tokenizer = self.tokenizer.specials, self.tokenizer
         ids = [id for at, part in parts for id in ([named[part]] if at % 2 else tokenizer.encode(part) if part else [])]
         bos = tokenizer.bos_id
@@ -362,11 +360,7 @@ def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Eval
 
 def run_perplexity(options: argparse.Namespace) -> None:
     """--perplexity: a text in windows, of which the model sees the --stride newest tokens for the first time."""
-    try:
-        data = options.perplexity.read_bytes()
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.perplexity} is not UTF-8 (byte {error.start}): convert it") from error
+    text = read_text(options.perplexity)
     evaluator = open_evaluator(options)
     limit = evaluator.limit
     stride = limit if options.stride is None else options.stride
@@ -378,12 +372,13 @@ def run_perplexity(options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     found = evaluator.score(list(windows(tokens, evaluator.texts.prefix, limit, stride)))
     nats = -math.fsum(logprob for logprob, _ in found)
+    size = len(text.encode())
     report = {
-        "bits_per_byte": nats / math.log(2) / len(data),
+        "bits_per_byte": nats / math.log(2) / size,
         "nats_per_token": nats / len(tokens),
         "perplexity": math.exp(nats / len(tokens)),
         "tokens": len(tokens),
-        "bytes": len(data),
+        "bytes": size,
         "stride": stride,
     }
     for name, value in report.items():
@@ -396,11 +391,7 @@ def run_perplexity(options: argparse.Namespace) -> None:
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
     found = []
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): convert it") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from system import check_plain
+from system import check_plain, read_text
 
 COMPANIONS = (
     "config.json",
@@ -62,7 +62,7 @@ def shards_of(index: Path) -> tuple[Path, ...]:
 def read_json(path: Path) -> dict[str, Any]:
     check_plain(path)
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     except OSError as error:

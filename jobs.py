@@ -9,6 +9,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from ranks import Ranks
 from report import Bar, placed, sample_fields
 from samples import rank
 from sampling import RULE
+from system import decode_text, without_newline
 
 Id = str | int
 OWN = frozenset(
@@ -93,17 +95,26 @@ def parse(number: int, line: str) -> Record:
     return Record(number, id, said, fields)
 
 
+def parts_of(data: bytes, separator: str | None) -> list[bytes]:
+    """The lines of a file, or what stands between separators. A newline of a separator is a line end of either form."""
+    if separator is None:
+        return data.split(b"\n")
+    between = re.escape(separator.replace("\r\n", "\n").encode()).replace(b"\\\n", b"\r?\n")
+    # The last line may lack its end, with which a separator may end too.
+    *parts, last = re.split(between, data if data.endswith(b"\n") else data + b"\n")
+    return [*parts, without_newline(last)]
+
+
 def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:
     """The prompts of a file, and what is wrong with the lines that are none. separator: of plain texts; None: the file
     is JSON lines. Empty lines, and empty texts between separators, are none."""
     found: dict[str, Record] = {}
     bad = []
-    parts = data.split(b"\n") if separator is None else data.removesuffix(b"\n").split(separator.encode())
-    for number, part in enumerate(parts, 1):
+    for number, part in enumerate(parts_of(data, separator), 1):
         if not part.strip():
             continue
         try:
-            text = part.decode("utf-8")
+            text = decode_text(part)
             record = parse(number, text) if separator is None else Record(number, number, text, {})
             if (key := json.dumps(record.id)) in found:
                 raise ValueError(f"id {key} is also that of line {found[key].number}: give each its own")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flags import OneLineParser
 from request import LAYOUT_NAMES, Request
-from system import check_writable, identity
+from system import check_writable, decode_text, identity, read_bytes, without_newline
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
@@ -188,7 +188,7 @@ def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> No
 def read_prompts(options: argparse.Namespace) -> bytes:
     """What --prompts names. Raises ValueError where it cannot be read."""
     try:
-        return sys.stdin.buffer.read() if options.prompts == "-" else Path(options.prompts).read_bytes()
+        return read_bytes(None if options.prompts == "-" else Path(options.prompts))
     except OSError as error:
         raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): give a file") from error
 
@@ -205,13 +205,13 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         return STORY
     try:
         piped = name in (None, "-")
-        text = (sys.stdin.buffer.read() if piped else Path(name or "").read_bytes()).decode("utf-8")
-        text = text.removesuffix("\n") if piped and not options.keep_newline else text
+        data = read_bytes(None if piped else Path(name or ""))
     except OSError as error:
         raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
-    except UnicodeDecodeError as error:
-        source = "stdin" if name in (None, "-") else name
-        raise ValueError(f"the prompt in {source} is not UTF-8 (byte {error.start}): convert it") from error
+    try:
+        text = decode_text(without_newline(data) if piped and not options.keep_newline else data)
+    except ValueError as error:
+        raise ValueError(f"the prompt in {'stdin' if piped else name} is {error}") from error
     if text == "" and name is not None:
         raise ValueError("the prompt is empty: give some text")
     return text or STORY

@@ -11,7 +11,7 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from system import INTERRUPTED, check_plain, complain, finish, start
+from system import INTERRUPTED, check_plain, complain, finish, read_text, start
 
 if __name__ == "__main__":
     start()
@@ -204,9 +204,7 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
         raise ValueError(f"{count} sequences of {length} tokens cannot be: give at least one, of 2 to {limit} tokens")
     tokenizer = load_tokenizer(checkpoint.folder)
     try:
-        tokens = tokenizer.encode(options.calibration_file.read_text("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{options.calibration_file} is not a UTF-8 text: {error}") from error
+        tokens = tokenizer.encode(read_text(options.calibration_file))
     except OSError as error:
         raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): give a text") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -3,19 +3,22 @@
 `start` goes before the imports that take seconds, so nothing slow is imported here.
 """
 
+import codecs
 import os
 import signal
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 300  # characters of the line that tells an error
 INTERRUPTED = 130  # the exit status where the user stopped a command
+LONGEST_INPUT = 1 << 30  # bytes; what is piped in may never end
+LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
 
 
 class Stream:
@@ -164,6 +167,63 @@ def check_plain(path: Path) -> None:
     """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a plain file: put one there")
+
+
+def decode_text(data: bytes) -> str:
+    """The text of UTF-8 bytes, without the byte order mark that some editors put before it. Raises ValueError, which
+    says what they are instead."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("UTF-16, not UTF-8: convert it")
+    if (at := data.find(0)) >= 0:  # of UTF-16 without a mark every other byte
+        raise ValueError(f"not UTF-8 (a NUL at byte {at}, as in UTF-16): convert it")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start}): convert it") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ValueError where it is not UTF-8."""
+    try:
+        return decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
+
+
+def read_bytes(path: Path | None) -> bytes:
+    """All of a file that may be a pipe; None: of stdin. Raises ValueError where it does not end within LONGEST_INPUT
+    bytes, or within memory."""
+    data = bytearray()
+    with suppress(MemoryError), nullcontext(sys.stdin.buffer) if path is None else path.open("rb") as file:
+        while len(data) <= LONGEST_INPUT:
+            if not (part := file.read(1 << 20)):
+                return bytes(data)
+            data += part
+    raise ValueError(f"{path or 'stdin'} has not ended after {len(data)} bytes: give a shorter prompt")
+
+
+def without_newline(data: bytes) -> bytes:
+    """The bytes without the line end that echo, or an editor, has put behind them."""
+    return data[: -1 - data.endswith(b"\r\n")] if data.endswith(b"\n") else data
+
+
+def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
+    """Calls a library that does not hear Ctrl-C: for a long text in a thread, which is left behind if it comes."""
+    if len(text) < LONG_CALL:
+        return function(text, **options)
+    from concurrent.futures import Future
+    from threading import Thread
+
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(text, **options))
+        except BaseException as error:  # a panic is no Exception
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future.result()
 
 
 def check_writable(path: Path) -> None:

@@ -4,25 +4,28 @@ Text that a user gives is text: the name of a special token inside it ("<s>", "<
 """
 
 import base64
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from system import Guarded
+from system import Guarded, interruptible
+from vocabulary import Added, ByteTokens, Names, continued, control_names, encode_parts, inside, merge, read_metadata
 
 
 class Tokenizer(Protocol):
     """bos_id: prepended to a prompt, None if nothing is. eos_ids: ids that end a text, as far as it knows.
 
-    specials: control tokens by name. They come from a chat template, never from text, and decode to nothing.
+    specials: control tokens by name. They come from a chat template, never from text, and decode to nothing. names:
+    cuts what a template has written at them.
     """
 
     bos_id: int | None
     eos_ids: frozenset[int]
     vocab_size: int
     specials: dict[str, int]
+    names: Names
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without BOS."""
@@ -31,57 +34,52 @@ class Tokenizer(Protocol):
         """Text of the ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
 
 
-def as_name(token: str | dict[str, Any] | None) -> str | None:
-    return token if token is None or isinstance(token, str) else token["content"]
-
-
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer: tokenizer_config.json over special_tokens_map.json, tokens by their names.
-
-    specials: the control tokens that it adds to the tokenizer's own. Raises ValueError that names an unreadable file.
-    """
-    found: dict[str, Any] = {"specials": {}}
-    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        try:
-            entries = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-            if name == "added_tokens.json":
-                entries = {"specials": {token: int(id) for token, id in entries.items()}}
-            for id, token in entries.pop("added_tokens_decoder", {}).items():
-                found["specials"] |= {token["content"]: int(id)} if token.get("special") else {}
-            found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            why = f" ({error})" if isinstance(error, ValueError) else ""  # in Python's own words it says nothing
-            raise ValueError(f"{path} is not what it must be{why}: fetch it again") from error
-    return found
-
-
-def inside(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches behind the first character of each name. Text cut there holds none of them whole."""
-    return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names) or "(?!)")
-
-
 class SentencePieceTokenizer:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from sentencepiece import SentencePieceProcessor
 
         self.processor = processor = SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = processor.vocab_size()
-        own = {processor.id_to_piece(id): id for id in range(self.vocab_size) if processor.is_control(id)}
-        self.specials = own | metadata["specials"]
-        self.control = frozenset(self.specials.values())
-        bos, eos = processor.bos_id(), self.specials.get(metadata.get("eos_token"), -1)
+        self.pieces = processor.vocab_size()
+        names = [processor.id_to_piece(id) for id in range(self.pieces) if processor.is_control(id)]
+        own = {name: Added(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
+        added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
+        self.specials = {name: token.id for name, token in added.items() if token.special}
+        self.names, self.control = control_names(added), frozenset(self.specials.values())
+        # Gemma's, which have no flags, are pieces that the processor finds by itself.
+        texts = {name: token for name, token in added.items() if not token.special}
+        found = {name for name, t in texts.items() if t == Added(t.id, False) and t.id in processor.encode(name)}
+        self.texts = Names({name: token for name, token in texts.items() if name not in found})
+        self.spelled = {token.id: name for name, token in self.texts.tokens.items()}
+        self.vocab_size = max([self.pieces, *(1 + token.id for token in added.values())])
+        self.prefixes_all = metadata.get("legacy") is not False
+        bos, eos = processor.bos_id(), self.specials.get(metadata.get("eos_token") or "", -1)
         self.bos_id = bos if bos >= 0 and metadata.get("add_bos_token") is not False else None
         self.eos_ids = frozenset(id for id in (processor.eos_id(), eos) if id >= 0)
         # Gemma's control tokens are pieces that the processor finds in text.
-        self.cuts = inside(name for name, id in self.specials.items() if id in processor.encode(name))
+        found_in_text = (name for name, token in self.names.tokens.items() if token.id in processor.encode(name))
+        self.cuts = inside(found_in_text)
 
     def encode(self, text: str) -> list[int]:
-        return [id for part in self.cuts.split(text) for id in self.processor.encode(part)]
+        ids: list[int] = []
+        for index, part in enumerate(self.texts.cut(text)):
+            if index % 2:
+                ids.append(self.texts.tokens[part].id)
+            elif index and not self.prefixes_all:
+                ids += continued(self.encode_words, part)
+            else:
+                ids += self.encode_words(part)
+        return ids
+
+    def encode_words(self, text: str) -> list[int]:
+        return encode_parts(partial(interruptible, self.processor.encode), self.cuts.split(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         # Ids beyond the pieces come from models whose vocabulary is padded.
-        return self.processor.decode([id for id in ids if id < self.vocab_size and id not in self.control])
+        known = [id for id in ids if (id < self.pieces or id in self.spelled) and id not in self.control]
+        if self.spelled.keys().isdisjoint(known):
+            return self.processor.decode(known)
+        # It takes what is no piece for text.
+        return self.processor.decode([self.spelled.get(id) or self.processor.id_to_piece(id) for id in known])
 
 
 # The Llama 3 vocabulary file holds the merges alone; the split pattern and the 256 special tokens that follow the
@@ -104,6 +102,7 @@ class TiktokenTokenizer:
         if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
             raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
+        self.names = control_names({name: Added(id) for name, id in self.specials.items()})
         parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
         self.encoding = Guarded(path, Encoding, "llama3", **parts)
         self.bos_id: int | None = self.specials["<|begin_of_text|>"]
@@ -134,23 +133,35 @@ class JSONTokenizer:
         backend.no_truncation()  # the file may ask for both
         backend.no_padding()
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
-        backend.add_special_tokens([name for name in (bos, eos) if name and backend.token_to_id(name) is not None])
+        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        named = [name for name in metadata["named"] if backend.token_to_id(name) is not None]
+        backend.add_special_tokens([known.get(name, name) for name in named])
         backend.made.encode_special_tokens = True  # as plain text
-        self.specials = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        found = backend.get_added_tokens_decoder().items()
+        added = {t.content: Added(id, t.special, t.lstrip, t.rstrip, t.single_word) for id, t in found}
+        self.specials = {name: token.id for name, token in added.items() if token.special}
+        self.names, self.control = control_names(added), frozenset(self.specials.values())
         begun = backend.encode(".")
         first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
         self.bos_id = self.specials.get(bos or "") if first is None and metadata.get("add_bos_token") else first
         self.eos_ids = frozenset(self.specials[name] for name in (*self.EOS_NAMES, eos) if name in self.specials)
         self.vocab_size = backend.get_vocab_size()
+        spelled = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.bytes = ByteTokens(spelled) if None not in spelled and backend.decode([spelled[10]]) == "\n" else None
         # Some models of that library hold the names as words.
-        self.cuts = inside([])
-        self.cuts = inside([name for name, id in self.specials.items() if id in self.encode(name)])
+        found_in_text = (name for name, token in self.names.tokens.items() if token.id in self.encode_words(name))
+        self.cuts = inside(found_in_text)
 
     def encode(self, text: str) -> list[int]:
-        return [id for part in self.cuts.split(text) for id in self.backend.encode(part, add_special_tokens=False).ids]
+        return encode_parts(self.encode_words, self.cuts.split(text))
+
+    def encode_words(self, text: str) -> list[int]:
+        encode = self.backend.made.encode
+        return self.backend.call(interruptible, encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        known = [id for id in ids if id not in self.control]
+        return self.backend.decode(self.bytes.mended(known) if self.bytes else known)
 
 
 def is_tiktoken(path: Path) -> bool:
@@ -160,12 +171,13 @@ def is_tiktoken(path: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a checkpoint: tokenizer.model (SentencePiece or tiktoken), else tokenizer.json.
+    """The tokenizer beside a checkpoint: tokenizer.json as in transformers, since a tokenizer.model beside it may be
+    that of the base model; else tokenizer.model (SentencePiece or tiktoken).
 
     Raises FileNotFoundError where there is neither, ValueError where a file cannot be read as what it must be.
     """
     metadata = read_metadata(folder)
-    for path in filter(Path.is_file, (folder / "tokenizer.model", folder / "tokenizer.json")):
+    for path in filter(Path.is_file, (folder / "tokenizer.json", folder / "tokenizer.model")):
         try:
             if path.suffix == ".json":
                 return JSONTokenizer(path, metadata)

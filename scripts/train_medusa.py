@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import check_stays, check_writable, complain, finish, start
+from system import check_stays, check_writable, complain, finish, read_text, start
 
 if __name__ == "__main__":
     start()
@@ -39,7 +39,7 @@ HEAD_LOSS = 0.8  # a head's weight in the loss, against that of the one before
 
 
 @torch.no_grad()
-def read_text(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def read_windows(model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """tokens [L] -> what heads see of each, [windows,WINDOW,dim], and the tokens [windows,WINDOW]."""
     windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
     positions = torch.arange(WINDOW)
@@ -105,7 +105,7 @@ def main() -> int:
         check_stays([*checkpoint.weights, *companions(checkpoint.folder), options.text], options.out)
         tokenizer, args = load_tokenizer(checkpoint.folder), checkpoint.args
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        stories = options.text.read_text("utf-8").split("<|endoftext|>")
+        stories = read_text(options.text).split("<|endoftext|>")
         tokens = torch.tensor([id for story in stories for id in bos + tokenizer.encode(story.strip())])
         tokens = tokens[: options.tokens]
         if len(tokens) < 2 * WINDOW:
@@ -115,7 +115,7 @@ def main() -> int:
     keep_freed_memory()
     model = load_model(checkpoint, "cpu", torch.float32)
     ids = frequent(tokens, options.vocabulary, args.vocab_size)
-    seen, targets = training_pairs(*read_text(model, tokens), options.heads)
+    seen, targets = training_pairs(*read_windows(model, tokens), options.heads)
     output = model.output.weight
     if ids is not None:
         place = torch.full((args.vocab_size,), -1)

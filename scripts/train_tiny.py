@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from system import complain, finish, read_text, start
 
 if __name__ == "__main__":
     start()
@@ -147,7 +147,7 @@ def validation_loss(model: Transformer, tokens: Tensor, length: int) -> float:
 
 def read_stories(corpus: Path, seed: int) -> list[str]:
     """The distinct stories of a corpus, shuffled."""
-    stories = [story.strip() for story in corpus.read_text("utf-8").split(SEPARATOR)]
+    stories = [story.strip() for story in read_text(corpus).split(SEPARATOR)]
     stories = [story for story in dict.fromkeys(stories) if story]
     random.Random(seed).shuffle(stories)
     return stories

@@ -98,6 +98,7 @@ class Letters:
     """A tokenizer of one character per token, for the tests of text."""
 
     bos_id, eos_ids, vocab_size = None, frozenset(), GQA.vocab_size
+    specials: dict[str, int] = {}
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - 32 for letter in text]

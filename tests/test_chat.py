@@ -51,6 +51,7 @@ from engine import Engine
 from request import Request
 from rotary import RopeScaling
 from tokenizer import load_tokenizer
+from vocabulary import Added, Names
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -390,7 +391,8 @@ def test_a_tokenizer_without_prefix_space_ignores_the_setting_for_it(tmp_path):
 
 
 def test_a_tokenizer_that_reaches_over_any_barrier_encodes_each_text_on_its_own():
-    whole = SimpleNamespace(specials={"<s>": 0}, bos_id=None, encode=lambda text: [len(text)] * bool(text))
+    names = Names({"<s>": Added(0)})
+    whole = SimpleNamespace(specials={"<s>": 0}, names=names, bos_id=None, encode=lambda text: [len(text)] * bool(text))
     assert opening_tokens(Chat("<s>{{ messages[0].content }}", legacy=False), whole, None, "four") == [0, 4]
 
 

@@ -325,7 +325,7 @@ REFUSED = {
         "--mode int8: int4-gptq needs --calibration_file TEXT, no other",
     ),
     "order": (("--mode", "int8", "--act_order"), "--mode int8: int4-gptq needs --calibration_file TEXT, no other"),
-    "no UTF-8": (("--mode", "int4-gptq", "--calibration_file", "latin"), "latin is not a UTF-8 text: "),
+    "no UTF-8": (("--mode", "int4-gptq", "--calibration_file", "latin"), "latin is not UTF-8 (byte "),
     "short": (
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "50"),
         "64 sequences of 50 tokens need 3136, text has 90: give a longer text, or fewer with --calibration_seq",

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import regex
 from conftest import SHARED, STORIES, TINY
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
@@ -445,6 +445,136 @@ def test_added_tokens_of_sentencepiece_are_special(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.specials == {"<s>": 1, "</s>": 2, "<|im_end|>": 2049, "<|im_start|>": 2048}
     assert tokenizer.decode([2048, *tokenizer.encode("a"), 2049]) == "a"
+
+
+FLAGS = [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}]
+SURROUNDED = [
+    "a <think> b",
+    "a<think>b",
+    "<think> b",
+    "b <think>",
+    "<think><think>\n<think>",
+    "_<think>, 日<think>",
+    ".",
+]
+SURROUNDED += [
+    "a  \t\n<think>\n\n  b<thinks> <think",
+    "x" * 66 + "<think> ." * 130 + "é🙂 <think> 🙂",
+    " " * 70 + "<think>",
+]
+
+
+def llama_with(*tokens: AddedToken, legacy: bool = False) -> LlamaTokenizer:
+    """transformers' tokenizer of the shipped model, with more tokens."""
+    vocabulary, _, merges = SentencePieceExtractor(str(TINY / "tokenizer.model")).extract(True)
+    found = LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=False)
+    found.add_tokens(list(tokens))
+    return found
+
+
+def beside(folder: Path, *tokens: AddedToken, **config) -> Path:
+    """The shipped tokenizer.model, and a tokenizer_config.json with these added tokens."""
+    flags = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    added = [{"content": each.content} | {flag: getattr(each, flag) for flag in flags} for each in tokens]
+    shutil.copy(TINY / "tokenizer.model", folder)
+    config |= {"added_tokens_decoder": {2048 + index: token for index, token in enumerate(added)}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_added_tokens_that_are_text_are_those_of_transformers(tmp_path, flags):
+    tokens = [AddedToken(name, special=False, normalized=False, **flags) for name in ("<think>", "<thinks>")]
+    reference, tokenizer = llama_with(*tokens), load_tokenizer(beside(tmp_path, *tokens, legacy=False))
+    assert tokenizer.specials == {"<s>": 1, "</s>": 2} and tokenizer.vocab_size == 2050
+    for text in SURROUNDED:
+        if text.startswith(" "):  # where LlamaTokenizer 5 adds no prefix space
+            continue
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False), text
+        assert tokenizer.decode([1, *ids, 2]) == reference.decode([1, *ids, 2], skip_special_tokens=True)
+
+
+def test_text_behind_an_added_token_has_a_prefix_space_where_transformers_gives_it_one(tmp_path):
+    token = AddedToken("<think>", special=False, normalized=False)
+    reference, tokenizer = llama_with(token, legacy=True), load_tokenizer(beside(tmp_path, token, legacy=True))
+    for text in ("a<think>b", "<think>b", "a<think><think>cat<think>"):
+        assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False)
+
+
+def test_added_tokens_json_says_nothing_of_tokens_that_the_config_knows(tmp_path):
+    beside(tmp_path, AddedToken("<think>", special=False, normalized=False), legacy=False)
+    (tmp_path / "added_tokens.json").write_text('{"<think>": 2048, "<|end|>": 2049}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.specials == {"<s>": 1, "</s>": 2, "<|end|>": 2049}
+    assert tokenizer.decode([2048, 2049]) == "<think>" and tokenizer.encode("<think>") == [2048]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_names_are_cut_with_the_flags_of_their_tokens(tmp_path, flags):
+    """In what a template writes control tokens are found by name. Oracle: transformers, of both kinds of files."""
+    token = AddedToken("<think>", special=True, normalized=False, **flags)
+    backend = byte_level()
+    backend.add_special_tokens([token])
+    spelled = PreTrainedTokenizerFast.from_pretrained(save(tmp_path / "json", backend))
+    for folder, reference in ((beside(tmp_path, token), llama_with(token)), (tmp_path / "json", spelled)):
+        tokenizer = load_tokenizer(folder)
+        for text in SURROUNDED:
+            names = tokenizer.names.cut(text)[1::2]
+            id = reference.convert_tokens_to_ids("<think>")
+            assert len(names) == reference.encode(text, add_special_tokens=False).count(id), text
+            kept = "".join(tokenizer.names.cut(text)[::2])
+            assert kept == "".join(texts_of(backend if reference is spelled else reference.backend_tokenizer, text))
+
+
+def texts_of(backend: Backend, text: str) -> list[str]:
+    """What lies between the control tokens of a text."""
+    found = backend.encode(text, add_special_tokens=False)
+    spans = [span for span, id in zip(found.offsets, found.ids, strict=True) if id == backend.token_to_id("<think>")]
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    return [text[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def test_tokenizer_json_comes_before_the_tokenizer_model_of_a_base_model(tmp_path):
+    """As in transformers: what it adds is in tokenizer.json alone."""
+    reference = llama_with()
+    reference.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    reference.save_pretrained(tmp_path)
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, JSONTokenizer)
+    assert tokenizer.specials["<|im_end|>"] == 2049 and tokenizer.bos_id is None
+    for text in ("Once upon a time", "a cat\n"):
+        assert tokenizer.encode(text) == AutoTokenizer.from_pretrained(tmp_path).encode(text)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_control_tokens_that_only_the_metadata_names_may_be_any_pieces(tmp_path, file, prefix):
+    """User-defined pieces, as in folders of 2023, and plain ones. Oracle: the text that went in."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS[:1] * 50, "an endless end"] * 3), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=330, model_type="bpe", byte_fallback=True, add_dummy_prefix=prefix, minloglevel=9,
+        user_defined_symbols=["<|im_start|>", "<|im_end|>"], remove_extra_whitespaces=False,
+    )  # fmt: skip
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    start, end, unk = plain.piece_to_id(["<|im_start|>", "<|im_end|>", "<unk>"])
+    word = next(
+        id for id in range(261, plain.vocab_size()) if plain.id_to_piece(id).isalpha() and len(plain.decode([id])) > 1
+    )
+    name = plain.id_to_piece(word)
+    names = {"eos_token": {"content": "<|im_end|>"}, "unk_token": "<unk>", "pad_token": name, "mask_token": None}
+    names |= {"add_eos_token": False, "extra_special_tokens": {"turn": "<|im_start|>"}, "sep_token": "not a piece"}
+    (tmp_path / file).write_text(json.dumps(names))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_ids == {2, end} and unk not in tokenizer.specials.values()
+    assert tokenizer.specials == {"<s>": 1, "</s>": 2, "<|im_start|>": start, "<|im_end|>": end, name: word}
+    assert tokenizer.decode([start, *plain.encode("a"), word, end]) == "a"
+    for text in ("a<|im_start|>b", f"<|im_end|>{name} <|im_end|>", f"x{name}y", f"a {name}<|im_start|>  b"):
+        ids = tokenizer.encode(text)
+        assert not {start, end, word} & set(ids) and tokenizer.decode(ids) == text
 
 
 def test_the_kind_is_chosen_by_content_not_by_name(tmp_path):

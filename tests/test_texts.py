@@ -1,0 +1,226 @@
+"""Text files and stdin, whoever wrote them: byte order marks, UTF-16, line ends of two characters, what never ends.
+
+Oracle: what the text says, in bytes."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TINY, interruptible
+from test_tokenizer import llama_reference
+
+import system
+from chat import read_chat
+from eval import main as evaluate
+from eval import read_lines
+from files import read_json
+from jobs import read_records
+from options import STORY, build_parser, read_prompt, read_prompts
+from system import decode_text, read_bytes, read_text
+from tokenizer import load_tokenizer
+from vocabulary import read_metadata
+
+MARK = b"\xef\xbb\xbf"
+WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+SAID = "Once upon a time, naïve 日本 🙂\r\n\tПривет"
+
+
+def piped(monkeypatch, data: bytes) -> None:
+    stdin = SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: False)
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+def test_a_mark_at_the_beginning_is_no_text():
+    assert decode_text(MARK + SAID.encode()) == SAID == decode_text(SAID.encode())
+    assert decode_text(MARK) == decode_text(b"") == ""
+    assert decode_text(b"a" + MARK) == "a\ufeff"  # only there
+
+
+@pytest.mark.parametrize("encoding", WIDE)
+@pytest.mark.parametrize("said", [SAID, "a\n", "Привет мир", "日本 "])
+def test_other_encodings_are_refused(encoding, said):
+    """The last two are well-formed UTF-8 in some of them: only the NUL of a space tells."""
+    with pytest.raises(ValueError, match="UTF-(8|16).*convert it"):
+        decode_text(said.encode(encoding))
+
+
+def test_what_is_no_utf8_is_named_with_its_place(tmp_path):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin is not UTF-8 \(byte 3\): convert it"):
+        read_text(tmp_path / "latin")
+
+
+@pytest.mark.parametrize("mark", [b"", MARK])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n", b"\r"])
+def test_a_prompt_is_its_file_to_the_last_byte_and_of_stdin_to_the_line_end(tmp_path, monkeypatch, mark, end):
+    path = tmp_path / "p.txt"
+    path.write_bytes(mark + SAID.encode() + end)
+    whole = SAID + end.decode()
+    of_stdin = SAID + {b"\n": b"", b"\r\n": b"", b"\n\n": b"\n", b"\r\n\r\n": b"\r\n"}.get(end, end).decode()
+    for flags, said in (
+        (["--prompt_file", str(path)], whole), (["--prompt_file", "-"], of_stdin), ([], of_stdin),
+        (["--prompt_file", "-", "--keep_newline"], whole),
+    ):  # fmt: skip
+        piped(monkeypatch, path.read_bytes())
+        assert read_prompt(build_parser().parse_args(flags)) == said
+
+
+def test_a_mark_alone_is_an_empty_prompt(tmp_path, monkeypatch):
+    (tmp_path / "p.txt").write_bytes(MARK)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        read_prompt(build_parser().parse_args(["--prompt_file", str(tmp_path / "p.txt")]))
+    piped(monkeypatch, MARK + b"\r\n")
+    assert read_prompt(build_parser().parse_args([])) == STORY
+
+
+@pytest.mark.parametrize("name", ["p.txt", "-"])
+def test_a_prompt_in_utf16_is_refused_with_its_name(tmp_path, monkeypatch, name):
+    path = tmp_path / "p.txt" if name != "-" else "-"
+    (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16-le"))
+    piped(monkeypatch, "a cat".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"the prompt in (.*p.txt|stdin) is not UTF-8 \(a NUL at byte 1"):
+        read_prompt(build_parser().parse_args(["--prompt_file", str(path)]))
+
+
+@pytest.mark.parametrize("mark", [b"", MARK])
+@pytest.mark.parametrize("end", ["nothing", "a line end", "a separator", "a separator without its line end"])
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", ["\n---\n", "\n\n", "---", "\n", "\r\n---\r\n", ".|"])
+def test_texts_between_separators(separator, line, end, mark):
+    between = separator.replace("\r\n", "\n").replace("\n", line)
+    ends = {"nothing": "", "a line end": line, "a separator": between}
+    last = ends.get(end, between.removesuffix(line))
+    for texts in (["a"], ["a", "b"], ["a", "b c", "日", "d" * 130]):
+        records, wrong = read_records(mark + (between.join(texts) + last).encode(), separator)
+        assert not wrong and [record.said for record in records] == texts
+
+
+def test_lines_within_a_text_stay_as_they_are():
+    (first, second), _ = read_records(b"a\r\nb\r\n\r\nc\nd\r\n", "\n\n")
+    assert (first.said, second.said) == ("a\r\nb", "c\nd")
+
+
+@pytest.mark.parametrize("line", [b"\n", b"\r\n"])
+def test_json_lines_may_begin_with_a_mark(tmp_path, line):
+    data = MARK + line.join([b'"a"', b'{"id": "x", "prompt": "b"}', b""])
+    records, wrong = read_records(data, None)
+    assert not wrong and [(record.id, record.said) for record in records] == [(1, "a"), ("x", "b")]
+    (tmp_path / "p.jsonl").write_bytes(data)
+    assert read_prompts(build_parser().parse_args(["--prompts", str(tmp_path / "p.jsonl")])) == data
+    (tmp_path / "o.jsonl").write_bytes(MARK + b'{"task_id": 1}' + line)
+    assert read_lines(tmp_path / "o.jsonl", {"task_id": int}) == [{"task_id": 1}]
+
+
+def test_json_lines_in_utf16_are_told_so():
+    for encoding in ("utf-16", "utf-16-le"):
+        records, wrong = read_records('"a"\n"b"\n'.encode(encoding), None)
+        assert not records and wrong[0].startswith("line 1: ") and "UTF-16" in wrong[0]
+
+
+def test_the_files_of_a_model_may_begin_with_a_mark(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    config = {"eos_token": "</s>", "chat_template": "a", "added_tokens_decoder": {"2048": {"content": "<t>"}}}
+    (tmp_path / "tokenizer_config.json").write_bytes(MARK + json.dumps(config).encode())
+    (tmp_path / "added_tokens.json").write_bytes(MARK + b'{"<u>": 2049}')
+    (tmp_path / "chat_template.jinja").write_bytes(MARK + b"{{ messages[0].content }}")
+    (tmp_path / "config.json").write_bytes(MARK + b'{"a": 1}')
+    assert load_tokenizer(tmp_path).encode("<t>") == [2048] and read_json(tmp_path / "config.json") == {"a": 1}
+    assert read_metadata(tmp_path)["added"].keys() == {"<t>", "<u>"}
+    assert read_chat(tmp_path).template == "{{ messages[0].content }}"
+    (tmp_path / "config.json").write_bytes('{"a": 1}'.encode("utf-16"))
+    with pytest.raises(ValueError, match="config.json is not JSON: .*UTF-16"):
+        read_json(tmp_path / "config.json")
+
+
+def test_perplexity_reads_no_mark(tmp_path, capsys):
+    found = []
+    for mark in (b"", MARK):
+        (tmp_path / "text").write_bytes(mark + b"Once upon a time, there was a cat.\r\n")
+        common = ["--dtype", "float32", "--no-compile", "--quiet", "--output", str(tmp_path / "o.json")]
+        assert evaluate(["--perplexity", str(tmp_path / "text"), *common]) in (0, None)
+        report = json.loads((tmp_path / "o.json").read_text())
+        found.append({name: value for name, value in report.items() if name != "engine"})
+    capsys.readouterr()
+    assert found[0] == found[1] and found[0]["bytes"] == 36
+
+
+class Endless(io.RawIOBase):
+    """A stdin that does not end, which after so many reads has used up the memory."""
+
+    def __init__(self, reads: int | None = None) -> None:
+        self.reads = reads
+
+    def read(self, size: int = -1) -> bytes:
+        if self.reads is not None:
+            self.reads -= 1
+            if self.reads < 0:
+                raise MemoryError
+        return b"y\n" * (size // 2)
+
+
+@pytest.mark.parametrize("reads", [None, 2])
+@pytest.mark.parametrize("flags", [[], ["--prompts", "-"]])
+def test_what_does_not_end_is_told_to_be_shorter(monkeypatch, flags, reads):
+    monkeypatch.setattr(system, "LONGEST_INPUT", 5 << 20)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless(reads), isatty=lambda: False))
+    with pytest.raises(ValueError, match=r"stdin has not ended after \d+ bytes: give a shorter prompt"):
+        (read_prompts if flags else read_prompt)(build_parser().parse_args(flags))
+
+
+def test_a_file_that_does_not_end_is_named(monkeypatch):
+    monkeypatch.setattr(system, "LONGEST_INPUT", 5 << 20)
+    with pytest.raises(ValueError, match=r"/dev/zero has not ended after \d+ bytes"):
+        read_bytes(Path("/dev/zero"))
+
+
+ENCODE = """
+import sys
+import time
+sys.path.insert(0, sys.argv[1])
+from system import INTERRUPTED, finish, start
+start()
+from pathlib import Path
+from tokenizer import load_tokenizer
+def main():
+    tokenizer, text = load_tokenizer(Path(sys.argv[2])), "Once upon a time there was a cat. " * 620_000
+    print("go", flush=True)
+    try:
+        tokenizer.encode(text)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+finish(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_ctrl_c_ends_the_reading_of_a_long_text_at_once(tmp_path, kind):
+    """21 MB, which take seconds."""
+    folder = TINY
+    if kind == "json":
+        folder = tmp_path
+        llama_reference(TINY / "tokenizer.model").save_pretrained(folder)
+    command = [sys.executable, "-c", ENCODE, str(ROOT), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible) as child:
+        assert child.stdout.readline() == b"go\n"
+        time.sleep(0.3)
+        begin = time.perf_counter()
+        child.send_signal(signal.SIGINT)
+        assert child.wait() == system.INTERRUPTED and child.stderr.read() == b""
+    assert time.perf_counter() - begin < 2
+
+
+def test_a_long_text_has_the_same_tokens_and_errors(monkeypatch):
+    tokenizer = load_tokenizer(TINY)
+    text = "Once upon a time, there was a cat.\n" * 130
+    expected = tokenizer.encode(text)
+    monkeypatch.setattr(system, "LONG_CALL", 1000)
+    assert tokenizer.encode(text) == expected
+    with pytest.raises(ZeroDivisionError):
+        system.interruptible(lambda text: 1 // 0, text)
