@@ -15,7 +15,7 @@ import torch
 from engine import Engine, Monitor
 from kernels import attention_kernel
 from packed import kernels
-from plan import Plan, extends_context, human, peak_memory, release_freed_memory
+from plan import Plan, counted, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
 
@@ -95,7 +95,7 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
-        self.marks = {"seed": options.seed} | ({} if turn is None else {"turn": turn})
+        self.marks = {} if turn is None else {"turn": turn}
         self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
@@ -170,8 +170,8 @@ class Console(Stopwatch):
         self.bar.clear()
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
+        self.interrupted = kind is not None
         if kind is KeyboardInterrupt:
-            self.interrupted = True
             finished = rank(self.earlier or self.finished, self.options.rank)
             begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
             best = rank([sample for sample in begun if sample.tokens])[:1]
@@ -181,10 +181,10 @@ class Console(Stopwatch):
 
 
 def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, int]) -> dict[str, object]:
-    """A sample as one JSON object. place: its number and rank. marks: the seed, and in a conversation the turn."""
+    """A sample as one JSON object. place: its number and rank. marks: in a conversation, the turn."""
     fields = asdict(sample)
     del fields["index"]
-    return place | marks | fields | {"mean_logprob": sample.mean_logprob}
+    return place | {"seed": fields.pop("seed")} | marks | fields | {"mean_logprob": sample.mean_logprob}
 
 
 def placed(each: Ranked) -> dict[str, int]:
@@ -282,14 +282,15 @@ def summary(report: dict, plan: Plan) -> str:
     processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
     drafted = ""
     if report.get("mean_accepted") is not None:
-        off = f", off {report['draft_switched_off']} times" * bool(report["draft_switched_off"])
+        off = f", off {counted(report['draft_switched_off'], 'time')}" * bool(report["draft_switched_off"])
         gain = f"{number('speedup_over_plain')} times plain decoding"
         drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
     mapped = report["mapped_file_bytes"]
     files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
+    samples, context = counted(report["num_samples"], "sample"), counted(report["context_tokens"], "token")
     return (
-        f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
+        f"{samples}{waves} after {context}, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
