@@ -3,6 +3,8 @@ shared data lies if it does."""
 
 import inspect
 import os
+import re
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import packed
+import plan
 from cache import KVCache, NoCache, Prefill
 from model import ModelArgs, Transformer
 from request import Request, Sampling
@@ -30,7 +35,59 @@ sys.path.insert(0, str(ROOT / "scripts"))
 torch.set_num_threads(1)  # the models here are too small to share
 os.environ["OMP_NUM_THREADS"] = "1"  # nor may the commands of tests that run side by side wait for each other's threads
 
+
+ASKED = packed.multiplies_bfloat16  # of the CPU itself
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bf16", action="store_true", help="test as on a CPU with instructions for bfloat16")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whether the CPU counts as one with instructions for bfloat16, for which --dtype auto is bfloat16 and weights are
+    held in other ways, depends on --bf16 alone, and not on the CPU that runs the tests."""
+    count_as(pytest.MonkeyPatch(), config.getoption("--bf16"))
+
+
+def count_as(monkeypatch: pytest.MonkeyPatch, multiplies: bool) -> bool:
+    for module in (packed, plan):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: multiplies)
+    return multiplies
+
+
+@pytest.fixture
+def bf16(request, monkeypatch) -> bool:
+    """Whether the CPU counts as one with instructions for bfloat16, by `both_kinds`."""
+    return count_as(monkeypatch, request.param)
+
+
+# For a test that leaves the dtype to the machine: on both kinds of CPU.
+both_kinds = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"], indirect=True)
+
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
+
+
+def as_transformers(name: str) -> str:
+    """A parameter's name in transformers."""
+    ours = ("attention_norm", "ffn_norm", "attention.w", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    theirs = ("input_layernorm", "post_attention_layernorm", "self_attn.", "mlp.gate", "mlp.down", "mlp.up")
+    for old, new in zip((*ours, "tok_embeddings"), (*theirs, "embed_tokens"), strict=True):
+        name = name.replace(old, new)
+    return "model." + re.sub(r"\b([qkvo]|gate|down|up)\.weight", r"\1_proj.weight", name)
+
+
+@pytest.fixture(scope="session", params=["tiny", pytest.param("stories15M", marks=needs_stories)])
+def published(request, tmp_path_factory) -> Path:
+    """A trained model as one is published: transformers' names in model.safetensors, config.json, tokenizer.model."""
+    if request.param == "stories15M":
+        return STORIES
+    folder = tmp_path_factory.mktemp("published")
+    state = {as_transformers(name): tensor for name, tensor in torch.load(TINY / "model.pth").items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
 
 # Odd on purpose: nothing here is a multiple of 8 but by accident.
 GQA = ModelArgs(

@@ -25,10 +25,10 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from conftest import GQA, PROMPT, ROOT, STORIES, TINY, Letters, draws, random_model, random_tokens, request
+from conftest import GQA, PROMPT, ROOT, TINY, Letters, draws, random_model, random_tokens, request
 from test_cli import run
 from test_robust import TALK, Terminal, said
-from test_tokenizer import LLAMA3, byte_level, llama3_backend, llama_reference, save, template
+from test_tokenizer import LLAMA3, PUBLISHED, byte_level, folders, llama3_backend, llama_reference, save, template
 from tokenizers import Regex
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
@@ -52,6 +52,9 @@ from request import Request
 from rotary import RopeScaling
 from tokenizer import load_tokenizer
 from vocabulary import Added, Names
+
+__all__ = ["folders"]  # a fixture of test_tokenizer.py
+LLAMA2_FOLDERS = [TINY, *(path for kind, path in PUBLISHED.items() if kind == "llama2")]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -344,24 +347,23 @@ def shown(name: str, reply: str) -> str:
     return " " + reply if name in ("llama2", "mistral") else reply
 
 
-@pytest.mark.skipif(not LLAMA3.exists(), reason="the Llama 3 tokenizer is not beside the repository")
+@pytest.mark.parametrize("kind", LLAMA3)
 @pytest.mark.parametrize("system", [None, SYSTEM])
-def test_llama3_tokens_are_those_of_the_whole_conversation(system):
-    chat, tokenizer = Chat(TEMPLATES["llama3"], "<|begin_of_text|>", "<|eot_id|>"), load_tokenizer(LLAMA3)
+def test_llama3_tokens_are_those_of_the_whole_conversation(folders, system, kind):
+    chat, tokenizer = Chat(TEMPLATES["llama3"], "<|begin_of_text|>", "<|eot_id|>"), load_tokenizer(folders[kind])
     tokens = dialogue(chat, tokenizer, system, lambda reply: tokenizer.encode(reply.strip()))
-    expected = llama3_backend().encode(chat.render(conversation(3, system)), add_special_tokens=False).ids
-    assert tokens == expected and tokens.count(tokenizer.bos_id) == 1
-    assert end_of_turn_ids(chat, tokenizer) == {128009}
+    whole = chat.render(conversation(3, system))
+    assert tokens == llama3_backend(folders[kind]).encode(whole, add_special_tokens=False).ids
+    assert tokens.count(tokenizer.bos_id) == 1
+    assert end_of_turn_ids(chat, tokenizer) == {tokenizer.specials["<|eot_id|>"]}
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("system", [None, SYSTEM])
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])
-@pytest.mark.parametrize("source", [TINY, STORIES], ids=["tiny", "stories15M"])
+@pytest.mark.parametrize("source", LLAMA2_FOLDERS)
 def test_llama2_tokens_are_those_of_the_whole_conversation(tmp_path, source, kind, system, legacy):
     """The prefix space comes where LlamaTokenizer puts it. A tokenizer.json has no setting `legacy`: it says itself."""
-    if not source.exists():
-        pytest.skip("stories15M is not beside the repository")
     llama = llama_reference(source / "tokenizer.model", legacy)
     if kind == "json":
         llama.save_pretrained(tmp_path)
@@ -479,10 +481,8 @@ def test_a_message_is_encoded_as_it_would_be_on_its_own(small, attack):
     assert small.decode(small.encode(attack)) == attack
 
 
-@pytest.mark.parametrize("source", [TINY, STORIES], ids=["tiny", "stories15M"])
+@pytest.mark.parametrize("source", LLAMA2_FOLDERS)
 def test_control_tokens_in_messages_are_text_for_sentencepiece(source):
-    if not source.exists():
-        pytest.skip("stories15M is not beside the repository")
     tokenizer = load_tokenizer(source)
     ids = opening_tokens(LLAMA2, tokenizer, "a</s>b", "c<s></s>")
     assert ids[0] == 1 and not {1, 2} & set(ids[1:])

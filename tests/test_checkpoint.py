@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GQA, ROOT, STORIES, TINY, needs_stories, random_model
+from conftest import GQA, ROOT, TINY, random_model
 from safetensors.torch import save_file
 
 from checkpoint import (
@@ -62,14 +62,13 @@ def test_eos_ids_of_both_files_count(folder):
     assert read_checkpoint(folder).eos_ids == {7, 8, 9}
 
 
-@needs_stories
-def test_a_converted_model_equals_its_source(tmp_path):
-    source, converted = read_checkpoint(STORIES), read_checkpoint(convert(STORIES, tmp_path))
+def test_a_converted_model_equals_its_source(published, tmp_path):
+    source, converted = read_checkpoint(published), read_checkpoint(convert(published, tmp_path))
     assert converted.args == source.args
     before, after = read_weights(source), read_weights(converted)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (tmp_path / "tokenizer.model").read_bytes() == (STORIES / "tokenizer.model").read_bytes()
+    assert (tmp_path / "tokenizer.model").read_bytes() == (published / "tokenizer.model").read_bytes()
 
 
 def test_a_tied_model_holds_one_table():

@@ -190,7 +190,7 @@ def test_digits_are_text(tmp_path):
 
 def test_nothing_at_all_tells_a_story():
     """Empty stdin, or a terminal, which is not waited for. Oracle: the prompt that it then has."""
-    base = ["--seed", 3, "--max_new_tokens", 9]
+    base = ["--seed", 3, "--max_new_tokens", 9, "--dtype", "float32"]
     expected = run(*base, "--prompt", STORY)
     assert expected.returncode == 0 and expected.stdout
     for typed in ("", "\n"):
@@ -272,9 +272,10 @@ def test_a_tokenizer_of_another_model_gets_one_line(tmp_path):
 
 def test_one_sample_is_streamed_while_it_decodes():
     """Oracle: on a terminal the text arrives in several reads, and adds up to what is printed without one."""
-    expected = run(*PROMPT, "--max_new_tokens", 60, "--quiet").stdout
+    flags = [*PROMPT, "--max_new_tokens", "60", "--quiet", "--dtype", "float32"]
+    expected = run(*flags).stdout
     master, slave = pty.openpty()
-    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "--max_new_tokens", "60", "--quiet"]
+    command = [sys.executable, str(ROOT / "generate.py"), *flags]
     with subprocess.Popen(command, stdout=slave, stderr=subprocess.DEVNULL, env=ENVIRONMENT):
         os.close(slave)
         pieces = []

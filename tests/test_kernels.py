@@ -20,9 +20,7 @@ from conftest import (
     GQA,
     MQA,
     ROOT,
-    STORIES,
     WINDOW,
-    needs_stories,
     positions,
     prefilled,
     random_model,
@@ -513,9 +511,8 @@ def test_products_refuse_what_they_would_misread():
         assert torch.equal(torch.ops.bifurcated.streamed_linear(x, weight, None), F.linear(x, weight))
 
 
-@needs_stories
-def test_the_tokens_are_those_of_the_torch_path(monkeypatch):
-    engine = Engine.open(STORIES, "cpu", "float32", compile=False)
+def test_the_tokens_are_those_of_the_torch_path(published, monkeypatch):
+    engine = Engine.open(published, "cpu", "float32", compile=False)
     prompt, request = engine.encode("Once upon a time"), Request(5, 40, Sampling(0.8, top_k=50), seed=3)
     drawn = [sample.tokens for sample in engine.generate(prompt, request)]
     monkeypatch.setattr(kernels, "takes", lambda *_: False)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GQA, STORIES, full, needs_stories, positions, prefilled, random_model, random_tokens
+from conftest import GQA, full, positions, prefilled, random_model, random_tokens
 
 from cache import KVCache, NoCache
 from checkpoint import check_weights, load_model, read_checkpoint
@@ -105,15 +105,14 @@ def test_dynamic_scaling_goes_by_each_rows_own_position():
         torch.testing.assert_close(stepped[row : row + 1], alone, rtol=0, atol=1e-10)
 
 
-@needs_stories
-def test_greedy_text_of_stories15m_equals_that_of_transformers():
+def test_greedy_text_of_a_trained_model_equals_that_of_transformers(published):
     from transformers import AutoModelForCausalLM
 
-    checkpoint = read_checkpoint(STORIES)
-    model, tokenizer = load_model(checkpoint, "cpu", torch.float32), load_tokenizer(STORIES)
+    checkpoint = read_checkpoint(published)
+    model, tokenizer = load_model(checkpoint, "cpu", torch.float32), load_tokenizer(published)
     prompt = [tokenizer.bos_id, *tokenizer.encode("Tim had a red kite.")]
     (sample,) = Engine(model, tokenizer).generate(prompt, Request(1, 60, Sampling(0), eos_ids=frozenset()))
-    reference = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(published, dtype=torch.float32)
     expected = reference.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, len(prompt) :].tolist()
     assert sample.tokens[: len(expected)] == expected
     assert tokenizer.decode(expected).strip() in sample.text

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GQA, MHA, random_model
+from conftest import ASKED, GQA, MHA, both_kinds, random_model
 
 from cache import KVCache
 from experts import Mixture
@@ -146,7 +146,9 @@ def test_devices_that_are_not_there():
     assert choose_device("cpu") == CPU
 
 
-def test_dtypes():
+@both_kinds
+def test_dtypes(bf16):
+    assert choose_dtype("auto", CPU) == (torch.bfloat16 if bf16 else torch.float32)
     assert choose_dtype("float16", CPU) == torch.float16
     assert choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
 
@@ -157,8 +159,7 @@ def test_bfloat16_needs_instructions_for_it(monkeypatch):
     for has_avx512_bf16, has_amx in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_avx512_bf16: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
-        expected = torch.bfloat16 if has_avx512_bf16 or has_amx else torch.float32
-        assert choose_dtype("auto", CPU) == expected
+        assert ASKED() == (has_avx512_bf16 or has_amx)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import warm
-from conftest import ROOT, STORIES
+from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
@@ -141,13 +141,13 @@ def test_python_examples(code, checkout):
     assert result.stdout.strip()
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
-def test_converting_and_running_another_model(checkout):
+@pytest.mark.parametrize("published", ["tiny"], indirect=True)
+def test_converting_and_running_another_model(published, checkout):
     """Also with --chat: its tokenizer.model has no template beside it, so Llama 2's form applies."""
     lines = [line for line in COMMANDS if "FOLDER" in line or "checkpoints/NAME --chat" in line]
     assert len(lines) == 2
     for line in lines:
-        command = line.replace("FOLDER", str(STORIES)).replace("NAME", "stories").replace('"..."', '"The cat"')
+        command = line.replace("FOLDER", str(published)).replace("NAME", "stories").replace('"..."', '"The cat"')
         result = run(command.replace("-n 8", "-n 2 --max_new_tokens 9"), checkout)
         assert result.returncode == 0, result.stderr
     assert "[1] mean log-probability" in result.stdout

@@ -28,7 +28,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Letters, interruptible
+from conftest import ROOT, TINY, Letters, both_kinds, interruptible
 from test_cli import PROMPT, assert_refused, lines_of, run
 from test_tokenizer import byte_level
 
@@ -74,9 +74,11 @@ def change(model: Path, name: str, factor: float) -> None:
     ids=lambda flags: " ".join(map(str, flags)),
 )
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_an_error(model, flags, factor):
+@both_kinds
+def test_logits_that_are_not_finite_are_an_error(model, flags, factor, bf16):
     change(model, "layers.1.ffn_norm.weight", factor)
-    assert_refused(run(*SHORT, *flags, "--checkpoint_path", model), "model.pth in float32: the logits are not finite")
+    dtype = "bfloat16" if bf16 else "float32"
+    assert_refused(run(*SHORT, *flags, "--checkpoint_path", model), f"model.pth in {dtype}: the logits are not finite")
 
 
 def test_an_overflow_is_told_and_another_dtype_mends_it(model):

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import regex
 from conftest import SHARED, STORIES, TINY
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 from samples import TextStream, continuation_text
@@ -39,7 +39,17 @@ TEXTS = [
     " ",
     "",
 ]
-LLAMA3 = SHARED / "tokenizers" / "llama3"
+# What is published, as far as it lies beside the repository; what is made here is of the same forms.
+PUBLISHED = {
+    kind: path for kind, path in {"llama2": STORIES, "meta": SHARED / "tokenizers" / "llama3"}.items() if path.exists()
+}
+needs_meta = pytest.mark.skipif("meta" not in PUBLISHED, reason="Meta's Llama 3 tokenizer is not beside the repository")
+LLAMA3 = ["llama3", *({"meta"} & PUBLISHED.keys())]
+SENTENCEPIECE = ["tiny", "gemma", *({"llama2"} & PUBLISHED.keys())]
+KINDS = [*SENTENCEPIECE, "bytelevel", "metaspace", *(f"{kind}{form}" for kind in LLAMA3 for form in ("", "json"))]
+LLAMA3_WORD = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CONTROL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 
 
@@ -75,31 +85,58 @@ def llama_reference(path: Path, legacy: bool = True) -> LlamaTokenizer:
     return LlamaTokenizer(vocab=vocabulary, merges=merges, legacy=legacy, add_bos_token=True)
 
 
-def llama3_backend() -> Backend:
-    """The tokenizer.json that Llama 3 is published with, as far as it matters here, by transformers' own converter."""
+def gemma(folder: Path) -> Path:
+    """A small SentencePiece model as Gemma's: it prepends no space and changes no character."""
+    import sentencepiece
+
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=9,
+    )  # fmt: skip
+    return folder
+
+
+def llama3(folder: Path) -> Path:
+    """A small vocabulary in the form of Llama 3's: the bytes, then merges, in lines of base64 and rank."""
+    backend, pieces = Backend(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(LLAMA3_WORD), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pieces.alphabet(), show_progress=False)
+    backend.train_from_iterator(TEXTS * 2, trainer)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    vocabulary = backend.get_vocab()
+    parts = [bytes(map(byte_of.get, piece)) for piece in sorted(vocabulary, key=vocabulary.get)]
+    folder.mkdir()
+    lines = [f"{base64.b64encode(part).decode()} {rank}\n" for rank, part in enumerate(parts)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    return folder
+
+
+@functools.cache
+def llama3_backend(folder: Path) -> Backend:
+    """The tokenizer.json that a vocabulary of Llama 3's form is published with, as far as it matters here, by
+    transformers' own converter."""
     names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
     names += ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]
-    backend = TikTokenConverter(str(LLAMA3 / "tokenizer.model"), extra_special_tokens=names).converted()
-    backend.post_processor = processors.Sequence(
-        [processors.ByteLevel(trim_offsets=False), template("<|begin_of_text|>", 128000)]
-    )
+    backend = TikTokenConverter(str(folder / "tokenizer.model"), extra_special_tokens=names).converted()
+    begin = template(names[0], backend.token_to_id(names[0]))
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
     return backend
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A folder of every kind; those that need shared data are there if it is."""
+    """A folder of every kind."""
     base = tmp_path_factory.mktemp("tokenizers")
     backend = byte_level()
     backend.post_processor = template("<s>", 1)
     found = {"tiny": TINY, "bytelevel": save(base / "bytelevel", backend, bos_token="<s>", eos_token="</s>")}
-    found["metaspace"] = base / "metaspace"
+    found |= {"metaspace": base / "metaspace", "gemma": gemma(base / "gemma"), "llama3": llama3(base / "llama3")}
     llama_reference(TINY / "tokenizer.model").save_pretrained(found["metaspace"])
-    if STORIES.exists():
-        found["llama2"] = STORIES
-    if LLAMA3.exists():
-        found |= {"llama3": LLAMA3, "llama3json": save(base / "llama3json", llama3_backend())}
-    return found
+    found |= PUBLISHED
+    return found | {f"{kind}json": save(base / f"{kind}json", llama3_backend(found[kind])) for kind in LLAMA3}
 
 
 @pytest.fixture(scope="session")
@@ -108,10 +145,8 @@ def loaded(folders):
     return functools.cache(lambda kind: load_tokenizer(folders[kind]))
 
 
-@pytest.fixture(params=["tiny", "bytelevel", "metaspace", "llama2", "llama3", "llama3json"])
-def kind(request, folders):
-    if request.param not in folders:
-        pytest.skip(f"{request.param}: not beside the repository")
+@pytest.fixture(params=KINDS)
+def kind(request):
     return request.param
 
 
@@ -134,15 +169,15 @@ def merged(parts: list, rank) -> list:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_sentencepiece_ids_are_those_of_plain_loops(folders, loaded, text):
-    for kind in {"tiny", "llama2"} & folders.keys():
+def test_sentencepiece_ids_are_those_of_plain_loops(loaded, text):
+    for kind in SENTENCEPIECE:
         tokenizer = loaded(kind)
         processor = tokenizer.processor
         pieces = {processor.id_to_piece(id): id for id in range(tokenizer.vocab_size) if not processor.is_control(id)}
         pieces = {piece: id for piece, id in pieces.items() if not processor.is_byte(id) and piece != "<unk>"}
         score = {piece: -processor.get_score(id) for piece, id in pieces.items()}
-        expected = []
-        for piece in merged(list(("▁" + text).replace(" ", "▁")) if text else [], score.get):
+        expected, prefix = [], "" if kind == "gemma" else "▁"
+        for piece in merged(list((prefix + text).replace(" ", "▁")) if text else [], score.get):
             as_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in piece.encode()]
             expected += [pieces[piece]] if piece in pieces else as_bytes
         assert tokenizer.encode(text) == expected
@@ -151,55 +186,51 @@ def test_sentencepiece_ids_are_those_of_plain_loops(folders, loaded, text):
 # LlamaTokenizer 5 adds no prefix space to text that begins with a space; SentencePiece and LlamaTokenizer 4 do.
 @pytest.mark.parametrize("text", [text for text in TEXTS if not text.startswith(" ")])
 def test_sentencepiece_ids_are_those_of_transformers(folders, loaded, text):
-    for kind in {"tiny", "llama2"} & folders.keys():
+    for kind in {*SENTENCEPIECE} - {"gemma"}:
         reference, tokenizer = llama_reference(folders[kind] / "tokenizer.model"), loaded(kind)
         ids = reference.encode(text, split_special_tokens=True)
         assert [tokenizer.bos_id, *tokenizer.encode(text)] == ids
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True) == text
 
 
-@pytest.fixture(scope="session")
-def llama3_reference(folders):
-    if "llama3" not in folders:
-        pytest.skip("llama3: not beside the repository")
-    backend = Backend.from_file(str(folders["llama3json"] / "tokenizer.json"))
-    backend.encode_special_tokens = True
-    return backend
-
-
+@pytest.mark.parametrize("kind", LLAMA3)
 @pytest.mark.parametrize("text", TEXTS)
-def test_llama3_ids_are_those_of_transformers(loaded, llama3_reference, text):
-    expected = llama3_reference.encode(text).ids
-    for tokenizer in (loaded("llama3"), loaded("llama3json")):
+def test_llama3_ids_are_those_of_transformers(folders, loaded, kind, text):
+    reference = llama3_backend(folders[kind])
+    reference.encode_special_tokens = True  # names of special tokens in a text are text
+    expected = reference.encode(text).ids
+    reference.encode_special_tokens = False
+    for tokenizer in (loaded(kind), loaded(f"{kind}json")):
         assert [tokenizer.bos_id, *tokenizer.encode(text)] == expected
 
 
-def test_llama3_ids_are_those_of_plain_loops(loaded, llama3_reference):
-    lines = (LLAMA3 / "tokenizer.model").read_bytes().split(b"\n")
+@pytest.mark.parametrize("kind", LLAMA3)
+def test_llama3_ids_are_those_of_plain_loops(folders, loaded, kind):
+    lines = (folders[kind] / "tokenizer.model").read_bytes().split(b"\n")
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines if line}
-    word = (
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-    tokenizer = loaded("llama3")
     for text in TEXTS:
-        words = [[bytes([byte]) for byte in found.encode()] for found in regex.findall(word, text)]
-        assert tokenizer.encode(text) == [ranks[part] for word in words for part in merged(word, ranks.get)]
+        words = [[bytes([byte]) for byte in found.encode()] for found in regex.findall(LLAMA3_WORD, text)]
+        assert loaded(kind).encode(text) == [ranks[part] for word in words for part in merged(word, ranks.get)]
 
 
-def test_llama3_ids_are_those_that_meta_publishes(loaded, llama3_reference):
+@needs_meta
+def test_llama3_ids_are_those_that_meta_publishes(loaded):
     """https://github.com/meta-llama/llama3, test_tokenizer.py"""
-    tokenizer = loaded("llama3")
+    tokenizer = loaded("meta")
     assert tokenizer.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
     assert (tokenizer.bos_id, tokenizer.vocab_size) == (128000, 128256)
     assert {128001, 128009} <= tokenizer.eos_ids
 
 
-def test_llama3_special_tokens_are_those_of_its_json(loaded, llama3_reference):
-    """https://huggingface.co/meta-llama/Meta-Llama-3-8B, tokenizer.json"""
-    published = {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|start_header_id|>": 128006}
-    published |= {"<|end_header_id|>": 128007, "<|eom_id|>": 128008, "<|eot_id|>": 128009}
-    assert loaded("llama3").specials == published
-    assert published.items() <= loaded("llama3json").specials.items()
+@pytest.mark.parametrize("kind", LLAMA3)
+def test_llama3_special_tokens_are_those_of_its_json(folders, loaded, kind):
+    """Of Meta's: https://huggingface.co/meta-llama/Meta-Llama-3-8B, tokenizer.json. They follow the merges."""
+    offsets = {"begin_of_text": 0, "end_of_text": 1, "start_header_id": 6, "end_header_id": 7, "eom_id": 8, "eot_id": 9}
+    base = len((folders[kind] / "tokenizer.model").read_bytes().splitlines())
+    published = {f"<|{name}|>": base + offset for name, offset in offsets.items()}
+    assert base == 128000 or kind != "meta"
+    assert loaded(kind).specials == published
+    assert published.items() <= loaded(f"{kind}json").specials.items()
 
 
 def test_a_million_spaces_are_encoded(tokenizer):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, STORIES
+from conftest import ROOT
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -404,12 +404,12 @@ def test_another_interface_is_named_with_its_version(monkeypatch):
         runpy.run_path(str(ROOT / "examples" / "transformers_shared.py"))
 
 
-@pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
-def test_the_command():
+@pytest.mark.parametrize("published", ["tiny"], indirect=True)
+def test_the_command(published):
     """From another folder."""
     command = [sys.executable, str(ROOT / "examples" / "transformers_shared.py"), "--prompt", "The cat", "--model"]
     result = subprocess.run(
-        [*command, str(STORIES), "-n", "3", "--max_new_tokens", "4"],
+        [*command, str(published), "-n", "3", "--max_new_tokens", "4"],
         cwd="/",
         capture_output=True,
         text=True,
