@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cache import KVCache, Link
-from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
+from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep, whole
 from graphs import StepInput
 from model import ModelArgs
 from plan import Plan, plan_run
@@ -443,8 +443,8 @@ class Batch:
             row = self.shelf.take(behind, len(prompt.tokens) - behind)
             first = self.request.first_index
             tokenizer = self.engine.tokenizer
-            rows = [Row(first + each, self.ending, tokenizer, prompt.tokens, False) for each in range(n)]
             seed = seed_of(self.request.seed, prompt.id)
+            rows = [Row(first + each, self.ending, tokenizer, prompt.tokens, False, seed) for each in range(n)]
             found.append(Held(number, prompt, seed, row, self.resident[group], rows, n))
         return found
 
@@ -607,6 +607,7 @@ def generate_many(
         raise ValueError("many prompts run without a repetition_penalty")
     if request.stop and engine.tokenizer is None:
         raise ValueError(f"stop strings {request.stop} need a tokenizer")
+    prompts, request = [replace(prompt, tokens=whole(prompt.tokens)) for prompt in prompts], engine.seeded(request)
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
     batch = Batch(engine, sound, request, tally or Tally()) if sound else None

@@ -8,8 +8,10 @@ decode; every decode step reads the prompt's keys and values once for all rows. 
 Shapes: N rows, S positions, k tokens that a step may give a row, T context length, L slots, V vocabulary.
 """
 
+import operator
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
@@ -27,7 +29,7 @@ from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
 from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from repetition import add, seen_in
-from request import Request, Sampling, Workload
+from request import Request, Sampling, Workload, new_seed
 from samples import Ending, Piece, Row, Sample
 from sampling import UniformBlocks, draw, uniform
 from scoring import Scored, Scorer
@@ -108,6 +110,15 @@ class Engine:
         bos = self.tokenizer.bos_id
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
+    def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """The tokens of a prompt, which may be a text. Raises ValueError where it is neither."""
+        return self.encode(prompt) if isinstance(prompt, str) else whole(prompt)
+
+    def seeded(self, request: Request) -> Request:
+        """The request with its seed, or with a new one, the same on all ranks that hold the network."""
+        seed = torch.tensor([new_seed()], device=self.device) if request.seed is None else None
+        return request if seed is None else replace(request, seed=int(self.shard.agree(seed)))
+
     def plan(self, context: int, request: Request) -> Plan:
         """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""
         work = request.workload(context, self.runs)
@@ -149,22 +160,33 @@ class Engine:
         monitor.prefilled()
         return logits
 
-    def generate(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> list[Sample]:
-        """Draws request.num_samples continuations of the prompt's tokens, in order of their index; `rank` puts the best
-        first. Raises ValueError, before any kernel runs, where the request does not fit the model or the memory."""
-        run = Run(self, request, prompt, monitor)
+    def generate(self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT) -> list[Sample]:
+        """Draws request.num_samples continuations of the prompt, a text or tokens, in order of their index; `rank` puts
+        the best first. Raises ValueError, before any kernel runs, where the request does not fit the model or the
+        memory."""
+        run = Run(self, request, self.tokens(prompt), monitor)
         deque(run.pieces(), maxlen=0)
         return run.samples
 
-    def stream(self, prompt: Sequence[int], request: Request, monitor: Monitor = SILENT) -> Generator[Piece]:
+    def stream(self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT) -> Generator[Piece]:
         """`generate`, piece by piece as the text comes. What may turn out to begin a stop string is held back."""
-        run = Run(self, request, prompt, monitor)
+        run = Run(self, request, self.tokens(prompt), monitor)
         run.live = True
         return run.pieces()
 
-    def score(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
-        """Log-probabilities of the tokens of each continuation. The context, at least one token, is read once."""
-        return Scorer(self.model, args=self.args).score([(context, each) for each in continuations])
+    def score(self, context: str | Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
+        """Log-probabilities of the tokens of each continuation. The context, a text or at least one token, is read
+        once."""
+        begun = self.tokens(context)
+        return Scorer(self.model, args=self.args).score([(begun, whole(each)) for each in continuations])
+
+
+def whole(tokens: Sequence[int]) -> list[int]:
+    """The same as a list of ints. Raises ValueError where they are none."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise ValueError(f"{tokens!r:.60} is not a list of tokens: tokenizer.encode gives those of a text") from None
 
 
 def decode(
@@ -235,7 +257,8 @@ class Run:
         request.check_length(engine.args.context_limit, len(history))
         if request.stop and engine.tokenizer is None:
             raise ValueError(f"stop strings {request.stop} need a tokenizer")
-        self.engine, self.request, self.history, self.monitor = engine, request, history, monitor
+        self.engine, self.request = engine, engine.seeded(request)
+        self.history, self.monitor = history, monitor
         if not 0 <= min(history) <= max(history) < engine.args.vocab_size:
             raise ValueError(f"token {max(history)} is not of the model, whose vocabulary is {engine.args.vocab_size}")
         self.plan = engine.plan(len(history), request)
@@ -264,9 +287,10 @@ class Run:
         context = Int8Context(context) if self.request.kv_dtype == "int8" else context
         while len(self.samples) < self.request.num_samples:  # each wave when its turn comes: they may be many
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
+            first = self.request.first_index
             rows = [
-                Row(self.request.first_index + number, self.ending, self.engine.tokenizer, self.history, self.live)
-                for number in range(len(self.samples), last)
+                Row(number, self.ending, self.engine.tokenizer, self.history, self.live, self.request.seed)
+                for number in range(first + len(self.samples), first + last)
             ]
             yield from self.decode(context, logits, rows)
             self.samples += [row.sample for row in rows]

@@ -288,7 +288,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     try:
         for outcome in generate_many(engine, job.prompts, session.request, tally):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
-            block = block_of(outcome, fields, session.request.seed, options)
+            block = block_of(outcome, fields, options)
             if output is None:
                 print(block, end="", flush=True)
             elif ranks.shard.rank == 0:

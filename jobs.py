@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from batch import Outcome, Prompt, Tally, seed_of
+from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
 from plan import human
@@ -415,11 +415,11 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def block_of(outcome: Outcome, fields: dict[str, Any], seed: int, options: argparse.Namespace) -> str:
+def block_of(outcome: Outcome, fields: dict[str, Any], options: argparse.Namespace) -> str:
     """The lines of a prompt: its best samples, or why there are none."""
     begin = {"id": outcome.prompt.id, **fields}
     if outcome.error is not None:
         return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"
-    ranked, marks = rank(outcome.samples, options.rank)[: options.top], {"seed": seed_of(seed, outcome.prompt.id)}
-    lines = (begin | sample_fields(placed(each) | {"of": len(ranked)}, each.sample, marks) for each in ranked)
+    ranked = rank(outcome.samples, options.rank)[: options.top]
+    lines = (begin | sample_fields(placed(each) | {"of": len(ranked)}, each.sample, {}) for each in ranked)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

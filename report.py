@@ -95,7 +95,7 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
-        self.marks = {"seed": options.seed} | ({} if turn is None else {"turn": turn})
+        self.marks = {} if turn is None else {"turn": turn}
         self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
@@ -170,8 +170,8 @@ class Console(Stopwatch):
         self.bar.clear()
         if self.streams and kind in (None, KeyboardInterrupt):
             print(flush=True)
+        self.interrupted = kind is not None
         if kind is KeyboardInterrupt:
-            self.interrupted = True
             finished = rank(self.earlier or self.finished, self.options.rank)
             begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
             best = rank([sample for sample in begun if sample.tokens])[:1]
@@ -181,10 +181,10 @@ class Console(Stopwatch):
 
 
 def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, int]) -> dict[str, object]:
-    """A sample as one JSON object. place: its number and rank. marks: the seed, and in a conversation the turn."""
+    """A sample as one JSON object. place: its number and rank. marks: in a conversation, the turn."""
     fields = asdict(sample)
     del fields["index"]
-    return place | marks | fields | {"mean_logprob": sample.mean_logprob}
+    return place | {"seed": fields.pop("seed")} | marks | fields | {"mean_logprob": sample.mean_logprob}
 
 
 def placed(each: Ranked) -> dict[str, int]:

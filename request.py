@@ -4,6 +4,8 @@ PyTorch takes seconds to import, so that the command line, which needs these for
 before: nothing here imports it.
 """
 
+import numbers
+import os
 from dataclasses import dataclass
 
 # How N samples hold one context: layouts.py has the caches of that name.
@@ -36,6 +38,11 @@ class Sampling:
             raise ValueError(f"repetition_penalty {self.repetition_penalty} must be from 1e-6 to 1e6; 1 is off")
 
 
+def new_seed() -> int:
+    """A random seed below 2^31."""
+    return int.from_bytes(os.urandom(4), "little") >> 1
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a run is to draw. context: tokens of the prompt. attention, kv_dtype, prefill_chunk, sampling: as in
@@ -61,7 +68,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. attention: one of LAYOUT_NAMES. eos_ids: None is the engine's own. prefill_chunk: tokens of the
+    """What to draw. seed: same seed, same samples; None: each call draws a new one, which its samples name. attention:
+    one of LAYOUT_NAMES. eos_ids: None is the engine's own. prefill_chunk: tokens of the
     prompt read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype:
     of the context's keys and values while samples decode from it: auto, the network's, or int8. first_index: of the
     samples; a replica draws a part of them."""
@@ -69,7 +77,7 @@ class Request:
     num_samples: int = 1
     max_new_tokens: int = 200
     sampling: Sampling = Sampling(0.8, top_k=200)
-    seed: int = 0
+    seed: int | None = None
     attention: str = "bifurcated"
     eos_ids: frozenset[int] | None = None
     stop: tuple[str, ...] = ()
@@ -79,15 +87,20 @@ class Request:
     first_index: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral | None):
+                raise ValueError(f"{name} {value!r} is not a whole number")
+            if name != "seed" and value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
         if self.attention not in LAYOUT_NAMES:
             raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUT_NAMES)}")
-        if not 0 <= self.seed < 2**63:
+        if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
         if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
             raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
+        if isinstance(self.stop, str) or not all(isinstance(each, str) for each in self.stop):
+            raise ValueError(f"stop {self.stop!r} is not a tuple of texts: give one, such as ('END',)")
         if "" in self.stop:
             raise ValueError("a stop string is empty: it would end every sample at once")
 

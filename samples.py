@@ -15,13 +15,14 @@ REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
 @dataclass
 class Sample:
     """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length, or
-    interrupted, where the user stopped it. text: None where there is no tokenizer."""
+    interrupted, where the user stopped it. text: None where there is no tokenizer. seed: of the request."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str | None = None
     finish_reason: str | None = None
+    seed: int | None = None
 
     @property
     def mean_logprob(self) -> float:
@@ -127,10 +128,16 @@ class Row:
     """A sample while it is drawn."""
 
     def __init__(
-        self, index: int, ending: Ending, tokenizer: Tokenizer | None, history: Sequence[int], live: bool
+        self,
+        index: int,
+        ending: Ending,
+        tokenizer: Tokenizer | None,
+        history: Sequence[int],
+        live: bool,
+        seed: int | None = None,
     ) -> None:
         """history: the tokens that it continues. live: its text is needed as it comes, and not only at its end."""
-        self.sample = Sample(index, text=None if tokenizer is None else "")
+        self.sample = Sample(index, text=None if tokenizer is None else "", seed=seed)
         self.ending, self.tokenizer, self.history = ending, tokenizer, history
         self.stream = TextStream(tokenizer, history) if tokenizer and (live or ending.stop) else None
         self.shown = 0  # characters that pieces have given

@@ -200,8 +200,8 @@ def test_another_command_is_refused(prompts, tmp_path):
 
 
 def block(id: str) -> bytes:
-    samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length") for at in range(2)]
-    return block_of(Outcome(Prompt(id, [1]), samples), {}, 3, SimpleNamespace(rank="ended", top=None)).encode()
+    samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length", 3) for at in range(2)]
+    return block_of(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
 
 
 def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path):
