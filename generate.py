@@ -14,7 +14,6 @@ import argparse
 import gzip
 import json
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -22,10 +21,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from options import build_parser, check_inputs_stay, check_options, read_prompt, read_prompts
+from options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
 if __name__ == "__main__":
-    build_parser().parse_args()  # --help, and a flag that is mistyped, need not wait for the imports below
+    read_options()  # --help, and a flag or a value that is refused, need not wait for the imports below
 
 import torch
 
@@ -52,7 +51,7 @@ from plan import (
 )
 from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
-from request import Request, Sampling
+from request import Request, new_seed
 from samples import Sample, rank
 from talk import Talk
 from tokenizer import load_tokenizer
@@ -82,7 +81,7 @@ class Session:
 
 def decide(options: argparse.Namespace) -> Decided:
     """Raises ValueError."""
-    check_options(options)
+    check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = Begun() if options.output is None else read_begun(options.output)
     text, records, seed = None, None, options.seed
@@ -92,7 +91,7 @@ def decide(options: argparse.Namespace) -> Decided:
         records, bad = read_records(read_prompts(options), options.prompt_separator)
         skip_bad(bad, options)
     if seed is None:
-        seed = secrets.randbelow(2**31) if begun.header is None else begun.header["seed"]
+        seed = new_seed() if begun.header is None else begun.header["seed"]
     return Decided(text, seed, dtype, records, begun)
 
 
@@ -101,17 +100,7 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
     text, seed, dtype, records = decided.text, decided.seed, decided.dtype, decided.records
     device = choose_device(options.device)
     mine = ranks.samples(options.num_samples) if records is None else range(options.num_samples)
-    request = Request(
-        len(mine),
-        options.max_new_tokens,
-        Sampling(options.temperature, options.top_k or None, options.top_p, options.min_p, options.repetition_penalty),
-        seed,
-        options.attention,
-        stop=tuple(options.stop),
-        prefill_chunk=options.prefill_chunk,
-        kv_dtype=options.kv_dtype,
-        first_index=mine.start,
-    )
+    request = replace(request_of(options), num_samples=len(mine), first_index=mine.start)
     checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
     draft = options.draft_checkpoint_path
     check_inputs_stay(options, [*files_of(checkpoint.folder), *(files_of(locate(draft)) if draft else [])])
@@ -230,7 +219,7 @@ def run_once(session: Session, engine: Engine) -> None:
                 else:
                     drawn = engine.generate(session.prompt_tokens, session.request, console)
                     samples = session.ranks.gather(drawn)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):  # or stdout does not take it
         if session.ranks.control is None:  # of several, each is interrupted somewhere else
             finish_report(session, engine, runs, [each.sample for each in console.ranked])
         raise
@@ -294,7 +283,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
             elif ranks.shard.rank == 0:
                 output.append(block.encode())
             progress.show(outcome)
-    except (KeyboardInterrupt, BrokenPipeError):
+    except (KeyboardInterrupt, OSError):
         if ranks.control is None:  # of several, each is interrupted somewhere else
             finish_batch(session, progress, True)
         raise
@@ -399,7 +388,7 @@ def export(profile: torch.profiler.profile, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
-    options = build_parser().parse_args(arguments)
+    options = read_options(arguments)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr

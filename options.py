@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flags import OneLineParser
-from request import LAYOUT_NAMES, Request
+from request import LAYOUT_NAMES, Request, Sampling
 from system import check_writable, decode_text, identity, read_bytes, without_newline
 
 ROOT = Path(__file__).resolve().parent
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.flag
     parser.section("model")
     where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
-    flag("--checkpoint_path", where, default=str(TINY))
+    flag("--checkpoint_path", where, default=str(TINY), elsewhere="--model --model_path --model_id")
     flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
@@ -61,15 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
-    flag("--system", "in a chat, what precedes the first message", metavar="TEXT")
+    flag("--system", "in a chat, what precedes the first message", metavar="TEXT", elsewhere="--system_prompt")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
     parser.section("many prompts")
     add_batch(flag)
     parser.section("sampling")
-    drawn = Request()
-    flag("-n", "samples drawn in parallel", "--num_samples", "--parallel_samples", type=int, default=drawn.num_samples)
+    drawn, others = Request(), "--num_return_sequences --num_sequences"
+    names = "--num_samples", "--parallel_samples"
+    flag("-n", "samples drawn in parallel", *names, type=int, default=drawn.num_samples, elsewhere=others)
     flag("--top", "print the so many best; default: all", type=int)
-    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens)
+    others = "--max_tokens --max_length --n_predict"
+    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens, elsewhere=others)
     ranks = "ended: what ended by itself before what its length cut; mean: by mean log-probability alone"
     flag("--rank", ranks, choices=("ended", "mean"), default="ended")
     flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
@@ -80,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--repetition_penalty", penalty, type=float, default=drawn.sampling.repetition_penalty)
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
-    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
+    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped, elsewhere="--stop_strings")
     flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
     parser.section("execution")
     flag("--attention", "how the samples hold the context", choices=LAYOUT_NAMES, default=drawn.attention)
@@ -92,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--speculate_k", "tokens that a draft proposes for a step, or auto; default: 4")
     flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
     flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
-    flag("--tp", "under torchrun, processes that hold one network; default: those of a machine", type=int)
+    parts = "under torchrun, processes that hold one network; default: those of a machine"
+    flag("--tp", parts, type=int, elsewhere="--tensor_parallel_size")
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     parser.section("output")
     output_flags(flag)
@@ -113,9 +116,37 @@ def output_flags(flag: Callable[..., None]) -> None:
     flag("--quiet", "no progress and no report on stderr", action="store_true")
 
 
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with every check that needs nothing else. What does not pass ends the process with one line and
+    status 2."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_options(options)
+    except ValueError as error:
+        parser.refuse(error)
+    return options
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """What the command line asks to draw. Raises ValueError."""
+    filters = options.top_k or None, options.top_p, options.min_p
+    return Request(
+        options.num_samples,
+        options.max_new_tokens,
+        Sampling(options.temperature, *filters, options.repetition_penalty),
+        options.seed,
+        options.attention,
+        stop=tuple(options.stop),
+        prefill_chunk=options.prefill_chunk,
+        kv_dtype=options.kv_dtype,
+    )
+
+
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError where flags do not go together, or a file could not be written in the end."""
-    for name in ("num_runs", "top", "synthetic_prompt"):
+    """Raises ValueError where a value is out of range, or flags do not go together."""
+    request_of(options)
+    for name in ("num_runs", "top", "synthetic_prompt", "tp"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
     if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
@@ -139,7 +170,6 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
     if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
         raise ValueError("--keep_newline is for a prompt from stdin: leave it out")
-    check_outputs(options)
     check_batch(options)
 
 
@@ -160,12 +190,12 @@ def check_batch(options: argparse.Namespace) -> None:
         raise ValueError("--prompt_separator is empty: give what stands between two prompts")
     if options.resume and options.output is None:
         raise ValueError("--resume goes on with a file: add --output")
-    if options.output is not None and options.output.exists() and not options.resume:
-        raise ValueError(f"{options.output} exists: add --resume to go on with it, or give another file")
 
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises ValueError where --report, --profile or --output cannot be written."""
+    if options.output is not None and options.output.exists() and not options.resume:
+        raise ValueError(f"{options.output} exists: add --resume to go on with it, or give another file")
     outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
     for path in outputs:
         check_writable(path)

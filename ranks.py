@@ -128,8 +128,6 @@ class Listener(Stream):
 def join(tp: int | None, device: torch.device) -> Ranks:
     """Joins the processes that torchrun started. tp: ranks that hold one network; None: those of a machine. Raises
     ValueError where they cannot be divided so, or where there are fewer devices on a machine."""
-    if tp is not None and tp < 1:
-        raise ValueError(f"tp {tp} must be at least 1")
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if tp not in (None, 1):
             raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
@@ -154,7 +152,10 @@ def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
     """The ranks that hold one network: those of a machine, unless asked otherwise. machines: of each rank's."""
     each = machines[0] if tp is None else tp
     if world % each or (tp is None and len(set(machines)) > 1):
-        raise ValueError(f"{world} processes cannot be divided into groups of {each}: give another --tp")
+        fits = " or ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+        raise ValueError(
+            f"{world} processes cannot be divided into groups of {each}: give --tp {fits} (1 makes replicas)"
+        )
     return each
 
 

@@ -4,6 +4,8 @@
 """
 
 import codecs
+import io
+import json
 import os
 import signal
 import stat
@@ -19,6 +21,21 @@ LONGEST = 300  # characters of the line that tells an error
 INTERRUPTED = 130  # the exit status where the user stopped a command
 LONGEST_INPUT = 1 << 30  # bytes; what is piped in may never end
 LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
+
+
+def escape(error: UnicodeError) -> tuple[str, int]:
+    """What stands for the characters that an encoding lacks: the escapes of JSON, so that JSON lines stay what they
+    are."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def escaping(stream: TextIO) -> TextIO:
+    """The stream, which escapes the characters that its encoding lacks, unless the user has another way."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        codecs.register_error("escape", escape)
+        stream.reconfigure(errors="escape")
+    return stream
 
 
 class Stream:
@@ -103,7 +120,8 @@ def start() -> None:
     os.close(null)
     # Started without one of them (">&-"), Python has None there.
     sys.stdin = sys.stdin or open(os.devnull)
-    sys.stdout, sys.stderr = Stream(sys.stdout or open(os.devnull, "w")), Notes(sys.stderr or open(os.devnull, "w"))
+    sys.stdout = Stream(escaping(sys.stdout or open(os.devnull, "w")))
+    sys.stderr = Notes(sys.stderr or open(os.devnull, "w"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -9,6 +9,7 @@ Shapes: N rows, S positions, k tokens that a step may give a row, V vocabulary.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,10 +59,11 @@ class Shard:
         if mixture is not None:
             widths += [mixture.width, mixture.shared]
             mixture = replace(mixture, width=mixture.width // world, shared=mixture.shared // world)
-        if any(size % world for size in (heads, *widths)) or (groups % world and world % groups):
+        if not divides(world, heads, groups, widths):
+            fits = [each for each in range(1, world) if world % each == 0 and divides(each, heads, groups, widths)]
             raise ValueError(
                 f"{heads} heads, {groups} for keys, and feed-forward widths of {', '.join(map(str, widths))} cannot be "
-                f"divided among {world} ranks: give another --tp"
+                f"divided among {world} processes: give --tp {' or '.join(map(str, fits))} (1 makes replicas)"
             )
         if args.qk_norm_whole and world > 1:
             raise ValueError("queries that are normalised over all heads cannot be divided: give --tp 1")
@@ -131,6 +133,11 @@ class Shard:
         if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
+
+
+def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:
+    """Whether so many ranks can each hold as much of the network."""
+    return not any(size % world for size in (heads, *widths)) and (groups % world == 0 or world % groups == 0)
 
 
 WHOLE = Shard()

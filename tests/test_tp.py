@@ -363,7 +363,9 @@ def test_samples_are_divided_and_none_is_lost():
 def test_heads_that_cannot_be_divided_are_refused(world):
     """4 heads among 3 ranks and among 8; a width of 97 among 4."""
     args = replace(BASE, n_kv_head=4, hidden_dim=97 if world == 4 else 96)
-    with pytest.raises(ValueError, match=f"4 heads, 4 for keys, .* cannot be divided among {world} ranks"):
+    with pytest.raises(
+        ValueError, match=f"4 heads, 4 for keys, .* cannot be divided among {world} processes: give --tp 1"
+    ):
         Shard(0, world).local(args)
 
 
