@@ -22,7 +22,7 @@ import torch
 from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
-from plan import human
+from plan import counted, human
 from ranks import Ranks
 from report import Bar, placed, sample_fields
 from samples import rank
@@ -73,9 +73,25 @@ def parse_json(line: str) -> Any:
     return value
 
 
+MEANT = {"[": "write each part of the array on its own line", "{": "write each object on one line"}
+
+
+def parse_prompt(line: str) -> Any:
+    """`parse_json` of a line of prompts. Where it is none the error says what to do with what it may be."""
+    try:
+        return parse_json(line)
+    except UnicodeError:
+        raise
+    except ValueError as error:
+        plain = r"of a plain text give the --prompt_separator, such as '\n'"
+        raise ValueError(f"{error}; {MEANT.get(line.strip()[:1], plain)}") from error
+
+
 def parse(number: int, line: str) -> Record:
     """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
-    value = parse_json(line)
+    value = parse_prompt(line)
+    if isinstance(value, list):
+        raise ValueError(f"a whole array; {MEANT['[']}")
     value = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
         raise ValueError("neither a text nor an object with one of prompt and messages")
@@ -334,8 +350,11 @@ class Output:
         self.lock(self.file)
 
     def lock(self, file: IO[bytes]) -> None:
-        import fcntl  # not on every system
-
+        """Raises ValueError where another run holds it. A system without such locks keeps nobody out."""
+        try:
+            import fcntl
+        except ImportError:
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -404,12 +423,13 @@ def summary(report: dict[str, Any]) -> str:
     refused, before = report["prompts_refused"], report["prompts_done_before"]
     notes = f", {refused} could not be run" * bool(refused) + f", {before} were done before" * bool(before)
     how = "compiled" if report["compiled"] else "eager"
+    samples = counted(report["num_samples"], "sample")
     return (
-        f"{report['prompts']} prompts, {report['num_samples']} samples of each, seed {report['seed']}{notes}: {how}, "
+        f"{counted(report['prompts'], 'prompt')}, {samples} of each, seed {report['seed']}{notes}: {how}, "
         f"{report['dtype']} on {report['device']}\n"
-        f"{report['tokens']} tokens in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
-        f"{report['rows']} rows at once, {report['rows_busy']:.0%} of them busy\n"
-        f"{report['context_tokens_read']} tokens of context read, not {report['context_tokens']}; "
+        f"{counted(report['tokens'], 'token')} in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
+        f"{counted(report['rows'], 'row')} at once, {report['rows_busy']:.0%} of them busy\n"
+        f"{counted(report['context_tokens_read'], 'token')} of context read, not {report['context_tokens']}; "
         f"{human(report['kv_spared_bytes'])} of their keys and values not held again; "
         f"peak {human(report['peak_memory_bytes'])}"
     )

@@ -125,11 +125,12 @@ class Plan:
         return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
 
     def __str__(self) -> str:
+        rows = counted(self.rows_at_once, "sample")
         return "\n".join(
             (
                 f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
-                f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
+                f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
                 f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
                 f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
@@ -235,6 +236,11 @@ def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype
     return alone and not has_fused(device, dtype, args.head_dim)
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 sample", "3 samples"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def human(size: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
@@ -242,6 +248,9 @@ def human(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.4g} TB"
+
+
+UNTOLD = 1 << 40  # free bytes of a system that does not tell
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
@@ -253,7 +262,10 @@ def available_memory(device: torch.device, processes: int = 1) -> int:
 def free_on_cpu() -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # as on Windows: --max_memory says it
+            return UNTOLD
     lines = meminfo.read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")

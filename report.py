@@ -15,7 +15,7 @@ import torch
 from engine import Engine, Monitor
 from kernels import attention_kernel
 from packed import kernels
-from plan import Plan, extends_context, human, peak_memory, release_freed_memory
+from plan import Plan, counted, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
 
@@ -282,14 +282,15 @@ def summary(report: dict, plan: Plan) -> str:
     processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
     drafted = ""
     if report.get("mean_accepted") is not None:
-        off = f", off {report['draft_switched_off']} times" * bool(report["draft_switched_off"])
+        off = f", off {counted(report['draft_switched_off'], 'time')}" * bool(report["draft_switched_off"])
         gain = f"{number('speedup_over_plain')} times plain decoding"
         drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
     mapped = report["mapped_file_bytes"]
     files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
+    samples, context = counted(report["num_samples"], "sample"), counted(report["context_tokens"], "token")
     return (
-        f"{report['num_samples']} samples{waves} after {report['context_tokens']} tokens, seed {report['seed']}: "
+        f"{samples}{waves} after {context}, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
