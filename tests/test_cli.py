@@ -384,6 +384,8 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ([*PROMPT, "--temperature", "1e-39"], "temperature 1e-39 must be 0"),
         (["--synthetic_prompt", "30000"], "prompt of 30000 tokens"),
         ([*PROMPT, "-n", "0"], "num_samples 0 must be at least 1"),
+        ([*PROMPT, "-n", "-3"], "num_samples -3 must be at least 1"),
+        ([*PROMPT, "--tp", "0"], "tp 0 must be at least 1"),
         ([*PROMPT, "-n", "three"], "invalid int value: 'three'"),
         ([*PROMPT, "--top", "0"], "top 0 must be at least 1"),
         ([*PROMPT, "--max_new_tokens", "0"], "max_new_tokens 0 must be at least 1"),
@@ -671,14 +673,56 @@ def test_sizes_that_are_none(text):
 WITHOUT_TORCH = """
 import runpy, sys
 sys.modules["torch"] = None  # whoever imports it fails
-sys.argv = ["generate.py", {flag!r}]
+sys.argv = ["generate.py", *{flags!r}]
 runpy.run_path("generate.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("flag,status,stream", [("--help", 0, "stdout"), ("--nonsense", 2, "stderr")])
-def test_help_and_mistyped_flags_are_told_before_the_slow_imports(flag, status, stream):
-    command = [sys.executable, "-c", WITHOUT_TORCH.format(flag=flag)]
+@pytest.mark.parametrize(
+    "flags,status,stream,told",
+    [
+        (["--help"], 0, "stdout", "--help"),
+        (["--nonsense"], 2, "stderr", "--nonsense"),
+        (["-n", "-3"], 2, "stderr", "num_samples -3 must be at least 1"),
+        (["--echo", "--interactive"], 2, "stderr", "--echo is for a plain text"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_what_is_mistyped_are_told_before_the_slow_imports(flags, status, stream, told):
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(flags=flags)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == status, result.stderr
-    assert flag in getattr(result, stream) and len(result.stdout + result.stderr) == len(getattr(result, stream))
+    assert told in getattr(result, stream) and len(result.stdout + result.stderr) == len(getattr(result, stream))
+
+
+@pytest.mark.parametrize(
+    "typed,meant",
+    [
+        (["--temprature", "0.5"], "--temperature"),
+        (["--max-new-tokens", "5"], "--max_new_tokens"),
+        (["--max_tokens=5"], "--max_new_tokens"),
+        (["--num_return_sequences", "3"], "-n"),
+        (["--model", "gpt2", "--top_pp", "0.5"], "--checkpoint_path, --top_p"),
+        (["--system_prompt", "Be kind."], "--system"),
+        (["--no_compile"], "--no-compile"),
+    ],
+    ids=str,
+)
+def test_a_flag_that_is_none_is_told_which_may_be_meant(typed, meant):
+    """One that is mistyped, or that other programs have. Oracle: the list."""
+    told = f"error: unrecognized arguments: {' '.join(typed)}; did you mean {meant}?\n"
+    assert run(*PROMPT, *typed).stderr == told
+    assert_refused(run(*PROMPT, "--zzz", "5"), "unrecognized arguments: --zzz 5; see --help")
+
+
+def test_one_is_not_told_as_several(tmp_path):
+    """One sample, token and prompt, and three."""
+    (tmp_path / "one").write_text('"a"\n')
+    (tmp_path / "three").write_text('"a"\n"b"\n"c"\n')
+    for n, file in ((1, "one"), (3, "three")):
+        base = ["-n", n, "--max_new_tokens", 1]
+        ends = "s" * (n > 1)
+        assert re.match(f"{n} sample{ends} after {n} token{ends},", run("--synthetic_prompt", n, *base).stderr)
+        told = run("--prompts", tmp_path / file, *base).stderr
+        assert re.search(f"^{n} prompt{ends}, {n} sample{ends} of each, seed", told, re.MULTILINE), told
+        assert re.search(rf" {n} sample{ends} at once$", run("--plan", "--synthetic_prompt", 9, *base).stdout, re.M)

@@ -11,6 +11,7 @@ from conftest import GQA, PROMPT, TINY, Letters, draws, random_model, random_tok
 from torch import Tensor
 
 import engine as road
+from batch import Prompt, generate_many
 from cache import KVCache
 from chat import Conversation, Dialogue
 from engine import Engine, Monitor, bucket, rows_to_keep
@@ -415,7 +416,12 @@ def test_rank_without_a_tokenizer_goes_by_tokens():
         ({"num_samples": 0}, "num_samples 0 must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens 0"),
         ({"prefill_chunk": -1}, "prefill_chunk -1"),
+        ({"num_samples": 2.5}, "num_samples 2.5 is not a whole number"),
+        ({"max_new_tokens": "3"}, "max_new_tokens '3' is not a whole number"),
+        ({"seed": 1.0}, "seed 1.0 is not a whole number"),
         ({"stop": ("",)}, "stop string is empty"),
+        ({"stop": "x"}, "stop 'x' is not a tuple of texts"),
+        ({"stop": (1,)}, "stop \\(1,\\) is not a tuple of texts"),
         ({"seed": -1}, "seed -1 must be at least 0 and below 2"),
         ({"seed": 2**63}, "seed 9223372036854775808"),
         ({"kv_dtype": "int8", "attention": "contiguous"}, "kv_dtype 'int8' with contiguous: give auto, or int8 with"),
@@ -425,6 +431,44 @@ def test_rank_without_a_tokenizer_goes_by_tokens():
 def test_impossible_requests_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Request(**fields)
+
+
+def test_without_a_seed_every_call_draws_anew_and_says_by_which(speaking):
+    """By all ways to draw. Oracle: the seed that a sample names, which draws it again."""
+    asked = request(5, 20, Sampling(1.5), seed=None)
+    assert Request().seed is None
+    many = [Prompt("a", PROMPT), Prompt("b", PROMPT)]
+    ways = (
+        partial(speaking.generate, PROMPT),
+        lambda each: [*Conversation(speaking, each).turn(PROMPT)],
+        lambda each: next(iter(generate_many(speaking, many[:1], each))).samples,
+    )
+    for draw_all in ways:
+        first, second = draw_all(asked), draw_all(asked)
+        assert len({each.seed for each in first}) == 1 and first[0].seed != second[0].seed
+        assert [each.tokens for each in first] != [each.tokens for each in second]
+        again = speaking.generate(PROMPT, replace(asked, seed=first[0].seed))
+        assert again == first
+    seeds = [outcome.samples[0].seed for outcome in generate_many(speaking, many, request(2, 3, seed=None))]
+    assert len(set(seeds)) == 2, "each prompt has its own"
+    assert {each.seed for each in speaking.generate(PROMPT, replace(asked, seed=7))} == {7}
+
+
+def test_a_text_is_a_prompt_and_what_is_neither_is_refused(speaking):
+    """Oracle: its tokens, also where they are another library's whole numbers."""
+    text, asked = "Once upon", request()
+    tokens = speaking.encode(text)
+    drawn = draws(speaking.generate(tokens, asked))
+    assert draws(speaking.generate(text, asked)) == draws(speaking.generate(torch.tensor(tokens), asked)) == drawn
+    assert list(speaking.stream(text, asked)) == list(speaking.stream(tokens, asked))
+    assert speaking.score(text, [[4, 5]]) == speaking.score(tokens, [[4, 5]])
+    for wrong in ([tokens], [1.5], [text], None, 5):
+        with pytest.raises(ValueError, match="is not a list of tokens: tokenizer.encode gives those of a text"):
+            speaking.generate(wrong, asked)
+    calls = (lambda: speaking.score(tokens, [text]), lambda: generate_many(speaking, [Prompt("a", text)], asked))
+    for call in calls:
+        with pytest.raises(ValueError, match="'Once upon' is not a list of tokens"):
+            call()
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):

@@ -175,6 +175,30 @@ def test_flags_that_do_not_go_together(prompts, flags, words):
     assert (result.returncode, result.stdout) == (2, "") and words in result.stderr
 
 
+@pytest.mark.parametrize(
+    "content,told",
+    [
+        (
+            "Once upon a time\nThe cat\n",
+            "of a plain text give the --prompt_separator, such as '\\n' (and 1 more): mend",
+        ),
+        ('["a", "b"]\n', "line 1: a whole array; write each part of the array on its own line: mend"),
+        (
+            '[\n"a",\n"b"]\n',
+            "line 1: not JSON (Expecting value: line 1 column 2 (char 1)); write each part of the array",
+        ),
+        (
+            '"a"\n{"prompt":\n"b"}\n',
+            "line 2: not JSON (Expecting value: line 1 column 11 (char 10)); write each object",
+        ),
+    ],
+)
+def test_a_file_of_another_form_is_told_what_it_lacks(tmp_path, content, told):
+    (tmp_path / "prompts").write_text(content)
+    result = batch(tmp_path / "prompts")
+    assert (result.returncode, result.stdout) == (2, "") and told in result.stderr
+
+
 def test_flags_of_a_batch_ask_for_one(tmp_path):
     for flags in (["--output", tmp_path / "o"], ["--skip_bad"], ["--resume"], ["--prompt_separator", "x"]):
         result = run("--prompt", "a", *flags)

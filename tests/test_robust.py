@@ -5,6 +5,7 @@ stopped it), nothing on stdout but samples, nothing overwritten. Oracle: exit st
 import base64
 import copy
 import gzip
+import io
 import json
 import os
 import pickle
@@ -89,12 +90,14 @@ def test_an_overflow_is_told_and_another_dtype_mends_it(model):
     assert run(*base, "float32").returncode == 0
 
 
-def forked(*arguments, prepare: Callable[[], object] = lambda: None, stdin: str = "") -> tuple[int, str, str]:
-    """The command in a fork of this process, which has torch already: its status, stdout and stderr. prepare: runs
-    before the command starts."""
+def forked(
+    *arguments, prepare: Callable[[], object] = lambda: None, stdin: str = "", encoding: str = "utf-8"
+) -> tuple[int, str, str]:
+    """The command in a fork of this process, which has torch already: its status, stdout, of that encoding, and stderr.
+    prepare: runs before the command starts."""
     with (
         tempfile.TemporaryFile("w+") as typed,
-        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+", encoding=encoding) as out,
         tempfile.TemporaryFile("w+") as err,
     ):
         typed.write(stdin)
@@ -153,6 +156,63 @@ def test_a_stdout_that_is_full_is_named(n):
     assert status == 2 and err == (
         "error: stdout cannot be written (No space left on device): make room, or send it elsewhere\n"
     )
+
+
+def unbuffered(place: int, spoil: Callable[[int], object]) -> None:
+    """As PYTHONUNBUFFERED does: what cannot be written fails where it is printed."""
+    spoil(place)
+    sys.stdout = io.TextIOWrapper(open(place, "wb", 0), encoding="utf-8", write_through=True)
+
+
+def leave_pipe(place: int) -> None:
+    """As "| head -0" does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, place)
+
+
+@pytest.mark.parametrize("spoil", [fill, leave_pipe])
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["-n", 3], ["-n", 3, "--format", "jsonl", "--unranked"], ["--prompts"]],
+    ids=lambda flags: " ".join(map(str, flags)) or "live",
+)
+def test_a_report_is_written_where_stdout_takes_nothing(tmp_path, spoil, buffered, flags):
+    prompts, report = tmp_path / "prompts", tmp_path / "r.json"
+    prompts.write_text('"Once"\n"The cat"\n')
+    asked = [*flags, prompts, *SHORT[2:]] if flags == ["--prompts"] else [*flags, *SHORT]
+    prepare = partial(spoil, 1) if buffered else partial(unbuffered, 1, spoil)
+    status, _, err = forked(*asked, "--report", report, "--quiet", prepare=prepare)
+    assert status == (2 if spoil is fill else 0) and err.count("\n") == (spoil is fill)
+    assert json.loads(report.read_text())["seed"] == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_stdout_lacks_are_escaped(tmp_path, encoding):
+    """Oracle: the same on a stdout of UTF-8; each character that is not in the encoding as JSON spells it."""
+    base = [*SHORT[2:], "--dtype", "float32", "--quiet"]
+    said = 'Zo\u00eb saw \u2603 and \U0001f642 \u4e00"'
+    (tmp_path / "prompts").write_text(json.dumps({"id": said, "prompt": said}) + "\n")
+
+    def narrow() -> None:
+        sys.stdout.reconfigure(encoding=encoding)
+
+    def fits(character: str) -> bool:
+        return character.encode(encoding, "ignore") != b""
+
+    for flags in (
+        ["--prompt", said, "-n", 3, "--echo"],
+        ["--prompt", said, "--echo"],
+        ["--prompts", tmp_path / "prompts"],
+    ):
+        expected = run(*base, *flags).stdout
+        assert said in expected or json.dumps(said, ensure_ascii=False) in expected
+        spelled = "".join(each if fits(each) else json.dumps(each)[1:-1] for each in expected)
+        status, out, err = forked(*base, *flags, prepare=narrow, encoding=encoding)
+        assert (status, out, err) == (0, spelled, "")
+        if "--prompts" in flags:
+            assert json.loads(out) == json.loads(expected)
 
 
 def test_without_any_stream_a_file_is_none_of_them(tmp_path):
@@ -690,6 +750,23 @@ def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
         result = run(*SHORT, "-n", 3)
     assert_refused(result, told)
     assert "give a lower --max_memory, -n or --prefill_chunk" in result.stderr
+
+
+def test_a_system_that_lacks_what_linux_has_runs_all_the_same(tmp_path, monkeypatch):
+    """As on Windows: no fcntl, no os.sysconf, nothing in /proc. Oracle: the same with them."""
+    prompts, base = tmp_path / "prompts", [*SHORT[2:], "--dtype", "float32"]
+    prompts.write_text('"Once"\n"The cat"\n')
+
+    def drawn(name: str) -> tuple[str, bytes]:
+        result = run(*base, "--prompts", prompts, "--output", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        return run(*base, *PROMPT).stdout, (tmp_path / name).read_bytes()
+
+    expected, exists = drawn("with"), Path.exists
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(Path, "exists", lambda self: not str(self).startswith(("/proc", "/sys")) and exists(self))
+    assert drawn("without") == expected
 
 
 def test_what_some_systems_lack_is_imported_where_it_is_used():

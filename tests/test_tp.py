@@ -342,7 +342,7 @@ def test_what_cannot_be_run_is_refused_once(tmp_path):
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 390}))
     for arguments, words in (
-        (["--tp", 3], "2 processes cannot be divided into groups of 3"),
+        (["--tp", 3], "2 processes cannot be divided into groups of 3: give --tp 1 or 2 (1 makes replicas)"),
         (["--checkpoint_path", tmp_path / "other"], "the weights do not match config.json"),
     ):
         result = torchrun(2, *tiny(*arguments))
@@ -359,13 +359,12 @@ def test_samples_are_divided_and_none_is_lost():
         Ranks(replicas=2).samples(1)
 
 
-@pytest.mark.parametrize("world", [3, 4, 8])
-def test_heads_that_cannot_be_divided_are_refused(world):
-    """4 heads among 3 ranks and among 8; a width of 97 among 4."""
+@pytest.mark.parametrize("world,fits", [(3, "1"), (4, "1"), (8, "1 or 2 or 4"), (12, "1 or 2 or 4")])
+def test_heads_that_cannot_be_divided_are_refused_with_what_divides_them(world, fits):
+    """4 heads among 3 ranks and among 8 and 12; a width of 97 among 4."""
     args = replace(BASE, n_kv_head=4, hidden_dim=97 if world == 4 else 96)
-    with pytest.raises(
-        ValueError, match=f"4 heads, 4 for keys, .* cannot be divided among {world} processes: give --tp 1"
-    ):
+    told = f"cannot be divided among {world} processes: give --tp {fits} \\(1 makes replicas\\)"
+    with pytest.raises(ValueError, match=f"4 heads, 4 for keys, .* {told}"):
         Shard(0, world).local(args)
 
 
