@@ -26,6 +26,7 @@ from ranks import Ranks
 from report import Bar, placed, sample_fields
 from samples import rank
 from sampling import RULE
+from system import counted
 
 Id = str | int
 OWN = frozenset(
@@ -394,11 +395,12 @@ def summary(report: dict[str, Any]) -> str:
     notes = f", {refused} could not be run" * bool(refused) + f", {before} were done before" * bool(before)
     how = "compiled" if report["compiled"] else "eager"
     return (
-        f"{report['prompts']} prompts, {report['num_samples']} samples of each, seed {report['seed']}{notes}: {how}, "
+        f"{counted(report['prompts'], 'prompt')}, {counted(report['num_samples'], 'sample')} of each, "
+        f"seed {report['seed']}{notes}: {how}, "
         f"{report['dtype']} on {report['device']}\n"
-        f"{report['tokens']} tokens in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
-        f"{report['rows']} rows at once, {report['rows_busy']:.0%} of them busy\n"
-        f"{report['context_tokens_read']} tokens of context read, not {report['context_tokens']}; "
+        f"{counted(report['tokens'], 'token')} in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
+        f"{counted(report['rows'], 'row')} at once, {report['rows_busy']:.0%} of them busy\n"
+        f"{counted(report['context_tokens_read'], 'token')} of context read, not {report['context_tokens']}; "
         f"{human(report['kv_spared_bytes'])} of their keys and values not held again; "
         f"peak {human(report['peak_memory_bytes'])}"
     )

@@ -21,6 +21,7 @@ from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 from request import Workload
+from system import counted
 from workspace import Workspace
 
 
@@ -125,11 +126,12 @@ class Plan:
         return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
 
     def __str__(self) -> str:
+        rows = counted(self.rows_at_once, "sample")
         return "\n".join(
             (
                 f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
-                f"decoded K/V                 {human(self.decoded):>10}  {self.rows_at_once} samples at once",
+                f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
                 f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
                 f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
