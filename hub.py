@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from files import COMPANIONS, weight_files
+from system import counted
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last
@@ -91,7 +92,7 @@ def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -
     there = sum(sizes[name] or 0 for name in names if size_of(out / name) == sizes[name])
     check_space(out, total - there)
     here = f", {readable(there)} of it already in {out}" if there else ""
-    print(f"fetching {len(names)} files of {repo}, {readable(total)}{here}", file=sys.stderr, flush=True)
+    print(f"fetching {counted(len(names), 'file')} of {repo}, {readable(total)}{here}", file=sys.stderr, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / UNFINISHED
     unfinished.touch()

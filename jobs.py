@@ -22,12 +22,12 @@ import torch
 from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
-from plan import counted, human
+from plan import human
 from ranks import Ranks
 from report import Bar, placed, sample_fields
 from samples import rank
 from sampling import RULE
-from system import decode_text, without_newline
+from system import counted, decode_text, without_newline
 
 Id = str | int
 OWN = frozenset(

@@ -21,6 +21,7 @@ from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 from request import Workload
+from system import counted
 from workspace import Workspace
 
 
@@ -234,11 +235,6 @@ def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype
     But the fused kernel that splits long keys over a GPU takes no mask, and so wants the context by itself."""
     alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
     return alone and not has_fused(device, dtype, args.head_dim)
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 sample", "3 samples"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def human(size: float) -> str:

@@ -15,9 +15,10 @@ import torch
 from engine import Engine, Monitor
 from kernels import attention_kernel
 from packed import kernels
-from plan import Plan, counted, extends_context, human, peak_memory, release_freed_memory
+from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
+from system import counted
 
 
 class Stopwatch(Monitor):
@@ -136,7 +137,7 @@ class Console(Stopwatch):
             finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
             in_wave = len(self.step_s) - self.begun
             left = length - in_wave + length * (self.plan.waves - self.waves)
-            note = f"{in_wave} steps, {finished}/{total} samples finished"
+            note = f"{counted(in_wave, 'step')}, {finished}/{total} samples finished"
             self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
     def show_live(self, pieces: Generator[Piece]) -> None:
@@ -279,10 +280,10 @@ def summary(report: dict, plan: Plan) -> str:
     packed = f", {held} weights" if held else ""
     waves = f" in {plan.waves} waves" * (plan.waves > 1)
     replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
-    processes = f", {replicas}{report['tp']} processes" * (report["tp"] * report["replicas"] > 1)
+    processes = f", {replicas}{counted(report['tp'], 'process')}" * (report["tp"] * report["replicas"] > 1)
     drafted = ""
     if report.get("mean_accepted") is not None:
-        off = f", off {counted(report['draft_switched_off'], 'time')}" * bool(report["draft_switched_off"])
+        off = f", switched off {counted(report['draft_switched_off'], 'time')}" * bool(report["draft_switched_off"])
         gain = f"{number('speedup_over_plain')} times plain decoding"
         drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
     copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)

@@ -8,6 +8,8 @@ import numbers
 import os
 from dataclasses import dataclass
 
+from system import counted
+
 # How N samples hold one context: layouts.py has the caches of that name.
 LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
 
@@ -110,8 +112,8 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if (total := context + self.max_new_tokens) > limit:
             raise ValueError(
-                f"prompt of {context} tokens + max_new_tokens {self.max_new_tokens} = {total} is over the model's "
-                f"context limit of {limit}: shorten one of them"
+                f"prompt of {counted(context, 'token')} + max_new_tokens {self.max_new_tokens} = {total} is over the "
+                f"model's context limit of {limit}: shorten one of them"
             )
 
     def workload(self, context: int, runs: int = 1) -> Workload:

@@ -156,6 +156,11 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
+def counted(count: int, noun: str) -> str:
+    """The count and its noun: 1 sample, 2 samples, 3 processes."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
 def complain(error: object) -> int:
     """Tells an error on stderr in one line, of a long one the beginning and the end, which has the remedy. Returns the
     exit status, 2."""

@@ -14,7 +14,7 @@ from ranks import Ranks
 from report import Console
 from request import Request
 from samples import Ranked, Sample
-from system import complain
+from system import complain, counted
 
 
 class Talk:
@@ -125,7 +125,7 @@ class Talk:
         left = self.room - len(self.conversation.history) - tokens
         length = min(self.request.max_new_tokens, max(1, left))
         if 1 <= left < self.request.max_new_tokens:
-            self.say(f"{left} tokens are left of {self.room}: a reply ends there; /reset begins anew")
+            self.say(f"{counted(left, 'token')} left of {self.room}: a reply ends there; /reset begins anew")
         index = self.request.first_index + self.again * self.options.num_samples
         return replace(self.request, max_new_tokens=length, first_index=index)
 

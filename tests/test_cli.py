@@ -26,6 +26,7 @@ from checkpoint import load_model, read_checkpoint
 from engine import Engine
 from options import STORY, build_parser, size
 from request import Request, Sampling
+from system import counted
 from tokenizer import load_tokenizer
 
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
@@ -213,6 +214,18 @@ def test_echo_prints_the_prompt_before_each_sample():
         plain, echoed = (run(*base, *more).stdout for more in ([], ["--echo"]))
         told = re.sub(r"(?m)^(?!\[|$)", "Once upon a time", plain) if flags else "Once upon a time" + plain
         assert echoed == told and echoed.count("Once upon a time") == max(1, echoed.count("mean log-probability"))
+
+
+def test_one_of_a_thing_is_told_as_one(tmp_path):
+    plural = r"\b1 (samples|tokens|prompts|rows|steps|times|processes)\b"
+    one = run(*PROMPT, "-n", 1, "--max_new_tokens", 2, "--draft", "prompt")
+    assert one.stderr.startswith("1 sample after ") and not re.search(plural, one.stderr)
+    plan = run(*PROMPT, "-n", 1, "--plan")
+    assert "1 sample at once" in plan.stdout and not re.search(plural, plan.stdout)
+    (tmp_path / "prompts").write_text('"A cat"\n')
+    batch = run("--prompts", tmp_path / "prompts", "-n", 1, "--max_new_tokens", 1, "--dtype", "float32")
+    assert batch.stderr.startswith("1 prompt, 1 sample of each, seed ") and not re.search(plural, batch.stderr)
+    assert [counted(count, "process") for count in (0, 1, 2)] == ["0 processes", "1 process", "2 processes"]
 
 
 def test_three_lines_say_what_ran_and_verbose_says_all(tmp_path):

@@ -526,7 +526,7 @@ def test_a_reply_is_no_longer_than_what_the_conversation_has_left():
     first, second = lines_of(result)
     tokens = len(Engine.open(TINY).encode(text))
     assert len(first["tokens"]) == 320 - tokens and first["tokens"] == second["tokens"]
-    assert result.stderr.count(f"{320 - tokens} tokens are left of 320: a reply ends there; /reset begins anew") == 2
+    assert result.stderr.count(f"{320 - tokens} tokens left of 320: a reply ends there; /reset begins anew") == 2
     assert re.search(r"error: prompt of 32\d tokens .* shorten one of them; /reset begins anew\n", result.stderr)
     once = run(*base, "--prompt", text, input="")
     assert lines_of(once) == [first]
