@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from system import INTERRUPTED, complain, finish, start, write_file
+from system import INTERRUPTED, cache_folder, complain, finish, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -389,7 +389,7 @@ def export(profile: torch.profiler.profile, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
     options = read_options(arguments)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
+    cache = cache_folder() / "bifurcated" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr
     try:
