@@ -53,6 +53,7 @@ from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
 from request import Request, new_seed
 from samples import Sample, rank
+from scoring import not_finite
 from talk import Talk
 from tokenizer import load_tokenizer
 from tp import Shard
@@ -356,8 +357,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         profiled(go, session, engine) if options.profile else go(session, engine)
     except FloatingPointError as error:
-        where = f"{session.checkpoint.weights[0]} in {str(session.dtype).removeprefix('torch.')}"
-        raise ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again") from error
+        raise not_finite(session.checkpoint.weights[0], session.dtype, error) from error
 
 
 def profiled(go: Callable[[Session, Engine], None], session: Session, engine: Engine) -> None:
