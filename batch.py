@@ -27,7 +27,7 @@ from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep, whole
 from graphs import StepInput
 from model import ModelArgs
 from plan import Plan, plan_run
-from request import Request, Workload
+from request import Request, Workload, check_tokens
 from rotary import ScoreMod
 from samples import Ending, Row, Sample
 from sampling import draw, uniform
@@ -582,10 +582,9 @@ def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
     """Why a prompt cannot be run; None: it can."""
     try:
         request.check_length(args.context_limit, len(prompt.tokens))
+        check_tokens(prompt.tokens, args.vocab_size)
     except ValueError as error:
         return str(error)
-    if not 0 <= min(prompt.tokens) <= max(prompt.tokens) < args.vocab_size:
-        return f"token {max(prompt.tokens)} is not of the model, whose vocabulary is {args.vocab_size}"
     return None
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
-from request import Request
+from request import Request, check_tokens
 from samples import Piece, Sample, continuation_text
 from system import check_plain, read_text
 from tokenizer import JSONTokenizer, Tokenizer
@@ -447,10 +447,7 @@ class Dialogue:
         return self.checked(prompt_tokens(self.chat, self.tokenizer, said))
 
     def checked(self, tokens: list[int]) -> list[int]:
-        if max(tokens, default=0) >= self.vocab_size:
-            raise ValueError(
-                f"the tokenizer gives token {max(tokens)}, the model has {self.vocab_size}: it is not its tokenizer"
-            )
+        check_tokens(tokens, self.vocab_size)
         return tokens
 
     def keep(self, text: str, reply: str) -> None:

@@ -29,7 +29,7 @@ from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
 from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from repetition import add, seen_in
-from request import Request, Sampling, Workload, new_seed
+from request import Request, Sampling, Workload, check_tokens, new_seed
 from samples import Ending, Piece, Row, Sample
 from sampling import UniformBlocks, draw, uniform
 from scoring import Scored, Scorer
@@ -175,8 +175,8 @@ class Engine:
         return run.pieces()
 
     def score(self, context: str | Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
-        """Log-probabilities of the tokens of each continuation. The context, a text or at least one token, is read
-        once."""
+        """Log-probabilities of the tokens of each continuation. The context, a text or tokens, is read once. Raises
+        ValueError where it or a continuation is empty, or a token is not of the model."""
         begun = self.tokens(context)
         return Scorer(self.model, args=self.args).score([(begun, whole(each)) for each in continuations])
 
@@ -252,15 +252,18 @@ class Run:
     live: pieces of text are made. kept: where it is a dict, the keys and values of each finished sample.
     """
 
-    def __init__(self, engine: Engine, request: Request, history: Sequence[int], monitor: Monitor = SILENT) -> None:
-        """history: the tokens of the context. Raises ValueError as `generate`."""
+    def __init__(
+        self, engine: Engine, request: Request, history: Sequence[int], monitor: Monitor = SILENT, alone: bool = False
+    ) -> None:
+        """history: the tokens of the context. alone: a sample's text is decoded, and searched for stop strings, by
+        itself and not as it reads after the history. Raises ValueError as `generate`."""
         request.check_length(engine.args.context_limit, len(history))
         if request.stop and engine.tokenizer is None:
             raise ValueError(f"stop strings {request.stop} need a tokenizer")
         self.engine, self.request = engine, engine.seeded(request)
         self.history, self.monitor = history, monitor
-        if not 0 <= min(history) <= max(history) < engine.args.vocab_size:
-            raise ValueError(f"token {max(history)} is not of the model, whose vocabulary is {engine.args.vocab_size}")
+        self.text_after = () if alone else history
+        check_tokens(history, engine.args.vocab_size)
         self.plan = engine.plan(len(history), request)
         engine.prepare(self.plan)
         eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
@@ -289,7 +292,7 @@ class Run:
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
             first = self.request.first_index
             rows = [
-                Row(number, self.ending, self.engine.tokenizer, self.history, self.live, self.request.seed)
+                Row(number, self.ending, self.engine.tokenizer, self.text_after, self.live, self.request.seed)
                 for number in range(first + len(self.samples), first + last)
             ]
             yield from self.decode(context, logits, rows)

@@ -18,16 +18,17 @@ import argparse
 import json
 import math
 import os
-import secrets
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from batch import seed_of
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run, bucket
@@ -38,15 +39,14 @@ from jobs import parse_json
 from options import unescaped
 from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar
-from request import Request, Sampling
+from request import Request, Sampling, check_tokens, new_seed
 from samples import Sample
-from scoring import Node, Scorer, tree
+from scoring import Node, Scorer, not_finite, tree
 from tokenizer import load_tokenizer
 from vocabulary import read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
-LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
 SHARED_PROMPT = 64  # tokens: every step of a sample pays for a link to them
 # What ends a function of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -90,30 +90,83 @@ def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iter
         begin, end = end, min(end + stride, len(tokens))
 
 
+def as_number(value: object) -> float:
+    """Of text too: YAML reads 1e-3 as one. Raises TypeError or ValueError, as the readers below."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(value)
+    return float(value)
+
+
+def as_whole(value: object, least: int = -1) -> int:
+    found = as_number(value)
+    if not found.is_integer() or found < least:
+        raise ValueError(value)
+    return int(found)
+
+
+def as_switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        raise TypeError(value)
+    return tuple(filter(None, found))
+
+
+# What a request for text may say (the harness's generation_kwargs): of which kind it is, and what reads it.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
+FIELDS: dict[str, tuple[str, Callable[[object], Any]]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), ("a number", as_number)),
+    **dict.fromkeys(LENGTHS, ("a whole number from 1 on", partial(as_whole, least=1))),
+    **dict.fromkeys(("do_sample", "use_cache"), ("true or false", as_switch)),  # the latter changes nothing
+    "top_k": ("a whole number, 0 and -1 for off", as_whole),
+    "until": ("a text or a list of texts", as_texts),
+}
+# What it may say besides, at the one value that changes nothing.
+NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("early_stopping", "min_length", "min_new_tokens", "no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("diversity_penalty", "frequency_penalty", "presence_penalty"), 0),
+}
+
+
 @dataclass(frozen=True)
 class Drawing:
-    """What a request for text asks for, with the names that the harness gives it. until: ends the text."""
+    """What a request for text asks for. until: ends the text."""
 
     until: tuple[str, ...]
     length: int
     sampling: Sampling
 
     @classmethod
-    def parse(cls, given: dict[str, Any]) -> "Drawing":
-        """Raises ValueError where a name is not known."""
-        values = dict(given)
-        lengths = [found for name in LENGTH_NAMES if (found := values.pop(name, None)) is not None]
-        until = values.pop("until", None) or []
-        until = [until] if isinstance(until, str) else until
-        temperature, sample = float(values.pop("temperature", 0.0)), values.pop("do_sample", None)
-        top_k, top_p, min_p = (values.pop(name, None) for name in ("top_k", "top_p", "min_p"))
-        penalty = float(values.pop("repetition_penalty", None) or 1.0)
-        if values:
-            raise ValueError(f"generation_kwargs {', '.join(sorted(values))} are not known here: leave them out")
+    def parse(cls, given: Mapping[str, Any]) -> "Drawing":
+        """null is as if it were not given. Raises ValueError that names all that is not known or of another kind."""
+        found: dict[str, Any] = {}
+        wrong = []
+        for name, value in given.items():
+            if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
+                continue
+            if name not in FIELDS:
+                wrong.append(f"{name} {value!r} is not known here")
+                continue
+            kind, read = FIELDS[name]
+            try:
+                found[name] = read(value)
+            except (TypeError, ValueError, OverflowError):
+                wrong.append(f"{name} {value!r} is not {kind}")
+        if wrong:
+            raise ValueError(f"generation_kwargs: {'; '.join(wrong)}: mend them, or leave them out")
+        length = next((found[name] for name in LENGTHS if name in found), MAX_NEW_TOKENS)
+        temperature, sample, top_k = found.get("temperature", 0.0), found.get("do_sample"), found.get("top_k", 0)
         if sample and temperature == 0:
-            raise ValueError("generation_kwargs have do_sample and no temperature above 0: give one")
-        sampling = Sampling(0.0 if sample is False else temperature, top_k or None, top_p, min_p, penalty)
-        return cls(tuple(filter(None, until)), int(lengths[0]) if lengths else MAX_NEW_TOKENS, sampling)
+            raise ValueError("generation_kwargs: do_sample and no temperature above 0: give one")
+        filters = top_k if top_k > 0 else None, found.get("top_p"), found.get("min_p")
+        sampling = Sampling(0.0 if sample is False else temperature, *filters, found.get("repetition_penalty", 1.0))
+        return cls(found.get("until", ()), length, sampling)
 
 
 class Evaluator:
@@ -122,22 +175,39 @@ class Evaluator:
     asked: tokens of all requests. read: those that the network read for them. drawn: tokens of the texts drawn.
     """
 
-    def __init__(self, engine: Engine, texts: Texts, batch_tokens: int, quiet: bool = True, seed: int = 0) -> None:
-        self.engine, self.texts, self.seed = engine, texts, seed
+    def __init__(
+        self,
+        engine: Engine,
+        texts: Texts,
+        batch_tokens: int,
+        quiet: bool = True,
+        seed: int = 0,
+        weights: object = "model",
+    ) -> None:
+        """weights: the name of their file, for errors."""
+        self.engine, self.texts, self.seed, self.weights = engine, texts, seed, weights
         self.limit = engine.args.context_limit
-        self.scorer = Scorer(engine.model, batch_tokens, self.done, engine.args)
-        self.bar = Bar(quiet)
-        self.begin, self.finished, self.total = time.perf_counter(), 0, 1
+        self.scorer = Scorer(engine.model, batch_tokens, self.show, engine.args)
+        self.bar, self.begin = Bar(quiet), time.perf_counter()
         self.drawn = self.asked = self.read = 0
         self.heads = lru_cache(1024)(lambda context: tuple(texts.encode(context)))
 
-    def start(self, total: int) -> None:
-        self.begin, self.finished, self.total = time.perf_counter(), 0, total
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around what the model computes: its progress starts and is cleared. Raises ValueError that names the weights
+        where logits are not finite."""
+        self.begin = time.perf_counter()
+        try:
+            yield
+        except FloatingPointError as error:
+            raise not_finite(self.weights, self.engine.dtype, error) from error
+        finally:
+            self.bar.clear()
 
-    def done(self, count: int) -> None:
-        self.finished += count
-        left = (time.perf_counter() - self.begin) * (self.total / self.finished - 1)
-        self.bar.show(self.finished / self.total, f"{self.finished}/{self.total} requests", left)
+    def show(self, done: int, total: int, what: str = "tokens") -> None:
+        """How much of what is running is done."""
+        left = (time.perf_counter() - self.begin) * (total / done - 1)
+        self.bar.show(done / total, f"{done}/{total} {what}", left)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Log-probability of each continuation's tokens, and whether each was the likeliest. Contexts too long for the
@@ -145,23 +215,26 @@ class Evaluator:
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > self.limit:
             raise ValueError(f"a continuation of {longest} tokens is over the model's limit of {self.limit}")
-        self.start(len(pairs))
         # The last token is predicted and not read.
         cut = [(context[-(self.limit + 1 - len(wanted)) :], wanted) for context, wanted in pairs]
         asked, read = self.scorer.asked, self.scorer.read
-        found = self.scorer.score(cut)
+        with self.running():
+            found = self.scorer.score(cut)
         self.asked, self.read = self.asked + self.scorer.asked - asked, self.read + self.scorer.read - read
-        self.bar.clear()
         return [(math.fsum(each.logprobs), each.greedy) for each in found]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
-        """Spaces between them go to the continuation, and both are encoded as one text."""
-        prefix = self.texts.prefix
-        if context == "":
-            ids = self.texts.encode(continuation, begin=False)
-            return (ids[:1], ids[1:]) if ids[:1] == [prefix] else ([prefix], ids)
-        head = self.heads(context.rstrip())
-        return head or (prefix,), self.texts.encode(context + continuation)[len(head) :]
+        """Spaces between them go to the continuation, and both are encoded as one text; each by itself where the
+        continuation would have no token of its own. Raises ValueError where it has none by itself either."""
+        stripped, prefix, encode = context.rstrip(), self.texts.prefix, self.texts.encode
+        head = self.heads(stripped) if context else ()
+        tail = encode(context + continuation)[len(head) :] if context else []
+        tail = tail or encode(context[len(stripped) :] + continuation, begin=False)
+        if not tail:
+            raise ValueError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens: give some text")
+        if not context and tail[0] == prefix and len(tail) > 1:
+            return tail[:1], tail[1:]
+        return head or (prefix,), tail
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """requests: context, continuation."""
@@ -184,26 +257,36 @@ class Evaluator:
         groups = list(places)
         # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
         leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
-        self.start(len(requests))
         self.engine.runs = max(1, len(groups))
-        found = [""] * len(requests)
-        for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
-            drawing, asking = groups[at][1], places[groups[at]]
-            count = len(asking) if drawing.sampling.temperature else 1
-            drawn = [self.text(each, drawing) for each in self.draw(history, tokens, above, drawing, count)]
-            for place, text in zip(asking, drawn * (len(asking) // count), strict=True):
-                found[place] = text
-            self.asked += len(history) * len(asking)
-            self.done(len(asking))
-        self.bar.clear()
+        found, finished = [""] * len(requests), 0
+        with self.running():
+            for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
+                (context, drawing), asking = groups[at], places[groups[at]]
+                request = self.request(context, drawing, len(asking) if drawing.sampling.temperature else 1)
+                drawn = [sample.text or "" for sample in self.draw(history, tokens, above, request)]
+                for place, text in zip(asking, drawn * (len(asking) // len(drawn)), strict=True):
+                    found[place] = text
+                self.asked, finished = self.asked + len(history) * len(asking), finished + len(asking)
+                self.show(finished, len(requests), "requests")
         return found
 
-    def cut_prompt(self, context: str, drawing: Drawing) -> list[int]:
-        """The end of a context that leaves room for what is drawn."""
+    def request(self, context: str, drawing: Drawing, count: int) -> Request:
+        """For `count` samples of a context, whose random numbers no other context or drawing has."""
+        named = self.texts.tokenizer.specials
+        eos_ids = self.texts.eos_ids | {named[text] for text in drawing.until if text in named}
+        seed = seed_of(self.seed, repr((context, drawing)))
+        return Request(count, drawing.length, drawing.sampling, seed, eos_ids=eos_ids, stop=drawing.until)
+
+    def room(self, drawing: Drawing) -> int:
+        """The most tokens of a context that leave room for what is drawn. Raises ValueError where none do."""
         room = self.limit - drawing.length
         if room < 1:
             raise ValueError(f"{drawing.length} new tokens leave no room in the model's limit of {self.limit}")
-        return (self.texts.encode(context) or [self.texts.prefix])[-room:]
+        return room
+
+    def cut_prompt(self, context: str, drawing: Drawing) -> list[int]:
+        """The end of a context that leaves room for what is drawn."""
+        return (self.texts.encode(context) or [self.texts.prefix])[-self.room(drawing) :]
 
     def shared_prompts(self, leaves: Sequence[Node]) -> Iterator[tuple[int, list[int], Sequence[int], KVCache | None]]:
         """Leaves in order of their tokens -> the number of each, all its tokens, and those that are still to be read
@@ -230,31 +313,16 @@ class Evaluator:
             return KVCache.empty(self.engine.args, 1, slots, self.engine.model.norm.weight, reserve)
         return KVCache.fork(above, 1, slots, reserve)
 
-    def draw(
-        self, history: list[int], tokens: Sequence[int], above: KVCache | None, drawing: Drawing, count: int
-    ) -> list[Sample]:
-        """`count` samples that continue a history, whose last `tokens` are not yet in the cache above."""
-        request = Request(
-            count, drawing.length, drawing.sampling, self.seed, eos_ids=self.eos_ids(drawing), stop=drawing.until
-        )
-        run = Run(self.engine, request, history)
+    def draw(self, history: list[int], tokens: Sequence[int], above: KVCache | None, request: Request) -> list[Sample]:
+        """Samples that continue a history, whose last `tokens` are not yet in the cache above. Their texts are decoded
+        by themselves, as the harness's `hf` model does it."""
+        run = Run(self.engine, request, history, alone=True)
         context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
         logits = self.engine.prefill(context, tokens, request.prefill_chunk, SILENT)
         deque(run.draw(context, logits), maxlen=0)
         self.read += len(tokens)
         self.drawn += sum(len(sample.tokens) for sample in run.samples)
         return run.samples
-
-    def eos_ids(self, drawing: Drawing) -> frozenset[int]:
-        """The model's own, and the control tokens that a request names."""
-        named = self.texts.tokenizer.specials
-        return self.texts.eos_ids | {named[text] for text in drawing.until if text in named}
-
-    def text(self, sample: Sample, drawing: Drawing) -> str:
-        """Decoded by itself, as the harness does, and not as it reads after its context."""
-        text = self.texts.tokenizer.decode(sample.text_tokens)
-        ends = [at for stop in drawing.until if (at := text.find(stop)) >= 0]
-        return text[: min(ends, default=len(text))]
 
 
 def harness_model(evaluator: Evaluator) -> Any:
@@ -274,23 +342,41 @@ def harness_model(evaluator: Evaluator) -> Any:
     return EngineLM()
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str]]:
-    """The harness's manager of tasks, and the tasks that the names (or patterns) stand for: those of the folder alone
-    if they are all there, since listing the harness's own takes seconds. Raises ValueError where one is not known."""
+def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
+    """What tasks of the harness want drawn. Raises ValueError that names those which cannot be run here, and why."""
+    if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
+        why = "run generated code to score it, which is not done here: draw with --samples, and score elsewhere"
+        raise ValueError(f"tasks {', '.join(unsafe)} {why}")
+    found, wrong = [], []
+    for name, task in tasks.items():
+        if task.get_config("output_type") == "generate_until":
+            try:
+                found.append(Drawing.parse(task.get_config("generation_kwargs") or {}))
+            except ValueError as error:
+                wrong.append(f"task {name}: {error}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    return found
+
+
+def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str], list[Drawing]]:
+    """The harness's manager of tasks, the tasks that the names (or patterns) stand for, and what they want drawn: those
+    of the folder alone if they are all there, since listing the harness's own takes seconds. Raises ValueError where
+    one is not known, or cannot be run."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--include_path {folder} is not a folder: give one that holds tasks")
     for defaults in (False, True) if folder else (True,):
-        manager = TaskManager(include_path=folder, include_defaults=defaults)
-        missing = [name for name in names if not manager.match_tasks([name])]
-        if not missing:
+        try:
+            manager = TaskManager(include_path=folder, include_defaults=defaults)
+            missing = [name for name in names if not manager.match_tasks([name])]
             found = manager.match_tasks(list(names))
-            try:
-                manager.load(found)
-            except Exception as error:  # a task's file can be wrong in any way
-                raise ValueError(f"{', '.join(names)} cannot be loaded: {one_line(error)}") from error
-            return manager, found
+            loaded = {} if missing else manager.load(found)["tasks"]
+        except Exception as error:  # a task's file can be wrong in any way
+            raise ValueError(f"{', '.join(names)} cannot be loaded: {one_line(error)}") from error
+        if not missing:
+            return manager, found, check_tasks(loaded)
     raise ValueError(f"task {missing[0]} is not known: give a name of the harness, or --include_path")
 
 
@@ -309,23 +395,25 @@ def run_tasks(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError("--tasks needs lm_eval: pip install lm_eval") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager, names = load_tasks(options.tasks, options.include_path)
+    manager, names, drawings = load_tasks(options.tasks, options.include_path)
     evaluator = open_evaluator(options)
+    for drawing in drawings:
+        evaluator.room(drawing)
     begin = time.perf_counter()
     results = simple_evaluate(
         harness_model(evaluator), tasks=names, num_fewshot=options.num_fewshot, limit=options.limit,
         log_samples=False, task_manager=manager,
     )  # fmt: skip
     report = counts(evaluator, time.perf_counter() - begin)
+    write(options.output, json.dumps(results | {"engine": report}, indent=2, default=handle_non_serializable))
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    write(options.output, json.dumps(results | {"engine": report}, indent=2, default=handle_non_serializable))
     tell(options, report)
 
 
 def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
-    """What was asked and what it took. tokens_per_s: of the requests, and drawn."""
+    """What was asked and what it took. tokens_per_s: of the requests, and drawn. seed: of all that was drawn."""
     total = evaluator.asked + evaluator.drawn
     return {
         "seconds": seconds,
@@ -334,12 +422,13 @@ def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
         "tokens_read": evaluator.read,
         "tokens_saved": evaluator.asked - evaluator.read,
         "tokens_drawn": evaluator.drawn,
+        "seed": evaluator.seed,
     }
 
 
 def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
     if not options.quiet:
-        drawn = f", {report['tokens_drawn']} drawn" if report["tokens_drawn"] else ""
+        drawn = f", {report['tokens_drawn']} drawn with seed {report['seed']}" if report["tokens_drawn"] else ""
         print(
             f"{report['tokens_asked']} tokens{drawn} in {report['seconds']:.1f} s, {report['tokens_per_s']:.0f} "
             f"tokens/s: {report['tokens_read']} were read, sharing saved {report['tokens_saved']}",
@@ -354,8 +443,8 @@ def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Eval
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
     engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
     texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
-    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed)
+    seed = new_seed() if options.seed is None else options.seed
+    return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed, checkpoint.weights[0])
 
 
 def run_perplexity(options: argparse.Namespace) -> None:
@@ -381,10 +470,10 @@ def run_perplexity(options: argparse.Namespace) -> None:
         "bytes": size,
         "stride": stride,
     }
-    for name, value in report.items():
-        print(f"{name:>16}  {value:.6g}" if isinstance(value, float) else f"{name:>16}  {value}")
     timing = counts(evaluator, time.perf_counter() - begin)
     write(options.output, json.dumps(report | {"engine": timing}, indent=2))
+    for name, value in report.items():
+        print(f"{name:>16}  {value:.6g}" if isinstance(value, float) else f"{name:>16}  {value}")
     tell(options, timing)
 
 
@@ -408,8 +497,12 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_samples(options: argparse.Namespace) -> None:
-    """--samples: -n samples of each problem, a line for each, in the order of the file and of the draws."""
+    """--samples: -n samples of each problem, a line for each, in the order of the file and of the draws. They are a
+    function of (--seed, task_id, index)."""
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
+    (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
+    if times > 1:
+        raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
@@ -423,21 +516,20 @@ def run_samples(options: argparse.Namespace) -> None:
     for problem, tokens in zip(problems, prompts, strict=True):
         try:
             request.check_length(engine.args.context_limit, len(tokens))
+            check_tokens(tokens, engine.args.vocab_size)
         except ValueError as error:
             raise ValueError(f"{problem['task_id']}: {error}") from error
     engine.runs, begin = len(problems), time.perf_counter()
-    evaluator.start(len(problems))
-    with options.output.open("w", encoding="utf-8") as file:
-        for problem, tokens in zip(problems, prompts, strict=True):
-            samples = engine.generate(tokens, request)
+    with evaluator.running(), options.output.open("w", encoding="utf-8") as file:
+        for number, (problem, tokens) in enumerate(zip(problems, prompts, strict=True), 1):
+            samples = engine.generate(tokens, replace(request, seed=seed_of(request.seed, problem["task_id"])))
             evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
             evaluator.drawn += sum(len(each.tokens) for each in samples)
             for line in sample_lines(problem["task_id"], samples):
                 print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-            evaluator.done(1)
-    evaluator.bar.clear()
+            evaluator.show(number, len(problems), "problems")
     if not options.quiet:
-        what = f"{len(problems)} problems, {request.num_samples} samples of each, seed {request.seed}"
+        what = f"{len(problems)} problems, {request.num_samples} samples of each"
         print(f"{what}: {options.output}", file=sys.stderr)
     tell(options, counts(evaluator, time.perf_counter() - begin))
 
@@ -538,7 +630,7 @@ def fraction_or_count(text: str) -> float | int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not (0 < value < 1 or (value >= 1 and value == int(value))):
+    if not (0 < value < 1 or (value >= 1 and value.is_integer())):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 on nor a share below 1")
     return int(value) if value >= 1 else value
 
@@ -624,9 +716,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mode = check_options(options)
         keep_freed_memory()
         MODES[mode](options)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         return complain(error)
     except KeyboardInterrupt:
+        begun = options.samples is not None and options.output is not None and options.output.exists()
+        kept = f"{options.output} has what is finished" if begun else "there are no results"
+        print(f"\ninterrupted: {kept}", file=sys.stderr)
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if (told := out_of_memory(error, "--batch_tokens")) is None:

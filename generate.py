@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from system import INTERRUPTED, complain, finish, start, write_file
+from system import INTERRUPTED, cache_folder, complain, finish, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -53,6 +53,7 @@ from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, print_report, summary
 from request import Request, new_seed
 from samples import Sample, rank
+from scoring import not_finite
 from talk import Talk
 from tokenizer import load_tokenizer
 from tp import Shard
@@ -356,8 +357,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         profiled(go, session, engine) if options.profile else go(session, engine)
     except FloatingPointError as error:
-        where = f"{session.checkpoint.weights[0]} in {str(session.dtype).removeprefix('torch.')}"
-        raise ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again") from error
+        raise not_finite(session.checkpoint.weights[0], session.dtype, error) from error
 
 
 def profiled(go: Callable[[Session, Engine], None], session: Session, engine: Engine) -> None:
@@ -389,7 +389,7 @@ def export(profile: torch.profiler.profile, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
     options = read_options(arguments)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "bifurcated", "inductor")
+    cache = cache_folder() / "bifurcated" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr
     try:

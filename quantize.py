@@ -51,6 +51,7 @@ from flags import OneLineParser
 from gptq import gptq, quantise_int4, quantise_int8
 from model import Transformer, empty_model
 from packed import Int4Weight, Quantised, dequantise, tensors_of
+from request import check_tokens
 from tokenizer import load_tokenizer
 
 MODES = ("int8", "int4", "int4-gptq")
@@ -208,6 +209,7 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
     except OSError as error:
         raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): give a text") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    check_tokens([*first, *tokens], checkpoint.args.vocab_size)
     own = length - len(first)
     if len(tokens) < count * own:
         raise ValueError(

@@ -6,12 +6,20 @@ before: nothing here imports it.
 
 import numbers
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from system import counted
 
 # How N samples hold one context: layouts.py has the caches of that name.
 LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError where a token has no row in the model's embedding."""
+    for id in (min(tokens, default=0), max(tokens, default=0)):
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"token {id} is not one of the model's {vocab_size}: use the model's own tokenizer")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from bifurcated_attention import merge_partials, shared_attention
 from cache import KVCache, Link, Prefill, sdpa
 from model import ModelArgs, Transformer
+from request import check_tokens
 from rotary import ScoreMod
 
 SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
@@ -131,16 +132,17 @@ class Rows:
 class Scorer:
     """Scores sequences with one network.
 
-    batch_tokens: rows that run together have at most so many tokens. done: is told how many more sequences have been
-    scored. asked, read: tokens of all sequences so far, and those that the network has read for them. path: one row
-    that holds what is read of all nodes above the one being read; the next one takes its slots again.
+    batch_tokens: rows that run together have at most so many tokens. done: is told, batch by batch and within a long
+    sequence, how many tokens of a call have been read, of how many. asked, read: tokens of all sequences so far, and
+    those that the network has read for them. path: one row that holds what is read of all nodes above the one being
+    read; the next one takes its slots again.
     """
 
     def __init__(
         self,
         model: Transformer,
         batch_tokens: int = 4096,
-        done: Callable[[int], None] = lambda count: None,
+        done: Callable[[int, int], None] = lambda read, total: None,
         args: ModelArgs | None = None,
     ) -> None:
         """args: the shape of a rank's part, where the model is one."""
@@ -152,26 +154,30 @@ class Scorer:
         # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
         self.alone = scaling is not None and scaling.by_length
         self.asked = self.read = 0
+        self.begun = self.total = 0  # tokens read before this call, and those that it reads
         self.wanted: list[Sequence[int]] = []  # of each sequence, the tokens that are scored
         self.found: list[Scored] = []
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """sequences: context, which is at least one token, and continuation. Raises FloatingPointError where logits
-        are not finite."""
+        """sequences: context and continuation, each of at least one token. Raises ValueError where one is empty or a
+        token is not of the model, FloatingPointError where logits are not finite."""
         leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (context, continuation) in enumerate(sequences):
-            if not context:
-                raise ValueError("a context is empty: give at least one token")
-            if continuation:  # the last token is only predicted
-                leaves.setdefault(((*context, *continuation[:-1]), len(continuation)), []).append(number)
+            if not context or not continuation:
+                raise ValueError(f"a {'continuation' if context else 'context'} is empty: give at least one token")
+            tokens = (*context, *continuation)
+            check_tokens(tokens, self.model.args.vocab_size)
+            leaves.setdefault((tokens[:-1], len(continuation)), []).append(number)  # the last one is only predicted
         self.asked += sum(len(tokens) * len(ends) for (tokens, _), ends in leaves.items())
         self.wanted = [continuation for _, continuation in sequences]
         self.found = [Scored([], True)] * len(sequences)
         nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
-        longest = max((len(node.tokens) for node in nodes), default=0)
+        nodes = nodes if self.alone else tree(nodes, SHORTEST)
+        longest = max((len(tokens) for tokens, _ in leaves), default=0)
         self.path = KVCache.empty(self.args, 1, 0, self.like, longest)
-        self.descend(nodes if self.alone else tree(nodes, SHORTEST), self.like.new_zeros(1, self.model.args.dim))
+        self.begun, self.total = self.read, sum(node.size for node in nodes)
+        self.descend(nodes, self.like.new_zeros(1, self.model.args.dim))
         return self.found
 
     def descend(self, roots: Sequence[Node], before: Tensor) -> None:
@@ -179,11 +185,8 @@ class Scorer:
         todo = self.spread(roots, before, 0)
         while todo:
             node, before, begin = todo.pop()
-            hidden = torch.cat([before, self.run(node, begin)])  # [1 + K,dim]
-            self.read += len(node.tokens)
-            places = list(range(len(hidden)))[len(hidden) - node.scored :]
-            self.note([(number, places) for number in node.ends], hidden)
-            todo += self.spread(node.children, hidden[-1:], begin + len(node.tokens))
+            before = self.run(node, before, begin)
+            todo += self.spread(node.children, before, begin + len(node.tokens))
 
     def spread(self, nodes: Sequence[Node], before: Tensor, begin: int) -> list[Pending]:
         """Read the small ones of nodes that continue the first `begin` positions of the path. Returns the others, the
@@ -193,42 +196,56 @@ class Scorer:
         for batch in batches(small, self.batch_tokens):
             rows = Rows(batch, begin, links, self.like.device)
             hidden = self.model.hidden(rows.tokens, rows.input_pos, rows)[0] if rows.tokens.numel() else before[:0]
-            self.read += len(hidden)
             self.note(rows.asked, torch.cat([before, hidden]))
+            self.advance(len(hidden))
         large = nodes if self.alone else [node for node in nodes if node.size > SMALL]
         return [(node, before, begin) for node in reversed(large)]
 
-    def run(self, node: Node, begin: int) -> Tensor:
-        """Reads a node into the path -> the last layer's output [K,dim] where it is scored, or at its end."""
-        tokens, found = torch.tensor([node.tokens], device=self.like.device), []
+    def run(self, node: Node, before: Tensor, begin: int) -> Tensor:
+        """Read a node into the path, and score in each chunk what is asked of it -> the last layer's output [1,dim] at
+        its end. before [1,dim]: that at the position before it."""
+        tokens = torch.tensor([node.tokens], device=self.like.device)
         count = tokens.shape[1]
-        size = count if self.alone else CHUNK
-        scored = count - min(count, max(1, node.scored))
+        size, scored = count if self.alone else CHUNK, count + 1 - node.scored  # the first place that is scored
         self.path.resize(begin + count)
-        for first, part in enumerate(tokens.split(size, 1)):
-            slots = begin + first * size + torch.arange(part.shape[1], device=tokens.device)
-            prefill = Prefill(self.path, begin + first * size, part.shape[1])
-            hidden = self.model.hidden(part, slots[None], prefill)
-            found.append(hidden[0, max(0, scored - first * size) :])
-        return torch.cat(found)
+        for first in range(0, count, size):
+            part = tokens[:, first : first + size]
+            slots = begin + first + torch.arange(part.shape[1], device=tokens.device)
+            prefill = Prefill(self.path, begin + first, part.shape[1])
+            hidden = torch.cat([before, self.model.hidden(part, slots[None], prefill)[0]])
+            # The first one here was the last one of the chunk before.
+            places = list(range(max(scored - first, int(first > 0)), len(hidden)))
+            self.note([(number, places) for number in node.ends if places], hidden)
+            self.advance(part.shape[1])
+            before = hidden[-1:]
+        return before
+
+    def advance(self, count: int) -> None:
+        """So many more tokens have been read, and scored where that is asked."""
+        self.read += count
+        self.done(self.read - self.begun, self.total)
 
     def note(self, asked: Asked, hidden: Tensor) -> None:
-        """Keeps what sequences ask for at their places in hidden [...,dim]."""
+        """Scores the next tokens of sequences at the places asked for in hidden [...,dim]."""
         if not asked:
             return
+        wanted: list[int] = []
+        for number, places in asked:
+            begin = len(self.found[number].logprobs)
+            wanted += self.wanted[number][begin : begin + len(places)]
         unique = sorted({place for _, places in asked for place in places})
         index = {place: at for at, place in enumerate(unique)}
         at = torch.tensor([index[place] for _, places in asked for place in places], device=hidden.device)
-        tokens = torch.tensor([token for number, _ in asked for token in self.wanted[number]], device=hidden.device)
+        tokens = torch.tensor(wanted, device=hidden.device)
         logprobs, greedy = self.lookup(hidden[torch.tensor(unique, device=hidden.device)], at, tokens)
         first = 0
         for number, places in asked:
             last = first + len(places)
             for logprob in logprobs[first:last]:
                 check_finite(logprob)
-            self.found[number] = Scored(logprobs[first:last], all(greedy[first:last]))
+            found = self.found[number]
+            self.found[number] = Scored(found.logprobs + logprobs[first:last], found.greedy and all(greedy[first:last]))
             first = last
-        self.done(len(asked))
 
     def lookup(self, hidden: Tensor, at: Tensor, tokens: Tensor) -> tuple[list[float], list[bool]]:
         """Log-probability of each of `tokens`, and whether it is the likeliest, at its place `at` in hidden [K,dim]."""
@@ -252,6 +269,12 @@ def check_finite(logprob: float) -> None:
     the number anyhow: the device is not waited for."""
     if not math.isfinite(logprob):
         raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
+
+
+def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -> ValueError:
+    """The error of `check_finite` with the file of the weights, and what may help."""
+    where = f"{weights} in {str(dtype).removeprefix('torch.')}"
+    return ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again")
 
 
 def tree(leaves: Sequence[Node], shortest: int, depth: int = 0) -> list[Node]:

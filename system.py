@@ -112,6 +112,21 @@ class Guarded:
             raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
 
 
+def cache_folder() -> Path:
+    """Where a user keeps what can be made again; of one who has no such place (a container's user without a home) a
+    folder of their own beside other temporary files."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (RuntimeError, OSError):
+        pass
+    from tempfile import gettempdir
+
+    return Path(gettempdir(), f"cache-{os.getuid()}")
+
+
 def start() -> None:
     """What a command does first: it has all three streams, no library's warning reaches the user, and Ctrl-C ends the
     imports without a traceback."""

@@ -17,6 +17,7 @@ from system import check_stays, check_writable, complain, finish, read_text, sta
 if __name__ == "__main__":
     start()
 
+import argparse
 import time
 
 import torch
@@ -24,15 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import load_model, read_checkpoint, write_whole
+from checkpoint import Checkpoint, load_model, read_checkpoint, write_whole
 from files import companions
 from flags import OneLineParser
 from hub import locate
 from model import Transformer
+from packed import Quantised, dequantise
 from plan import keep_freed_memory
+from request import check_tokens
 from tokenizer import load_tokenizer
 
 WINDOW = 256  # tokens that the model sees together
+MOST_HEADS = WINDOW // 2  # each takes a token off the end of every window
 BATCH = 512  # tokens of a training step
 PEAK_LEARNING_RATE = 2e-3
 HEAD_LOSS = 0.8  # a head's weight in the loss, against that of the one before
@@ -86,6 +90,46 @@ def train(heads: list[list[Tensor]], seen: Tensor, targets: Tensor, steps: int, 
             print(f"step {step}/{steps}, {seconds:.0f} s, right by head: {shares}", file=sys.stderr, flush=True)
 
 
+def read_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
+    """The text's [L], each story after a BOS. Raises ValueError where they are few, or not the model's."""
+    tokenizer = load_tokenizer(checkpoint.folder)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    stories = read_text(options.text).split("<|endoftext|>")
+    tokens = [id for story in stories for id in bos + tokenizer.encode(story.strip())][: options.tokens]
+    if len(tokens) < 2 * WINDOW:
+        raise ValueError(f"{options.text} has {len(tokens)} tokens: give at least {2 * WINDOW}")
+    check_tokens(tokens, checkpoint.args.vocab_size)
+    return torch.tensor(tokens)
+
+
+def output_weight(model: Transformer) -> Tensor:
+    """The model's head [vocab,dim] in fp32, from which heads begin."""
+    weight: Tensor | Quantised = model.output.weight
+    return weight if isinstance(weight, Tensor) else dequantise(weight, torch.float32)
+
+
+def trained(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What the file of the heads holds."""
+    tokens, args = read_tokens(options, checkpoint), checkpoint.args
+    keep_freed_memory()
+    model = load_model(checkpoint, "cpu", torch.float32)
+    ids = frequent(tokens, options.vocabulary, args.vocab_size)
+    seen, targets = training_pairs(*read_windows(model, tokens), options.heads)
+    output = output_weight(model)
+    if ids is not None:
+        place = torch.full((args.vocab_size,), -1)
+        place[ids] = torch.arange(len(ids))
+        targets, output = place[targets], output[ids]
+    # A head begins as the model's own: its block adds nothing.
+    blocks = (torch.zeros(args.dim, args.dim), torch.zeros(args.dim))
+    heads = [[t.clone().requires_grad_() for t in (*blocks, output)] for _ in range(options.heads)]
+    train(heads, seen, targets, options.steps, options.seed)
+    names = ("0.linear.weight", "0.linear.bias", "1.weight")
+    pairs = (zip(names, head, strict=True) for head in heads)
+    state = {f"{index}.{name}": tensor.detach() for index, head in enumerate(pairs) for name, tensor in head}
+    return state if ids is None else state | {"tokens": ids}
+
+
 def main() -> int:
     parser = OneLineParser(description="Train Medusa heads for a model on a text file.")
     parser.add_argument("--checkpoint_path", required=True)
@@ -98,37 +142,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        if min(options.heads, options.steps) < 1:
-            raise ValueError(f"heads {options.heads} and steps {options.steps} must be at least 1")
+        if not 1 <= options.heads <= MOST_HEADS or options.steps < 1:
+            raise ValueError(f"heads {options.heads} must be 1 to {MOST_HEADS}, steps {options.steps} at least 1")
+        if not 0 <= options.seed < 2**63 or options.tokens < 1:
+            raise ValueError(f"seed {options.seed} must be 0 to 2^63 - 1, tokens {options.tokens} at least 1")
         check_writable(options.out)
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
         check_stays([*checkpoint.weights, *companions(checkpoint.folder), options.text], options.out)
-        tokenizer, args = load_tokenizer(checkpoint.folder), checkpoint.args
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        stories = read_text(options.text).split("<|endoftext|>")
-        tokens = torch.tensor([id for story in stories for id in bos + tokenizer.encode(story.strip())])
-        tokens = tokens[: options.tokens]
-        if len(tokens) < 2 * WINDOW:
-            raise ValueError(f"{options.text} has {len(tokens)} tokens: give at least {2 * WINDOW}")
+        write_whole(trained(options, checkpoint), options.out)
     except (ValueError, OSError) as error:
         return complain(error)
-    keep_freed_memory()
-    model = load_model(checkpoint, "cpu", torch.float32)
-    ids = frequent(tokens, options.vocabulary, args.vocab_size)
-    seen, targets = training_pairs(*read_windows(model, tokens), options.heads)
-    output = model.output.weight
-    if ids is not None:
-        place = torch.full((args.vocab_size,), -1)
-        place[ids] = torch.arange(len(ids))
-        targets, output = place[targets], output[ids]
-    # A head begins as the model's own: its block adds nothing.
-    blocks = (torch.zeros(args.dim, args.dim), torch.zeros(args.dim))
-    heads = [[t.clone().requires_grad_() for t in (*blocks, output)] for _ in range(options.heads)]
-    train(heads, seen, targets, options.steps, options.seed)
-    names = ("0.linear.weight", "0.linear.bias", "1.weight")
-    pairs = (zip(names, head, strict=True) for head in heads)
-    state = {f"{index}.{name}": tensor.detach() for index, head in enumerate(pairs) for name, tensor in head}
-    write_whole(state if ids is None else state | {"tokens": ids}, options.out)
     return 0
 
 

@@ -280,7 +280,7 @@ def test_a_tokenizer_of_another_model_gets_one_line(tmp_path):
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 300}
     (folder / "config.json").write_text(json.dumps(config))
-    assert_refused(run(*PROMPT, "--checkpoint_path", folder), "the model has 300: it is not its tokenizer")
+    assert_refused(run(*PROMPT, "--checkpoint_path", folder), "one of the model's 300: use the model's own tokenizer")
 
 
 def test_one_sample_is_streamed_while_it_decodes():

@@ -6,6 +6,7 @@ Nothing here has a size that divides by 8 but where a group has to.
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from test_checkpoint import CONFIG
 
 import quantize
+import train_medusa
 from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, save_model
 from gptq import gptq, inverse_factor, quantise_int4, quantise_int8
@@ -398,6 +400,66 @@ def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, s
         assert (output.parent / "additional_chat_templates" / "tool_use.jinja").read_text() == "its own"
         shutil.rmtree(output.parent)
         output.parent.mkdir()
+
+
+def trained_heads(folder, monkeypatch, *flags) -> int:
+    command = ["train_medusa.py", "--text", folder / "text", "--out", folder / "heads.pt", "--steps", 1, *flags]
+    monkeypatch.setattr(sys, "argv", [str(each) for each in command])
+    return train_medusa.main()
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_medusa_heads_of_a_quantised_model_begin_as_its_head(folder, capsys, monkeypatch, small_vocabulary, mode):
+    """Whose output is int8. Oracle: the dequantised output; one step of training moves a number by 1e-4 at most."""
+    path, _ = quantised(capsys, "--checkpoint_path", folder, "--mode", mode)
+    (folder / "text").write_text("<|endoftext|>" * 7)  # eight texts of 90 tokens each
+    monkeypatch.setattr(train_medusa, "load_tokenizer", quantize.load_tokenizer)
+    for flags in ([], ["--vocabulary", 33]):
+        assert trained_heads(folder, monkeypatch, "--checkpoint_path", path, "--heads", 2, *flags) == 0
+        heads = torch.load(folder / "heads.pt", weights_only=True)
+        output = dequantise(load_model(read_checkpoint(path), "cpu", torch.float32).output.weight, torch.float32)
+        expected = output[heads.get("tokens", slice(None))]
+        for name in ("0.1.weight", "1.1.weight"):
+            torch.testing.assert_close(heads[name], expected, atol=1.1e-4, rtol=0)
+    assert len(expected) == 33
+
+
+def test_ids_beyond_the_embedding_are_one_line(folder, calibrated, capsys, monkeypatch):
+    """A tokenizer of 2,048 pieces beside a model of 97."""
+    (folder / "text").write_text("Once upon a time there was a little dog. " * 60)
+    told = r"error: token \d{3,4} is not one of the model's 97: use the model's own tokenizer\n"
+    assert main([str(each) for each in calibrated]) == 2
+    assert re.fullmatch(told, capsys.readouterr().err)
+    assert trained_heads(folder, monkeypatch, "--checkpoint_path", folder) == 2
+    assert re.fullmatch(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--heads", 254], "heads 254 must be 1 to 128"),
+        (["--steps", 0], "steps 0 at least 1"),
+        (["--seed", 2**64], "seed 18446744073709551616 must be 0 to"),
+        (["--seed", -1], "seed -1 must be 0 to"),
+        (["--tokens", -3], "tokens -3 at least 1"),
+        (["--tokens", 511], "text has 511 tokens: give at least 512"),
+        (["--checkpoint_path", "damaged"], "damaged"),
+    ],
+)
+def test_medusa_heads_that_cannot_be_trained_are_one_line(
+    folder, capsys, monkeypatch, small_vocabulary, flags, message
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train_medusa, "load_tokenizer", quantize.load_tokenizer)
+    (folder / "text").write_text("<|endoftext|>" * 7)
+    (folder / "damaged").mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (folder / "damaged" / name).write_bytes((folder / name).read_bytes())
+    save_file({"norm.weight": torch.ones(3)}, folder / "damaged" / "model.safetensors")
+    assert trained_heads(folder, monkeypatch, "--checkpoint_path", folder, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert not (folder / "heads.pt").exists()
 
 
 def test_a_quantised_model_is_not_quantised_again(folder, capsys):

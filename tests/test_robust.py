@@ -43,7 +43,7 @@ from options import build_parser
 from report import Console
 from request import Request
 from samples import Ending, Row
-from system import Guarded, Notes, finish, start
+from system import Guarded, Notes, cache_folder, finish, start
 from talk import COMMANDS as COMMANDS_OF_TALK
 
 SHORT = [*PROMPT, "--max_new_tokens", 9]
@@ -362,6 +362,28 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback(tmp_path, mo
             capture_output=True, text=True, env=environment, preexec_fn=interruptible, timeout=60,
         )  # fmt: skip
         assert (result.returncode, result.stdout, result.stderr) == (130, "", ""), command
+
+
+def test_a_user_without_a_home_keeps_what_was_compiled_elsewhere(tmp_path, monkeypatch):
+    """As in a container: no such user, a home that is no folder or of another user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache"
+    other = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert cache_folder() == other
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with mock.patch("os.access", return_value=False):
+        assert cache_folder() == other
+    monkeypatch.delenv("HOME")
+    with mock.patch("pwd.getpwuid", side_effect=KeyError):
+        assert cache_folder() == other
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        result = run("--plan", "-n", 2)
+        assert result.returncode == 0, result.stderr
 
 
 def slowly(seconds: float = 0.05) -> None:
