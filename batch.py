@@ -321,6 +321,7 @@ class Batch:
 
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally) -> None:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
+        self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
         scaling = engine.args.rope_scaling
         # With scaling by length a token is rotated by that of its whole sequence: nothing is shared.
         self.shares = scaling is None or not scaling.by_length
@@ -337,8 +338,6 @@ class Batch:
             room = Room(1, 1, 0, plan.needed)
         self.sharing, self.room = sharing, room
         tally.rows = room.rows
-        eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
-        self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.waiting, self.at = deque(sharing.order()), sharing.places()
         self.ready: deque[tuple[Held, Row]] = deque()
         self.places: list[tuple[Held, Row] | None] = [None] * room.rows
@@ -604,8 +603,6 @@ def generate_many(
         raise ValueError("many prompts run with attention bifurcated, kv_dtype auto and without a draft")
     if request.sampling.repetition_penalty != 1:
         raise ValueError("many prompts run without a repetition_penalty")
-    if request.stop and engine.tokenizer is None:
-        raise ValueError(f"stop strings {request.stop} need a tokenizer")
     prompts, request = [replace(prompt, tokens=whole(prompt.tokens)) for prompt in prompts], engine.seeded(request)
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]

@@ -258,16 +258,13 @@ class Run:
         """history: the tokens of the context. alone: a sample's text is decoded, and searched for stop strings, by
         itself and not as it reads after the history. Raises ValueError as `generate`."""
         request.check_length(engine.args.context_limit, len(history))
-        if request.stop and engine.tokenizer is None:
-            raise ValueError(f"stop strings {request.stop} need a tokenizer")
+        self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
         self.engine, self.request = engine, engine.seeded(request)
         self.history, self.monitor = history, monitor
         self.text_after = () if alone else history
         check_tokens(history, engine.args.vocab_size)
         self.plan = engine.plan(len(history), request)
         engine.prepare(self.plan)
-        eos_ids = engine.eos_ids if request.eos_ids is None else request.eos_ids
-        self.ending = Ending(eos_ids, request.stop, request.max_new_tokens)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
         self.decoder = engine.decoder or Decoding

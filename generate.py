@@ -50,7 +50,7 @@ from plan import (
     weigh_sizes,
 )
 from ranks import Listener, Ranks, join, lost_rank
-from report import Console, Stopwatch, describe, measure, print_report, summary
+from report import Console, Stopwatch, describe, measure, note_names, print_report, summary
 from request import Request, new_seed
 from samples import Sample, rank
 from scoring import not_finite
@@ -111,6 +111,9 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
     asked = True if messages and options.chat is None else options.chat
     chat = choose_chat(checkpoint.folder, tokenizer, asked, options.interactive)
     dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
+    if not (options.quiet or options.chat) and (chat is None or records is not None):
+        said = [text] if records is None else [record.said for record in records]
+        note_names([each for each in said if isinstance(each, str)], tokenizer)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends)
     job = None if records is None else set_up_job(options, ranks, decided, checkpoint, dialogue)
@@ -126,21 +129,9 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
     return Session(
-        options,
-        ranks,
-        device,
-        dtype,
-        checkpoint,
-        dialogue,
-        text,
-        tokens,
-        request,
-        available,
-        plan,
-        speculation,
-        room,
+        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation, room,
         job,
-    )
+    )  # fmt: skip
 
 
 def arrange(

@@ -19,6 +19,17 @@ from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
 from system import counted
+from tokenizer import Tokenizer
+
+
+def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Tells which names of control tokens stand in prompts, since some models read them as such tokens (for code to be
+    filled in)."""
+    names = list(dict.fromkeys(name for prompt in prompts for name in tokenizer.names.cut(prompt)[1::2]))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        told = f"{', '.join(names[:3])}{more} in a prompt is text here, not a control token"
+        print(f"note: {told}: give such tokens by their ids, from Python", file=sys.stderr)
 
 
 class Stopwatch(Monitor):

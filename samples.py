@@ -3,9 +3,12 @@
 Nothing here draws a token: how that is done (plain steps, drafts, another replica) is the caller's.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import Self
 
+from request import Request
 from scoring import check_finite
 from tokenizer import Tokenizer
 
@@ -77,31 +80,42 @@ class TextStream:
     """
 
     CONTEXT = 8  # tokens; more than any character spans
+    HELD = 3  # U+FFFD at the end that may still become a character, which has at most four bytes
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
         self.tokenizer = tokenizer
-        self.restart(list(context[-8 * self.CONTEXT :]))
-
-    def restart(self, tokens: list[int]) -> None:
-        """Forgets all but the last tokens, if their text is the same without those before: no run of bytes is cut."""
-        text, tail = self.tokenizer.decode(tokens), self.tokenizer.decode(tokens[-self.CONTEXT :])
-        self.window, self.delivered = (
-            (tokens[-self.CONTEXT :], len(tail)) if text.endswith(tail) else (tokens, len(text))
-        )
+        self.window = list(context[-8 * self.CONTEXT :])
+        self.text = tokenizer.decode(self.window)
+        self.given = len(self.text)  # characters
 
     def push(self, tokens: Iterable[int]) -> str:
         """The text that these further tokens complete; empty while a character is not whole."""
-        self.window.extend(tokens)
-        text = self.tokenizer.decode(self.window)
-        if text.endswith(REPLACEMENT):
-            return ""
-        piece = text[self.delivered :]
-        self.restart(self.window)
-        return piece
+        tokens = list(tokens)
+        window = [*self.window, *tokens]
+        text, given = self.tokenizer.decode(window), self.given
+        if text == self.text and not self.tokenizer.decode([*tokens, *tokens]):
+            return ""  # control tokens, which need not be remembered; twice, since a first space may be dropped
+        if not text.startswith(self.text[:given]):  # the context ended within a character
+            given = len(commonprefix([text, self.text[:given]]))
+        end = max(given, len(text.rstrip(REPLACEMENT)), len(text) - self.HELD)
+        self.window, self.text, self.given = window, text, end
+        if len(window) > 4 * self.CONTEXT:
+            self.shorten()
+        return text[given:end]
+
+    def shorten(self) -> None:
+        """Forgets all but the last tokens, from where their text is the same without those before: within a character
+        it is not."""
+        for size in range(self.CONTEXT, self.CONTEXT + 4):
+            text = self.tokenizer.decode(self.window[-size:])
+            if len(text) > len(self.text) - self.given and self.text.endswith(text):
+                self.given -= len(self.text) - len(text)
+                self.window, self.text = self.window[-size:], text
+                break
 
     def flush(self) -> str:
         """What is still held at the end: bytes that never became a character, as U+FFFD."""
-        return self.tokenizer.decode(self.window)[self.delivered :]
+        return self.text[self.given :]
 
 
 def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequence[int]) -> str:
@@ -112,11 +126,28 @@ def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequ
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends a sample: one of these tokens, a stop string in its text, so many tokens."""
+    """What ends a sample: one of these tokens, a stop string in its text, so many tokens. names: of control tokens,
+    which have no text, where a stop string holds one."""
 
     eos_ids: frozenset[int]
     stop: tuple[str, ...]
     length: int
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request: Request, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> Self:
+        """What a request asks for. eos_ids: where it names none. A stop string that is the name of a control token
+        is that token too. Raises ValueError where there is no tokenizer for stop strings."""
+        ends = eos_ids if request.eos_ids is None else request.eos_ids
+        if not request.stop:
+            return cls(ends, (), request.max_new_tokens)
+        if tokenizer is None:
+            raise ValueError(f"stop strings {request.stop} need a tokenizer")
+        specials = tokenizer.specials
+        named = any(name in stop for name in specials for stop in request.stop)
+        names = {id: name for name, id in specials.items() if named}
+        ends |= {specials[stop] for stop in request.stop if stop in specials}
+        return cls(ends, request.stop, request.max_new_tokens, names)
 
     @property
     def held(self) -> int:
@@ -141,6 +172,8 @@ class Row:
         self.ending, self.tokenizer, self.history = ending, tokenizer, history
         self.stream = TextStream(tokenizer, history) if tokenizer and (live or ending.stop) else None
         self.shown = 0  # characters that pieces have given
+        self.searched = ""  # for stop strings: the text, with the names of control tokens in it
+        self.named: list[tuple[int, int]] = []  # where they begin there, and their lengths
 
     def record(self, token: int, logprob: float) -> None:
         """Adds a token to an unfinished sample, and finishes it where its end is reached. Raises FloatingPointError
@@ -161,11 +194,18 @@ class Row:
         if sample.finish_reason is not None:
             piece += stream.flush()
         # A stop string may begin in text that came before this piece.
-        overlap = max(0, len(sample.text) - self.ending.held)
+        overlap = max(0, len(self.searched) - self.ending.held)
         sample.text += piece
-        ends = [at for stop in self.ending.stop if (at := sample.text.find(stop, overlap)) >= 0]
+        self.searched += piece
+        if sample.finish_reason != "eos" and token in self.ending.names:
+            name = self.ending.names[token]
+            self.named.append((len(self.searched), len(name)))
+            self.searched += name
+        ends = [at for stop in self.ending.stop if (at := self.searched.find(stop, overlap)) >= 0]
         if ends:
-            sample.text, sample.finish_reason = sample.text[: min(ends)], "stop"
+            end = min(ends)
+            end -= sum(min(length, end - at) for at, length in self.named if at < end)
+            sample.text, sample.finish_reason = sample.text[:end], "stop"
 
     def cut(self) -> Sample:
         """The sample as far as it has come, if it is unfinished: the user has stopped it, maybe within `record`."""

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from system import Guarded, interruptible
+from system import Guarded, interruptible, read_text
 from vocabulary import Added, ByteTokens, Names, continued, control_names, encode_parts, inside, merge, read_metadata
 
 
@@ -129,7 +129,7 @@ class JSONTokenizer:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from tokenizers import Tokenizer as Backend
 
-        self.backend = backend = Guarded(path, Backend.from_file, str(path))
+        self.backend = backend = Guarded(path, Backend.from_str, read_text(path))
         backend.no_truncation()  # the file may ask for both
         backend.no_padding()
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")

@@ -739,3 +739,21 @@ def test_one_is_not_told_as_several(tmp_path):
         told = run("--prompts", tmp_path / file, *base).stderr
         assert re.search(f"^{n} prompt{ends}, {n} sample{ends} of each, seed", told, re.MULTILINE), told
         assert re.search(rf" {n} sample{ends} at once$", run("--plan", "--synthetic_prompt", 9, *base).stdout, re.M)
+
+
+def test_names_of_control_tokens_in_a_raw_prompt_are_told(tmp_path):
+    """They are text, which a user of a model of code would not expect; in a chat that is what they must be."""
+    for name in ("model.pth", "config.json", "tokenizer.model"):
+        (tmp_path / name).symlink_to(TINY / name)
+    names = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({name: 2000 + at for at, name in enumerate(names)}))
+    common = ["--checkpoint_path", tmp_path, "-n", "1", "--max_new_tokens", "1", "--no-compile", "--dtype", "float32"]
+    note = "note: <fim_prefix>, <fim_suffix> in a prompt is text here, not a control token"
+    asked = "<fim_prefix>a<fim_suffix>b"
+    assert run(*common, "--prompt", asked).stderr.splitlines()[0].startswith(note)
+    assert run(*common, input=asked).stderr.startswith(note)
+    lines = [json.dumps(each) for each in ("a", "<fim_prefix>", "b <fim_suffix>", asked)]
+    assert run(*common, "--prompts", "-", input="\n".join(lines)).stderr.startswith(note)
+    assert "<fim_middle> and 1 more in a prompt" in run(*common, "--prompt", "".join(names)).stderr
+    for flags in (["--prompt", asked, "--quiet"], ["--prompt", asked, "--chat"], ["--prompt", "fim_prefix"]):
+        assert "note:" not in run(*common, *flags).stderr

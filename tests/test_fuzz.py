@@ -108,7 +108,8 @@ def run(main: Main, arguments: list[str], folder: Path, stdin: bytes | None = b"
 
 
 NOTES = re.compile(
-    r"(warning: (the draft is larger|.*: skipped$)|running in \d+ waves|kept in 16 bits|seed \d+$|rounded, since)"
+    r"(note: .* is text here|warning: (the draft is larger|.*: skipped$)|running in \d+ waves|kept in 16 bits|"
+    r"seed \d+$|rounded, since)"
 )
 
 # What an exception says that nobody has put into words: it names no value, and no remedy.

@@ -133,6 +133,10 @@ def test_the_files_of_a_model_may_begin_with_a_mark(tmp_path):
     (tmp_path / "config.json").write_bytes(MARK + b'{"a": 1}')
     assert load_tokenizer(tmp_path).encode("<t>") == [2048] and read_json(tmp_path / "config.json") == {"a": 1}
     assert read_metadata(tmp_path)["added"].keys() == {"<t>", "<u>"}
+    llama_reference(TINY / "tokenizer.model").save_pretrained(tmp_path / "json")
+    spelled = tmp_path / "json" / "tokenizer.json"
+    spelled.write_bytes(MARK + spelled.read_bytes())
+    assert load_tokenizer(tmp_path / "json").encode("a cat") == load_tokenizer(TINY).encode("a cat")
     assert read_chat(tmp_path).template == "{{ messages[0].content }}"
     (tmp_path / "config.json").write_bytes('{"a": 1}'.encode("utf-16"))
     with pytest.raises(ValueError, match="config.json is not JSON: .*UTF-16"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import regex
 from conftest import SHARED, STORIES, TINY
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
@@ -642,3 +642,92 @@ def test_broken_metadata_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} is not what it must be"):
         load_tokenizer(tmp_path)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that are decoded."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids) -> str:
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids)
+
+
+def runs_of(tokenizer) -> dict[str, list[int]]:
+    """Tokens of which no window ends well: what an unbounded one would grow by."""
+    stray = byte_ids(tokenizer, "é")[1:]
+    return {
+        "bytes that are no character": stray * 515,
+        "beginnings of characters": byte_ids(tokenizer, "語")[:2] * 257,
+        "U+FFFD by its bytes": byte_ids(tokenizer, "\ufffd") * 130,
+        "U+FFFD": tokenizer.encode("\ufffd" * 130),
+        "characters of three bytes": byte_ids(tokenizer, "語" * 130),
+        "characters of two and four bytes": byte_ids(tokenizer, "é🙂" * 66),
+        "control tokens": [min(tokenizer.eos_ids)] * 515,
+        "control tokens behind half a character": stray + [min(tokenizer.eos_ids)] * 515,
+    }
+
+
+@pytest.mark.parametrize("begun", ["nothing", "text", "half a character"])
+def test_every_run_of_tokens_streams_in_linear_time_and_shows(tokenizer, begun):
+    """Of what cannot become a character no more than three U+FFFD are held. Oracle: the text of the whole."""
+    context = {"nothing": [], "text": tokenizer.encode("x")}.get(begun, byte_ids(tokenizer, "é")[:1])
+    for name, tokens in runs_of(tokenizer).items():
+        tokens = [*tokens, *tokenizer.encode("a b")]
+        counting = Counting(tokenizer)
+        stream, shown = TextStream(counting, context), ""
+        whole = continuation_text(tokenizer, context, tokens)
+        for end, token in enumerate(tokens, 1):
+            shown += stream.push([token])
+            if end in (66, 130, 257):
+                so_far = continuation_text(tokenizer, context, tokens[:end])
+                assert so_far.startswith(shown) and len(so_far) - len(shown) <= 3, name
+        assert shown + stream.flush() == whole, name
+        assert counting.decoded < 50 * len(tokens), name
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_tokens_stream_as_they_decode(tokenizer, seed):
+    """Whatever the groups are, the pieces are those of one token at a time, and a text that is cut anywhere is the
+    beginning of the whole. Oracle: the text of the context and all tokens."""
+    draw = random.Random(seed)
+    pool = byte_ids(tokenizer, "\n語é🙂\ufffd") + tokenizer.encode(" a cat's\n\n") + [*tokenizer.specials.values()]
+    ids = draw.choices(pool, k=130)
+    context = tokenizer.encode("Before it.") + draw.choices(pool, k=seed % 3)
+    expected = tokenizer.decode([*context, *ids])
+    for _ in range(4):
+        marks = sorted(draw.choices(range(len(ids) + 1), k=draw.choice([3, 40, 200])))
+        groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
+        pieces = pieces_of(TextStream(tokenizer, context), groups)
+        assert "".join(pieces) == continuation_text(tokenizer, context, ids)
+        assert expected.endswith("".join(pieces))
+
+
+def test_a_context_that_ends_within_a_character_loses_none_of_what_follows(tokenizer):
+    first, *rest = byte_ids(tokenizer, "語")
+    stream = TextStream(tokenizer, [*tokenizer.encode("x"), first])
+    assert "".join(pieces_of(stream, [[id] for id in (*rest, *byte_ids(tokenizer, "abc"))])) == "語abc"
+
+
+def test_a_text_that_is_cut_within_a_character_is_the_same_live_and_at_once(tmp_path):
+    """Llama 2's tokenizer.json: its decoder takes a whole run of bytes for U+FFFD where the last are no character."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocabulary |= {letter: 259 + index for index, letter in enumerate("▁abc")}
+    backend = Backend(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = load_tokenizer(save(tmp_path, backend))
+    context = tokenizer.encode("abc")
+    smile = [3 + byte for byte in "🙂".encode()]
+    for tokens, text in (
+        ([13, *smile[:2]], "\n\ufffd"), ([13, *smile], "\n🙂"), ([13, 131, vocabulary["a"]], "\n\ufffda"),
+        ([13, 2, *smile[:2], 2, *smile[2:]], "\n🙂"), ([131, 13, *smile, 13, 131], "\ufffd\n🙂\n\ufffd"),
+    ):  # fmt: skip
+        stream = TextStream(tokenizer, context)
+        assert "".join(pieces_of(stream, [[token] for token in tokens])) == text
+        assert continuation_text(tokenizer, context, tokens) == text
