@@ -18,6 +18,10 @@ LONGEST = 300  # characters of the line that tells an error
 INTERRUPTED = 130  # the exit status where the user stopped a command
 
 
+class Notice(UserWarning):
+    """A warning that a command shows, in one line: it goes on, but not as was asked."""
+
+
 class Stream:
     """stdout. Where it cannot be written the error names it; a reader who has left is no error."""
 
@@ -93,7 +97,7 @@ class Guarded:
 
 
 def start() -> None:
-    """What a command does first: it has all three streams, no library's warning reaches the user, and Ctrl-C ends the
+    """What a command does first: it has all three streams, of warnings only Notices reach the user, and Ctrl-C ends the
     imports without a traceback."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be one of the streams
         pass
@@ -103,6 +107,8 @@ def start() -> None:
     sys.stdout, sys.stderr = Stream(sys.stdout or open(os.devnull, "w")), Notes(sys.stderr or open(os.devnull, "w"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
 
