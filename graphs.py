@@ -5,6 +5,7 @@ addresses. Without this file and the lines that call it all else works. Shapes: 
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from cache import KVCache
 from repetition import NOTHING
+from system import Notice
+
+LONGEST_CHAIN = 3  # links of a cache behind which a step is compiled: each length is a graph of its own
 
 
 class StepInput(NamedTuple):
@@ -32,23 +36,45 @@ Recording = tuple[Callable[[], None], tuple[Tensor, Tensor]]
 
 
 def compiled(step: Step) -> Step:
-    """A step as one graph for every N >= 2, context and capacity, compiled at its first call."""
+    """A step as one graph for every N >= 2, S >= 2, context and capacity, compiled at its first call. Eager behind a
+    long chain, and for forms of a chain beyond as many as torch.compile keeps graphs of a function."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # a second of imports, which compiling takes anyhow
+
+    def own(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+        return step(inputs, cache)
+
+    own.__code__ = own.__code__.replace()  # torch.compile keeps the graphs of all functions of one code object together
     # Only what is marked varies: a second model in the process must not turn its other sizes into variables.
-    graph = torch.compile(step, fullgraph=True, dynamic=False)
+    graph = torch.compile(own, fullgraph=True, dynamic=False)
 
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+        if len(cache.links) > LONGEST_CHAIN:
+            notify(f"a context of more than {LONGEST_CHAIN} parts: its steps run uncompiled")
+            return step(inputs, cache)
         mark_dynamic(inputs, cache)
-        return graph(inputs, cache)
+        try:
+            return graph(inputs, cache)
+        except FailOnRecompileLimitHit:
+            notify("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
+            return step(inputs, cache)
 
     return marked
 
 
+@functools.cache
+def notify(text: str) -> None:
+    """Warns of a thing once."""
+    warnings.warn(text, Notice, stacklevel=3)
+
+
 def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
-    """Marks the rows and slots of a step's arguments as sizes that vary, so that no new value of them recompiles.
+    """Marks the rows, positions and slots of a step's arguments as sizes that vary, so that no new value of them
+    recompiles.
 
     A size of 1 cannot be marked: torch.compile always specialises on it.
     """
     marks = [(tensor, 0) for tensor in inputs[:4] if tensor.dim()]
+    marks += [(tensor, 1) for tensor in (inputs.tokens, inputs.input_pos)]
     for each in (cache, *(link.cache for link in cache.links)):
         marks += [(tensor, dim) for tensor in each.tensors for dim in (0, 2)] + [(each.start, 0)]
     for link in cache.links:

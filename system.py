@@ -38,6 +38,10 @@ def escaping(stream: TextIO) -> TextIO:
     return stream
 
 
+class Notice(UserWarning):
+    """A warning that a command shows, in one line: it goes on, but not as was asked."""
+
+
 class Stream:
     """stdout. Where it cannot be written the error names it; a reader who has left is no error."""
 
@@ -128,7 +132,7 @@ def cache_folder() -> Path:
 
 
 def start() -> None:
-    """What a command does first: it has all three streams, no library's warning reaches the user, and Ctrl-C ends the
+    """What a command does first: it has all three streams, of warnings only Notices reach the user, and Ctrl-C ends the
     imports without a traceback."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be one of the streams
         pass
@@ -139,6 +143,8 @@ def start() -> None:
     sys.stderr = Notes(sys.stderr or open(os.devnull, "w"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        warnings.simplefilter("always", Notice)
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
 

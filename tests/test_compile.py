@@ -5,18 +5,23 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, MQA, random_model, random_tokens, request
+from conftest import ALIBI, GQA, MQA, PROMPT, draws, random_model, random_tokens, request
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import engine as road
+import sampling
 from cache import KVCache
-from engine import Engine
-from graphs import StepInput, compiled
+from drafts import LayersDraft
+from engine import SILENT, Engine, Run
+from graphs import LONGEST_CHAIN, StepInput, compiled, notify
 from layouts import Int8Context
 from model import ModelArgs, Transformer
 from report import Stopwatch
 from request import Sampling
 from sampling import uniform
+from speculate import Pace, Speculation
+from system import Notice
 
 PLAIN = replace(GQA, n_layer=1)
 DISTANT = replace(ALIBI, n_layer=1, windows=(5,))
@@ -137,6 +142,74 @@ def test_one_compiled_step_reads_a_context_in_int8():
     assert difference(5, 29) < 1e-4
     with torch.compiler.set_stance("fail_on_recompile"):
         assert difference(3, 77) < 1e-4 and difference(17, 200) < 1e-4
+
+
+@pytest.fixture
+def counter(monkeypatch) -> CompileCounter:
+    """Counts graphs, without the C++ compiler. Simpler random numbers: Philox takes long to trace."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    for module in (road, sampling):
+        monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
+    notify.cache_clear()
+    return counter
+
+
+def test_many_engines_of_one_process_compile_each_its_step(counter):
+    """More than torch.compile may keep graphs of a function: fp32, N = 3. Oracle: the eager engine."""
+    models = [random_model(PLAIN, torch.float32, seed) for seed in range(2)]
+    for model in models:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            compiling, eager = (Engine(model, compile=mode) for mode in (True, False))
+            assert draws(compiling.generate(PROMPT, request(3, 5))) == draws(eager.generate(PROMPT, request(3, 5)))
+    assert counter.frame_count == 2
+
+
+def test_the_length_of_a_chain_does_not_multiply_graphs(counter):
+    """Contexts that each begin with the one before, as texts of a task may. Oracle: the eager engine."""
+    model, asked = random_model(PLAIN, torch.float32), request(3, 4)
+    compiling, eager = (Engine(model, compile=mode) for mode in (True, False))
+    above, history = None, list[int]()
+    with pytest.warns(Notice) as told:
+        for depth in range(5):
+            tokens = random_tokens(PLAIN, 9, seed=depth).tolist()
+            history += tokens
+            like = model.norm.weight
+            cache = KVCache.empty(PLAIN, 1, 9, like) if above is None else KVCache.fork(above, 1, 9)
+            logits = eager.prefill(cache, tokens, 512, SILENT)
+            runs = [Run(engine, asked, history) for engine in (compiling, eager)]
+            for run in runs:
+                list(run.draw(cache, logits))
+            assert draws(runs[0].samples) == draws(runs[1].samples)
+            above = cache
+    assert counter.frame_count == LONGEST_CHAIN
+    assert [str(each.message) for each in told] == ["a context of more than 3 parts: its steps run uncompiled"]
+
+
+def test_more_layouts_than_graphs_are_kept_run_eagerly_with_one_note(counter):
+    both = Both(random_model(PLAIN, torch.float32))
+    root = root_of(PLAIN, 13)
+    middle = KVCache.fork(root, 2, 9)
+    forms = [KVCache.fork(root, 3, 7), KVCache.fork(root, 1, 7), KVCache.fork(middle, 2, 7), root_of(PLAIN, 77)]
+    keeps = torch._dynamo.config.patch(recompile_limit=2)
+    with keeps, pytest.warns(Notice, match="as many layouts as PyTorch keeps") as told:
+        assert max(both.difference(filled(form, 3)) for form in forms[:3] * 2) < 1e-4
+    assert len(told) == 1 and counter.frame_count == 2
+
+
+def test_one_verifying_step_serves_every_draft_length(counter, monkeypatch):
+    """The plain, the verifying and the draft's step, each once. Oracle: plain decoding, eager."""
+    for name, value in (("SETTLE", 2), ("TIMED", -1), ("PATIENCE", float("inf"))):
+        monkeypatch.setattr(Pace, name, value)
+    model = random_model(replace(GQA, n_layer=2), torch.float32)
+    plain, engine, steps = Engine(model, compile=False), Engine(model, compile=True), {}
+    for k in (3, 1, 8):
+        speculation = Speculation(LayersDraft(1), k)
+        speculation.steps = steps
+        speculation.place(engine, 3)
+        asked = request(3, 12, seed=k)
+        assert draws(engine.generate(PROMPT, asked)) == draws(plain.generate(PROMPT, asked))
+    assert counter.frame_count == 3
 
 
 def test_compiled_numbers_beyond_32_bits_are_the_eager_ones():

@@ -437,7 +437,10 @@ def wrong_attention() -> dict[str, tuple[dict, str]]:
     return {
         "q in int8": ({"q": torch.zeros(3, 6, 1, 16, dtype=torch.int8)}, "queries are torch.int8"),
         "q in float16": ({"q": torch.zeros(3, 6, 1, 16).half()}, "queries are torch.float16"),
-        "a head of an odd size": (dict(q=torch.zeros(3, 6, 1, 15).bfloat16(), k=k[..., :15].bfloat16(), v=k[..., :15].bfloat16()), "queries .* 15"),
+        "a head of an odd size": (
+            dict(q=torch.zeros(3, 6, 1, 15).bfloat16(), k=k[..., :15].bfloat16(), v=k[..., :15].bfloat16()),
+            "queries .* 15",
+        ),
         "a head too large": (dict(q=torch.zeros(3, 6, 1, 258), k=k, v=k), "queries .* 258"),
         "H is no multiple of G": ({"q": torch.zeros(3, 5, 1, 16)}, "does not fit"),
         "another head size": ({"q": torch.zeros(3, 6, 1, 32)}, "does not fit"),
