@@ -771,8 +771,18 @@ void multiply(const Product& p) {
 
 // --- Random numbers ---
 
-// Philox4x32-10 (sampling.philox), of whose four words two are read: fp64 of 53 bits.
-constexpr int COUNTERS = 16;
+typedef uint64_t lvec __attribute__((vector_size(4 * W)));  // W / 2 words of 32 bits, each in the lower half of 64
+
+constexpr int CHAINS = 4, COUNTERS = CHAINS * W / 2;  // vectors side by side, since a round waits for its products
+constexpr uint64_t WORD = 0xFFFFFFFF;
+
+#if defined(__AVX512F__)
+inline lvec product(lvec x, lvec y) { return (lvec)_mm512_mul_epu32((__m512i)x, (__m512i)y); }
+#elif defined(__AVX2__) && !defined(EMULATE_AVX512)
+inline lvec product(lvec x, lvec y) { return (lvec)_mm256_mul_epu32((__m256i)x, (__m256i)y); }
+#else
+inline lvec product(lvec x, lvec y) { return x * y; }
+#endif
 
 struct Numbers {
     const int64_t *keys, *tokens;  // [N], [N,K]: rows of tokens are `stride` apart
@@ -780,18 +790,21 @@ struct Numbers {
     int64_t N, K, stride, threads;
 };
 
-void count(uint32_t key, uint32_t next_key, const int64_t* tokens, int n, double* out) {
-    uint32_t a[COUNTERS] = {}, b[COUNTERS] = {}, c[COUNTERS] = {}, d[COUNTERS] = {};
-    std::copy_n(tokens, n, a);
-    for (int round = 0; round < 10; round++, key += 0x9E3779B9, next_key += 0xBB67AE85)
-        for (int i = 0; i < COUNTERS; i++) {
-            uint64_t x = uint64_t(a[i]) * 0xD2511F53, y = uint64_t(c[i]) * 0xCD9E8D57;
-            a[i] = uint32_t(y >> 32) ^ b[i] ^ key, b[i] = uint32_t(y);
-            c[i] = uint32_t(x >> 32) ^ d[i] ^ next_key, d[i] = uint32_t(x);
+// Philox4x32-10 (sampling.philox) of n tokens, of whose four words two are read: fp64 of 53 bits.
+void count(uint64_t key, const int64_t* tokens, int n, double* out) {
+    lvec a[CHAINS] = {}, b[CHAINS] = {}, c[CHAINS] = {}, d[CHAINS] = {};
+    memcpy(a, tokens, n * sizeof *tokens);
+    uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+    for (int round = 0; round < 10; round++, low += 0x9E3779B9, high += 0xBB67AE85)
+        for (int i = 0; i < CHAINS; i++) {
+            lvec x = product(a[i], lvec{} + 0xD2511F53), y = product(c[i], lvec{} + 0xCD9E8D57);
+            a[i] = y >> 32 ^ b[i] ^ low, b[i] = y & WORD;
+            c[i] = x >> 32 ^ d[i] ^ high, d[i] = x & WORD;
         }
-    double numbers[COUNTERS];
-    for (int i = 0; i < COUNTERS; i++) numbers[i] = a[i] * 0x1p-32 + (b[i] >> 11) * 0x1p-53;
-    std::copy_n(numbers, n, out);
+    uint64_t made[COUNTERS];
+    for (int i = 0; i < CHAINS; i++) a[i] = a[i] << 21 | b[i] >> 11;
+    memcpy(made, a, sizeof made);
+    for (int i = 0; i < n; i++) out[i] = made[i] * 0x1p-53;
 }
 
 }  // namespace
@@ -803,7 +816,7 @@ extern "C" void numbers(const Numbers* call) {
     for (long i = 0; i < c.N * blocks; i++) {
         long row = i / blocks, first = i % blocks * COUNTERS;
         int n = std::min<long>(COUNTERS, c.K - first);
-        count(c.keys[row], c.keys[row] >> 32, c.tokens + row * c.stride + first, n, c.out + row * c.K + first);
+        count(c.keys[row], c.tokens + row * c.stride + first, n, c.out + row * c.K + first);
     }
 }
 

@@ -161,5 +161,5 @@ def first_to_arrive(probs: Tensor, numbers: Tensor) -> Tensor:
     1e-4. Zero stands for what is below, half of that at the mean: no time is 0, so nothing of probability 0 arrives.
     Where logits are nan any token that exists will do, since their log-probability is not finite.
     """
-    times = numbers.neg_().log1p_().neg_().clamp_min_(2.0**-54)
+    times = numbers.neg_().add_(1).log_().neg_().clamp_min_(2.0**-54)
     return torch.div(probs, times, out=times).argmax(-1, keepdim=True)

@@ -75,8 +75,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
-    """What drawing both tokens by one number costs: the mean probability that a proposal is accepted, by the standard
-    rule, the sum of min(p, q), and where draft and target draw by the same number; on samples of the model's own."""
+    """What drawing both tokens by the same numbers costs: the mean probability that a proposal is accepted, by the
+    standard rule, the sum of min(p, q), and where draft and target draw so; on samples of the model's own."""
     engine, sampling = open_engine(checkpoint, None), Sampling(0.8, top_k=200)
     request = Request(6, 120, sampling, seed=1, eos_ids=frozenset())
     prompt = engine.encode("Once upon a time")
@@ -91,10 +91,8 @@ def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
         return torch.zeros_like(logits).scatter(1, ids, probs)
 
     def row(name: str, q: Tensor) -> str:
-        ends = p.cumsum(1, dtype=torch.float64), q.cumsum(1, dtype=torch.float64)
-        overlap = torch.minimum(*ends) - torch.maximum(ends[0] - p, ends[1] - q)
-        standard, ours = torch.minimum(p, q).sum(1).mean(), overlap.clamp_min(0).sum(1).mean()
-        return f"| {name} | {standard:.3f} | {ours:.3f} |"
+        standard = torch.minimum(p, q).sum(1).mean()
+        return f"| {name} | {standard:.3f} | {torch.stack(list(map(meeting, p, q))).mean():.3f} |"
 
     p = probabilities(model)
     yield "| draft | standard rule | by the same numbers |\n|---|---|---|"
@@ -103,6 +101,15 @@ def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
         yield row(f"quantised copy, {Path(quantised).stem}", probabilities(copy))
     for layers in range(2, checkpoint.args.n_layer):
         yield row(f"layers:{layers}", probabilities(model, layers))
+
+
+def meeting(p: Tensor, q: Tensor) -> Tensor:
+    """The probability that draws from p and q [V] by the same numbers give the same token: it is i where no other is
+    before it in either race, 1 / sum over j of max(p_j / p_i, q_j / q_i)."""
+    either = ((p > 0) | (q > 0)).nonzero()[:, 0]
+    p, q = p[either].double(), q[either].double()
+    both = (p > 0) & (q > 0)
+    return (1 / torch.maximum(p / p[both, None], q / q[both, None]).sum(1)).sum()
 
 
 def open_engine(checkpoint: Checkpoint, case: Case | None) -> Engine:
