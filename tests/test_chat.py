@@ -245,10 +245,13 @@ def test_a_template_that_fails_is_an_error_with_its_message(template, message):
 
 
 @pytest.fixture
-def strict(monkeypatch):
-    """A renderer of its own, which may take a second."""
-    monkeypatch.setattr("chat.RENDERING_SECONDS", 0)
-    monkeypatch.setattr("chat.renderer", functools.cache(Renderer))
+def own_renderer(monkeypatch):
+    """One that starts in the test, and ends with it."""
+    renderer = Renderer()
+    monkeypatch.setattr("chat.renderer", lambda: renderer)
+    yield
+    if renderer.child is not None:
+        renderer.stop(renderer.child)
 
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -263,17 +266,17 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
         "{{ 10 ** (10 ** 10) }}",
     ],
 )
-def test_a_template_that_need_not_end_is_ended(template, strict):
+def test_a_template_that_need_not_end_is_ended(template, monkeypatch, own_renderer):
+    monkeypatch.setattr("chat.RENDERING_SECONDS", 0)  # which are counted in whole ones, from the next on
     with pytest.raises(ValueError, match=r"cannot render user: its process has ended .*it may take 0 s of CPU time"):
         Chat(template).render(conversation(1))
     assert Chat("{{ messages[0].content }}").render(conversation(1)) == SAID[0]
 
 
-def test_where_the_system_limits_nothing_a_template_has_a_limit_by_the_clock(tmp_path, monkeypatch):
+def test_where_the_system_limits_nothing_a_template_has_a_limit_by_the_clock(tmp_path, monkeypatch, own_renderer):
     """As on Windows, where Python has no `resource`."""
     (tmp_path / "resource.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("chat.renderer", functools.cache(Renderer))
     assert Chat("{{ ('ab' * 10 ** 9) | length }}").render(conversation(1)) == str(2 * 10**9)
     monkeypatch.setattr("chat.RENDERING_PATIENCE", 0.1)
     with pytest.raises(ValueError, match="its process has ended"):
