@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from cache import KVCache, Link
-from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep, whole
+from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
 from graphs import StepInput
 from model import ModelArgs
 from plan import Plan, plan_run
-from request import Request, Workload, check_tokens
+from request import Request, Workload, as_tokens, check_tokens
 from rotary import ScoreMod
 from samples import Ending, Row, Sample
 from sampling import draw, uniform
@@ -603,7 +603,7 @@ def generate_many(
         raise ValueError("many prompts run with attention bifurcated, kv_dtype auto and without a draft")
     if request.sampling.repetition_penalty != 1:
         raise ValueError("many prompts run without a repetition_penalty")
-    prompts, request = [replace(prompt, tokens=whole(prompt.tokens)) for prompt in prompts], engine.seeded(request)
+    prompts, request = [replace(prompt, tokens=as_tokens(prompt.tokens)) for prompt in prompts], engine.seeded(request)
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
     batch = Batch(engine, sound, request, tally or Tally()) if sound else None

@@ -8,7 +8,6 @@ decode; every decode step reads the prompt's keys and values once for all rows. 
 Shapes: N rows, S positions, k tokens that a step may give a row, T context length, L slots, V vocabulary.
 """
 
-import operator
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
 from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from repetition import add, seen_in
-from request import Request, Sampling, Workload, check_tokens, new_seed
+from request import Request, Sampling, Workload, as_tokens, check_tokens, new_seed
 from samples import Ending, Piece, Row, Sample
 from sampling import UniformBlocks, draw, uniform
 from scoring import Scored, Scorer
@@ -112,7 +111,7 @@ class Engine:
 
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """The tokens of a prompt, which may be a text. Raises ValueError where it is neither."""
-        return self.encode(prompt) if isinstance(prompt, str) else whole(prompt)
+        return self.encode(prompt) if isinstance(prompt, str) else as_tokens(prompt)
 
     def seeded(self, request: Request) -> Request:
         """The request with its seed, or with a new one, the same on all ranks that hold the network."""
@@ -178,15 +177,7 @@ class Engine:
         """Log-probabilities of the tokens of each continuation. The context, a text or tokens, is read once. Raises
         ValueError where it or a continuation is empty, or a token is not of the model."""
         begun = self.tokens(context)
-        return Scorer(self.model, args=self.args).score([(begun, whole(each)) for each in continuations])
-
-
-def whole(tokens: Sequence[int]) -> list[int]:
-    """The same as a list of ints. Raises ValueError where they are none."""
-    try:
-        return [operator.index(token) for token in tokens]
-    except TypeError:
-        raise ValueError(f"{tokens!r:.60} is not a list of tokens: tokenizer.encode gives those of a text") from None
+        return Scorer(self.model, args=self.args).score([(begun, as_tokens(each)) for each in continuations])
 
 
 def decode(

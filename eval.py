@@ -37,7 +37,7 @@ from flags import OneLineParser
 from hub import locate
 from jobs import parse_json
 from options import unescaped
-from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
+from plan import choose_device, choose_dtype, counted, keep_freed_memory, out_of_memory
 from report import Bar
 from request import Request, Sampling, check_tokens, new_seed
 from samples import Sample
@@ -529,7 +529,7 @@ def run_samples(options: argparse.Namespace) -> None:
                 print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
             evaluator.show(number, len(problems), "problems")
     if not options.quiet:
-        what = f"{len(problems)} problems, {request.num_samples} samples of each"
+        what = f"{counted(len(problems), 'problem')}, {counted(request.num_samples, 'sample')} of each"
         print(f"{what}: {options.output}", file=sys.stderr)
     tell(options, counts(evaluator, time.perf_counter() - begin))
 
@@ -603,9 +603,9 @@ def run_pass_at(options: argparse.Namespace) -> None:
             top = sorted(texts, key=lambda each: (each.is_cut, -each.mean_logprob))[:k]
             best.append(any(each.passed for each in top))
         report |= {f"pass@{k}": sum(rates) / len(rates), f"pass@top-{k}": sum(best) / len(best)}
+    write(options.output, json.dumps(report | {"problems": len(problems)}, indent=2))
     for name, value in report.items():
         print(f"{name:>16}  {value:.4f}")
-    write(options.output, json.dumps(report | {"problems": len(problems)}, indent=2))
 
 
 def write(path: Path | None, text: str) -> None:
@@ -716,6 +716,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mode = check_options(options)
         keep_freed_memory()
         MODES[mode](options)
+    except BrokenPipeError:
+        return 0  # the reader has left, with what they wanted
     except (ValueError, OSError) as error:
         return complain(error)
     except KeyboardInterrupt:

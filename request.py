@@ -5,6 +5,7 @@ before: nothing here imports it.
 """
 
 import numbers
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,14 @@ from system import counted
 
 # How N samples hold one context: layouts.py has the caches of that name.
 LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
+
+
+def as_tokens(tokens: Sequence[int]) -> list[int]:
+    """The same as a list of ints. Raises ValueError where they are none."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise ValueError(f"{tokens!r:.60} is not a list of tokens: tokenizer.encode gives those of a text") from None
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:

@@ -33,6 +33,7 @@ from eval import Drawing, Evaluator, Texts, main, pass_at, windows
 from request import Request, Sampling
 from rotary import RopeScaling
 from scoring import Scored, Scorer
+from system import Stream
 
 LIMIT = 48
 TEXTS = ["Äpfel und Birnen, 3 € das Stück.", "naïve 😀 smile\n", "The cat sat on the mat. " * 9, "x", "", "<s>begun"]
@@ -459,6 +460,27 @@ def run(*arguments) -> tuple[int, str, str]:
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("error,status", [(OSError(28, "No space left on device"), 2), (BrokenPipeError(), 0)])
+@pytest.mark.parametrize("mode", ["perplexity", "pass_at"])
+def test_results_are_written_where_stdout_takes_nothing(tmp_path, mode, error, status, capsys):
+    """Not even one line, as where it is not buffered. Oracle: the results without an output that fails."""
+    (tmp_path / "text").write_text("Once upon a time there was a cat.")
+    line = {"task_id": "a", "completion": "x", "mean_logprob": -1.0, "passed": True}
+    (tmp_path / "scored").write_text(json.dumps(line) + "\n")
+    modes = {"perplexity": ["--perplexity", tmp_path / "text", "--dtype", "float32"]}
+    flags = modes.get(mode, ["--pass_at", "1", "--scored", tmp_path / "scored"])
+    flags = [str(each) for each in (*flags, "--quiet", "--output")]
+    assert main([*flags, str(tmp_path / "whole")]) == 0
+    with mock.patch.object(sys, "stdout", Stream(mock.Mock(write=mock.Mock(side_effect=error)))):
+        assert main([*flags, str(tmp_path / "kept")]) == status
+    told = capsys.readouterr().err
+    assert ("stdout cannot be written (No space left" in told) == (status == 2) == (told != "")
+    kept, whole = (json.loads((tmp_path / name).read_text()) for name in ("kept", "whole"))
+    assert {name: kept[name] for name in kept if name != "engine"} == {
+        name: whole[name] for name in whole if name != "engine"
+    }
 
 
 def test_tasks_have_the_results_of_hf_and_its_table(folder, tasks, theirs, tmp_path, monkeypatch):

@@ -158,10 +158,12 @@ def test_a_stdout_that_is_full_is_named(n):
     )
 
 
-def unbuffered(place: int, spoil: Callable[[int], object]) -> None:
-    """As PYTHONUNBUFFERED does: what cannot be written fails where it is printed."""
-    spoil(place)
-    sys.stdout = io.TextIOWrapper(open(place, "wb", 0), encoding="utf-8", write_through=True)
+def spoil_stdout(spoil: Callable[[int], object], buffered: bool) -> None:
+    """Not buffered, as by PYTHONUNBUFFERED, what cannot be written fails where it is printed."""
+    spoil(1)
+    sys.__stdout__ = sys.stdout  # kept: closed, it would close the descriptor
+    layer = open(1, "wb", -1 if buffered else 0)
+    sys.stdout = io.TextIOWrapper(layer, encoding="utf-8", write_through=not buffered)
 
 
 def leave_pipe(place: int) -> None:
@@ -182,7 +184,7 @@ def test_a_report_is_written_where_stdout_takes_nothing(tmp_path, spoil, buffere
     prompts, report = tmp_path / "prompts", tmp_path / "r.json"
     prompts.write_text('"Once"\n"The cat"\n')
     asked = [*flags, prompts, *SHORT[2:]] if flags == ["--prompts"] else [*flags, *SHORT]
-    prepare = partial(spoil, 1) if buffered else partial(unbuffered, 1, spoil)
+    prepare = partial(spoil_stdout, spoil, buffered)
     status, _, err = forked(*asked, "--report", report, "--quiet", prepare=prepare)
     assert status == (2 if spoil is fill else 0) and err.count("\n") == (spoil is fill)
     assert json.loads(report.read_text())["seed"] == 1
