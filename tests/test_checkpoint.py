@@ -148,11 +148,27 @@ LONGROPE = {"rope_type": "longrope", "long_factor": [1.0, 2.0], "short_factor": 
                 "architectures": ["Gemma3ForCausalLM"],
                 "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
             },
-            "of the windowed layers are not supported: only rope_theta",
+            "of windowed layers are not supported: only rope_theta",
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is not known here"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear lacks factor"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config .* is not known here and may change the result"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config says that another tool quantised the weights"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization says that another tool quantised the weights"),
+        (
+            {"a": 2, "hidden_act": "gelu", "b": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "c": [3]}},
+            "hidden_act 'gelu' is not supported, only 'silu' or 'swish'; a 2, b True, c .3. is not known here",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types other than full_attention are not"),
+        ({"rope_type": "linear"}, "rope_type 'linear' is not supported, only 'default'"),
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "norm_topk_prob": False,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "norm_topk_prob False is not supported, only True",
+        ),
         ({"residual_multiplier": 0.22}, "residual_multiplier 0.22 is not known here"),
         (
             {
@@ -203,6 +219,30 @@ def test_weights_of_another_type_are_named(folder):
     refused(folder, "1 of another type: norm.weight torch.int8")
 
 
+NEUTRAL = {
+    "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "typical_p": 1.0, "_commit_hash": "abc",
+    "is_decoder": False, "prefix": None, "min_length": 0, "diversity_penalty": 0.0, "pruned_heads": {},
+    "suppress_tokens": [], "num_labels": 2, "use_return_dict": True, "an_unknown_scale": 1.0, "hidden_act": "swish",
+    "layer_types": ["full_attention"] * GQA.n_layer, "max_window_layers": 2, "use_sliding_window": False,
+    "rope_type": "default", "rope_scaling": {"rope_type": "default", "finetuned": True, "beta_fast": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_field_that_changes_nothing_is_passed_over(field):
+    assert args_from_config(CONFIG | {field: NEUTRAL[field]}) == args_from_config(CONFIG) == GQA
+
+
+def test_fields_of_another_kind_of_rope_scaling_are_passed_over():
+    """As transformers does; and a name of the kind beside the scaling, of both spellings."""
+    linear = {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    other = {"beta_fast": 32, "low_freq_factor": 1.0, "attention_factor": 1.3, "finetuned": True}
+    plain = args_from_config(CONFIG | {"rope_scaling": linear})
+    assert plain == args_from_config(CONFIG | {"rope_scaling": linear | other, "rope_type": "linear"})
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert args_from_config(CONFIG | mixtral) == args_from_config(CONFIG | mixtral | {"norm_topk_prob": True})
+
+
 def test_limits_and_defaults_are_those_that_transformers_takes():
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 8192
@@ -210,8 +250,8 @@ def test_limits_and_defaults_are_those_that_transformers_takes():
     assert args_from_config(CONFIG | limit | {"rope_scaling": llama3}).context_limit == 131072
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     both = {"rope_scaling": yarn, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    args = args_from_config(CONFIG | limit | both)  # the older field first, but for theta
-    assert args.rope_scaling.kind == "yarn" and args.rope_theta == 1e6 and args.context_limit == 131072
+    args = args_from_config(CONFIG | limit | both)  # the older field alone
+    assert args.rope_scaling.kind == "yarn" and args.rope_theta == 1e4 and args.context_limit == 131072
     mistral = args_from_config(CONFIG | limit | {"architectures": ["MistralForCausalLM"]})
     assert mistral.windows == (4096,) * 3
     gemma = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 256, "sliding_window_size": 4096}

@@ -21,6 +21,7 @@ from convert_hf_checkpoint import convert
 from families import args_from_config
 from model import Transformer
 from quantize import main as quantise
+from rotary import all_frequencies
 from tp import Shard
 
 # Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.
@@ -243,6 +244,51 @@ def test_scaling_by_length_decodes_as_transformers_does(family, length, tmp_path
     for i in range(9):
         expected.append(reference(decoded[:, i : i + 1], past_key_values=past).logits)
     torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
+
+
+ROPES = {
+    "nothing": {},
+    "theta": {"rope_theta": 7e5},
+    "new": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "new and theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7e5},
+    "old": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "both": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+    "all": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 5e5},
+        "rope_theta": 7e5,
+    },
+    "two originals": {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 24,
+    },
+}  # fmt: skip
+MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "SmolLM3", "Granite", "Gemma3"])
+def test_theta_and_scaling_are_those_that_transformers_reads_from_the_same_file(name, rope, tmp_path):
+    """Oracle: the frequencies of transformers' own network."""
+    architecture = f"{name}ForCausalLM"
+    if name == "Gemma3" and rope not in ("nothing", "theta", "old"):
+        pytest.skip("transformers' Gemma 3 has rope_parameters by kind of layer alone")
+    config = (
+        SHAPE | ROPES[rope] | (MOE if name == "Mixtral" else {}) | {"architectures": [architecture], "head_dim": 12}
+    )
+    config |= {"model_type": {"Gemma3": "gemma3_text"}.get(name, name.lower()), "pad_token_id": 0}
+    config["num_hidden_layers"] = 7 if name == "Gemma3" else 2  # of which the sixth sees all
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    rotary = transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb
+    args = args_from_config(config)
+    ours = all_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.turning)
+    if name == "Gemma3":
+        expected = torch.cat([rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq])
+    else:
+        expected = rotary.inv_freq
+        assert rotary.attention_scaling == (args.rope_scaling.attention_factor if args.rope_scaling else 1.0)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["Llama 3.1", "YaRN", "linear"])
