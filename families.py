@@ -503,40 +503,71 @@ POST_NORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM")
 # Of one expert; in one tensor for all, gate_up_proj is w1 above w3.
 HF_EXPERT = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 HF_TOP = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
+    "embed_tokens.weight": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
+}
+# What names begin with, by what the network was saved in: DataParallel, PEFT, a model of images and text, or the class
+# with the head. torch.compile puts "_orig_mod." anywhere.
+WRAPPED = re.compile(r"(?:module\.|base_model\.|language_model\.|model\.)*")
+# What a network computes itself; scales of keys and values in fp8, which are not held so here.
+BUFFER = re.compile(
+    r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|masked_bias|self_attn\.bias|[kv]_scale)"
+)
+
+
+def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A tensor of Hugging Face's under our names: the parts of which it is made, or nothing where the network computes
+    it itself. An unknown name is kept."""
+    architecture = config["architectures"][0]
+    names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
+    inner = WRAPPED.sub("", name.replace("_orig_mod.", ""), count=1)
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", inner)
+    if BUFFER.fullmatch(inner):
+        return {}
+    if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", inner):  # of all heads as one
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
+    if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"layers.{layer[1]}.attention.w{part}.{layer[3]}": piece for part, piece in parts}
+    if layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
+        return phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
+    if expert := re.fullmatch(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", inner):
+        return expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
+    if layer and layer[2] in names:
+        return {f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}": tensor}
+    # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
+    if inner == "lm_head.weight" and architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696:
+        tensor = F.normalize(tensor.float()).to(tensor.dtype)
+    return {HF_TOP.get(inner, name): tensor}
+
+
+QKV = ("attention.wq", "attention.wk", "attention.wv")
+PACKED = {
+    "Phi3ForCausalLM": dict.fromkeys(QKV, "self_attn.qkv_proj")
+    | dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), "mlp.gate_up_proj"),
+    "BaichuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
+    "BaiChuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
 }
 
 
-def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names, without what the network computes itself; unknown names are kept."""
-    architecture = config["architectures"][0]
-    names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
-    # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
-    normalised_head = architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696
-    ours: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", name):  # of all heads as one
-            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
-        if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                ours[f"layers.{layer[1]}.attention.w{part}.{layer[3]}"] = piece
-        elif layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
-            ours |= phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
-        elif expert := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", name):
-            ours |= expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
-        elif layer and layer[2] in names:
-            ours[f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}"] = tensor
-        elif name == "lm_head.weight" and normalised_head:
-            ours["output.weight"] = F.normalize(tensor.float()).to(tensor.dtype)
-        else:
-            ours[HF_TOP.get(name, name)] = tensor
-    return ours
+def their_name(ours: str, config: Mapping[str, Any]) -> str:
+    """Under which name Hugging Face stores a tensor of ours, or what it is a part of: for errors."""
+    top = {name: theirs if theirs.startswith("lm_head") else f"model.{theirs}" for theirs, name in HF_TOP.items()}
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+?)(?:\.(\d+))?\.(weight|bias)", ours)
+    if layer is None:
+        return top.get(ours, ours)
+    number, module, expert, kind = layer.groups()
+    architecture, matrix = config["architectures"][0], module.rpartition(".")[2]
+    mixtral = architecture == "MixtralForCausalLM"
+    names = {name: theirs for theirs, name in HF_NAMES.items() if mixtral or not theirs.startswith("block_sparse_moe")}
+    names |= {name: theirs for theirs, name in HF_NAMES_POST_NORMS.items() if architecture in POST_NORMS}
+    names |= PACKED.get(architecture, {})
+    if expert is not None:
+        theirs = {name: each for each, name in HF_EXPERT.items()}[matrix]
+        names[module] = f"block_sparse_moe.experts.{expert}.{matrix}" if mixtral else f"mlp.experts.{expert}.{theirs}"
+    return f"model.layers.{number}.{names.get(module, module)}.{kind}"
 
 
 def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:

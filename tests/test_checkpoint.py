@@ -22,6 +22,7 @@ from checkpoint import (
 from convert_hf_checkpoint import convert
 from families import args_from_config
 from gptq import quantise_int4, quantise_int8
+from hub import locate
 from model import Transformer
 from packed import tensors_of
 
@@ -87,6 +88,68 @@ def test_missing_files_are_named(folder, tmp_path):
     refused(folder, "no config.json beside")
     (folder / "model.pth").unlink()
     refused(folder, "no \\*.safetensors or pytorch_model\\*.bin in .*: give one that has, or a model.pth")
+
+
+KINDS_OF_FILE = {
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "x is a GGUF file: give the model that it was made from"),
+    "config": (b'{\n  "hidden_size": 8}', "x is a JSON file: give the folder of the model"),
+    "SentencePiece": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n", "x is the tokenizer of a model .SentencePiece"),
+}
+
+
+@pytest.mark.parametrize("content,match", KINDS_OF_FILE.values(), ids=KINDS_OF_FILE)
+def test_a_file_that_is_no_model_is_named_for_what_it_is(folder, content, match):
+    (folder / "x").write_bytes(content)
+    refused(folder / "x", match)
+
+
+def test_one_shard_given_alone_is_not_taken_for_all(folder):
+    save_file({"model.norm.weight": torch.zeros(GQA.dim)}, folder / "x.safetensors")
+    refused(
+        folder / "x.safetensors",
+        "x.safetensors: the weights do not match config.json; 29 missing: model.layers.0.self_attn.k_proj",
+    )
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.pth")])
+def test_a_lora_adapter_is_named_and_not_passed_over(folder, beside):
+    (folder / "adapter_config.json").write_text("{}")
+    save_file(
+        {"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)},
+        folder / "adapter_model.safetensors",
+    )
+    for name in {"config.json", "model.pth"} - {*beside}:
+        (folder / name).unlink()
+    refused(folder, "a LoRA adapter .adapter_config.json., which is not applied here")
+
+
+def test_parts_of_an_adapter_among_the_weights_are_named(folder):
+    (folder / "model.pth").unlink()
+    save_file({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)}, folder / "model.safetensors")
+    refused(folder, "q_proj.lora_A.weight is part of a LoRA adapter")
+
+
+def test_a_folder_of_gguf_files_is_named(folder):
+    (folder / "model.pth").rename(folder / "x.Q4_K_M.gguf")
+    refused(folder, "no .* in .*, only GGUF files .x.Q4_K_M.gguf.: give the model that they were made from")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_of_the_hubs_cache_is_read(folder, tmp_path_factory, named):
+    """Its snapshots are links to blobs. Where there are several, refs/main names one."""
+    cache = tmp_path_factory.mktemp("hub") / "models--own--name"
+    for commit in ("01ab", "02cd"):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+    for name in ("config.json", "model.pth"):
+        (cache / "snapshots" / "02cd" / name).symlink_to(folder / name)
+    if not named:
+        refused(cache, "is a folder of the hub's cache: give one of the 2 in its snapshots")
+        (cache / "snapshots" / "01ab").rmdir()
+    else:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("02cd\n")
+    assert read_checkpoint(cache).folder == locate(cache) == cache / "snapshots" / "02cd"
+    assert load_model(read_checkpoint(cache), "cpu", torch.float32).args == GQA
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])
@@ -343,7 +406,7 @@ def test_a_file_of_the_older_format_is_read(folder):
     assert torch.equal(load_model(read_checkpoint(folder), "cpu", torch.float32).output.weight, state["output.weight"])
 
 
-@pytest.mark.parametrize("where", [{}, ["a"], {"a": 5}, {"a": ["x"]}, {"a": "/etc/hostname"}])
+@pytest.mark.parametrize("where", [{}, ["a"], {"a": 5}, {"a": ["x"]}, {"a": "/etc/hostname"}, {"a": "x/../../b"}])
 def test_a_damaged_index_is_named(folder, where):
     (folder / "model.pth").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
