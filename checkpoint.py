@@ -11,12 +11,12 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from types import GenericAlias
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +29,10 @@ from families import (
     from_tinyllamas,
     is_tinyllamas,
     our_tensors,
+    their_name,
     tinyllamas_config,
 )
-from files import companions, read_json, weight_files
+from files import ADAPTER, ADAPTS, companions, kind_of, read_json, snapshot, weight_files
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
@@ -39,6 +40,7 @@ from system import check_plain, check_stays
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
+ENDS = ("tok_embeddings.weight", "output.weight")  # one tensor where they are tied
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies and what its metadata says, read without touching a weight."""
+    """Where a model lies and what its metadata says. No weight is read, but an output beside a tied embedding."""
 
     folder: Path
     weights: tuple[Path, ...]
@@ -77,15 +79,20 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads the metadata of a checkpoint. path: its folder, or the model.pth in it, or a file of karpathy/tinyllamas.
+    """Reads the metadata of a checkpoint. path: its folder, the model.pth in it, a file of karpathy/tinyllamas, or a
+    repository's folder in the hub's cache.
 
     Raises FileNotFoundError where a file is missing and ValueError where one does not say what it must.
     """
+    path = snapshot(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
     folder = path if path.is_dir() else path.parent
     weights = weight_files(folder) if path.is_dir() else (path,)
-    found: Any = unpickle(weights[0]) if path.is_file() or weights[0].name == "model.pth" else None
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{folder} has {ADAPTS}")
+    pickled = weights[0].name == "model.pth" or path.is_file() and path.suffix != ".safetensors"
+    found: Any = unpickle(weights[0]) if pickled else None
     if is_tinyllamas(found):
         try:
             config, source = tinyllamas_config(found), path
@@ -108,7 +115,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         except ValueError as error:
             raise ValueError(f"{generation}: {error}") from error
     recipe = read_recipe(found["recipe"], weights[0]) if is_quantised(found) else None
-    return Checkpoint(folder, weights, config, args, eos_ids, recipe)
+    checkpoint = Checkpoint(folder, weights, config, args, eos_ids, recipe)
+    return replace(checkpoint, args=replace(args, tied_output=args.tied_output and is_tied(checkpoint)))
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether a tied model's file has no output of other values than the embedding's: it would be the one to use, as in
+    transformers."""
+    if checkpoint.recipe is not None and "output" in checkpoint.recipe.layers:
+        return False
+    stored = read_stored(checkpoint)
+    ends = [stored[name].tensor for name in ENDS if name in stored]
+    return len(ends) < 2 or (ends[0].shape, ends[0].dtype) == (ends[1].shape, ends[1].dtype) and torch.equal(*ends)
 
 
 def is_quantised(found: object) -> bool:
@@ -150,26 +168,51 @@ def as_ids(value: int | list[int] | None) -> frozenset[int]:
     return frozenset(ids)
 
 
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors under our names, mapped. Raises ValueError where a file is truncated or of another kind."""
-    state: dict[str, Tensor] = {}
+class Stored(NamedTuple):
+    """A tensor, or a part of one, and where it lies: the file, and the name that it has there."""
+
+    tensor: Tensor
+    path: Path
+    name: str
+
+
+def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors under our names, mapped. Raises ValueError where a file is truncated or of another kind, or where two
+    hold the same tensor."""
+    state: dict[str, Stored] = {}
     for path in checkpoint.weights:
-        if path.suffix == ".safetensors":
-            state |= our_tensors(read_safetensors(path), checkpoint.config)
-            continue
-        found = unpickle(path)
+        found: Any = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
         found = found["state"] if is_quantised(found) else found
         check_state(found["model"] if is_tinyllamas(found) else found, path)
         if is_tinyllamas(found):
             try:
-                state |= from_tinyllamas(found["model"], checkpoint.args.head_dim)
+                found = from_tinyllamas(found["model"], checkpoint.args.head_dim)
             except (RuntimeError, IndexError, AttributeError) as error:
                 raise ValueError(f"{path}: a tensor is not of the shape that model_args tell: {error}") from error
-        else:
-            state |= our_tensors(found, checkpoint.config) if path.suffix == ".bin" else found
-    if checkpoint.args.tied_output and "tok_embeddings.weight" in state:
-        state["output.weight"] = state["tok_embeddings.weight"]
+        for name, tensor in found.items():
+            parts = our_tensors(name, tensor, checkpoint.config) if has_their_names(path) else {name: tensor}
+            for ours, part in parts.items():
+                if (other := state.get(ours)) is not None:
+                    both = f"{other.name} of {other.path} and {name} of {path}"
+                    raise ValueError(f"{both} are the same tensor of the model: leave out the one that is not its own")
+                state[ours] = Stored(part, path, name)
     return state
+
+
+def has_their_names(path: Path) -> bool:
+    """Whether the tensors in a file have Hugging Face's names."""
+    return path.suffix in (".safetensors", ".bin")
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors under our names, mapped; a tied output is the embedding. Raises ValueError as read_stored, and where
+    they are not those that config.json tells of."""
+    state = read_stored(checkpoint)
+    ends = [state[name] for name in ENDS if name in state]
+    if checkpoint.args.tied_output and ends:
+        state |= dict.fromkeys(ENDS, ends[0])
+    check_weights(checkpoint, state)
+    return {name: stored.tensor for name, stored in state.items()}
 
 
 def check_state(found: Any, path: Path) -> None:
@@ -192,6 +235,8 @@ def unpickle(path: Path) -> Any:
     except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
         if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
             raise ValueError(f"{path} would run code on loading ({code[1]}): refused, give plain tensors") from error
+        if kind := kind_of(path):
+            raise ValueError(f"{path} is {kind}") from error
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
 
 
@@ -228,41 +273,49 @@ def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Ten
     return expected
 
 
-def check_weights(model: Transformer, state: Mapping[str, Tensor], recipe: Recipe | None = None) -> None:
-    """Raises ValueError that names the first few tensors that are missing, left over or of another shape."""
-    expected = expected_tensors(model, recipe)
+def check_weights(checkpoint: Checkpoint, state: Mapping[str, Stored]) -> None:
+    """Raises ValueError that names the first few tensors, as their file does, that are missing, left over or of another
+    shape."""
+    model, paths = empty_model(checkpoint.args), checkpoint.weights
+    expected = expected_tensors(model, checkpoint.recipe)
     exact = expected.keys() - model.state_dict().keys()
+
+    def named(names: Iterable[str]) -> list[str]:
+        """Each as its file names it, with that file where there are several."""
+        return [state[name].name + f" of {state[name].path.name}" * (len(paths) > 1) for name in sorted(names)]
+
     missing = sorted(expected.keys() - state.keys())
-    unknown = sorted(state.keys() - expected.keys())
-    wrong = sorted(
-        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    )
-    kinds = sorted(
-        f"{name} {state[name].dtype}"
-        for name, tensor in expected.items()
-        if name in state and state[name].dtype not in ((tensor.dtype,) if name in exact else DTYPES)
-    )
+    if has_their_names(paths[0]):
+        missing = [their_name(name, checkpoint.config) for name in missing]
+    unknown = named(state.keys() - expected.keys())
+    both = {name: (state[name].tensor, expected[name]) for name in sorted(expected.keys() & state.keys())}
+    wrong = [
+        f"{named([name])[0]} {tuple(found.shape)} instead of {tuple(tensor.shape)}"
+        for name, (found, tensor) in both.items()
+        if found.shape != tensor.shape
+    ]
+    kinds = [
+        f"{named([name])[0]} {found.dtype}"
+        for name, (found, tensor) in both.items()
+        if found.dtype not in ((tensor.dtype,) if name in exact else DTYPES)
+    ]
     found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
-    problems = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in found.items() if names]
+    problems = [f"{len(names)} {kind}: {', '.join(dict.fromkeys(names[:3]))}" for kind, names in found.items() if names]
+    where = paths[0] if len(paths) == 1 else checkpoint.folder
+    if adapter := next((name for name in unknown if ".lora_" in name), None):
+        raise ValueError(f"{where}: {adapter} is part of {ADAPTS}")
     if problems:
-        raise ValueError("the weights do not match config.json; " + "; ".join(problems))
+        raise ValueError(f"{where}: the weights do not match config.json; " + "; ".join(problems))
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
 ) -> Transformer:
     """The network, or this rank's part of it, its weights on `device`, ready for inference: in `dtype`, or quantised
-    and multiplied by what runs best at decode steps of `rows` rows. Raises ValueError as read_weights and
-    check_weights."""
-    args, recipe = checkpoint.args, checkpoint.recipe
+    and multiplied by what runs best at decode steps of `rows` rows. Raises ValueError as read_weights."""
+    args = checkpoint.args
     state, model = read_weights(checkpoint), empty_model(args)
-    try:
-        check_weights(model, state, recipe)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.weights[0]}: {error}") from error
-    quantised, files = quantised_weights(model, recipe), MappedFiles()
+    quantised, files = quantised_weights(model, checkpoint.recipe), MappedFiles()
     # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
     for prefix, module in model.named_modules():
         module.training = False

@@ -186,7 +186,7 @@ class Evaluator:
     ) -> None:
         """weights: the name of their file, for errors."""
         self.engine, self.texts, self.seed, self.weights = engine, texts, seed, weights
-        self.limit = engine.args.context_limit
+        self.limit = engine.args.max_positions or engine.args.context_limit  # as the harness counts
         self.scorer = Scorer(engine.model, batch_tokens, self.show, engine.args)
         self.bar, self.begin = Bar(quiet), time.perf_counter()
         self.drawn = self.asked = self.read = 0

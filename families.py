@@ -19,15 +19,23 @@ from rotary import RopeScaling, Turning
 
 # Fields that say nothing of the result: bookkeeping, training, generation defaults that the command line has itself.
 NEUTRAL = frozenset(
-    """_attn_implementation _attn_implementation_autoset _from_model_config _name_or_path architectures
-    attention_dropout attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward do_sample
-    dtype embd_pdrop eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range is_llama_config
-    keys_to_ignore_at_inference label2id max_length max_sequence_length model_max_length model_type
-    output_router_logits pad_token_id pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
-    router_jitter_noise sep_token_id task_specific_params temperature
-    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version unk_token_id unsloth_fixed
-    unsloth_version use_cache z_loss_weight""".split()
+    """_attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path _num_labels
+    architectures attention_dropout attn_implementation auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward do_sample dtype embd_pdrop eos_token_id finetuned finetuning_task gradient_checkpointing
+    hidden_dropout id2label initializer_range is_llama_config keys_to_ignore_at_inference label2id max_length
+    max_new_tokens max_sequence_length max_window_layers model_max_length model_type num_labels num_return_sequences
+    output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp problem_type
+    repetition_penalty resid_pdrop return_dict router_aux_loss_coef router_jitter_noise sep_token_id
+    task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
+    z_loss_weight""".split()
 )
+# Of rope_scaling: each belongs to one kind and, as in transformers, means nothing beside another.
+ROPE_FIELDS = frozenset(
+    """attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor mscale mscale_all_dim
+    original_max_position_embeddings short_factor truncate""".split()
+)
+QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 
 # What a shape must not exceed, where that is not 2^24: far beyond any model, and made in seconds.
@@ -46,11 +54,26 @@ def told(value: object) -> str:
     return f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
 
 
+def is_off(value: object) -> bool:
+    """Whether a field that is not known here changes nothing: null, false, 0, 1.0 (of a factor), or empty."""
+    return not value or (type(value) in (int, float) and value == 1)
+
+
 class Fields:
-    """A config whose fields are ticked off as they are read, so that none that matters is passed over."""
+    """A config whose fields are ticked off as they are read, so that none that matters is passed over.
+
+    unsupported: what `only` refuses; `done` names all of it at once. parts: objects inside, which `done` covers too.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.unread = config, set(config) - NEUTRAL
+        self.unsupported: list[str] = []
+        self.parts: list[Fields] = []
+
+    def part(self, config: Mapping[str, Any]) -> "Fields":
+        """The fields of an object inside the config."""
+        self.parts.append(Fields(config))
+        return self.parts[-1]
 
     def get(self, name: str, default: Any = None) -> Any:
         """The field's value; the default where it is missing or null."""
@@ -81,6 +104,9 @@ class Fields:
     def optional(self, name: str) -> float | None:
         return None if self.get(name) is None else self.number(name)
 
+    def optional_integer(self, name: str) -> int | None:
+        return None if self.get(name) is None else self.integer(name)
+
     def switch(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if type(value) is not bool:
@@ -101,18 +127,29 @@ class Fields:
         return value
 
     def only(self, name: str, *values: Any) -> None:
-        """Raises ValueError unless the field has one of the values, or is missing."""
+        """Notes for `done` a field that has none of the values and is not missing."""
         if self.get(name, values[0]) not in values:
-            raise ValueError(f"{name} {self.config[name]!r} is not supported, only {' or '.join(map(repr, values))}")
+            choice = " or ".join(map(repr, values))
+            self.unsupported.append(f"{name} {self.config[name]!r} is not supported, only {choice}")
 
     def done(self) -> None:
-        """Raises ValueError that names a field which was not read and is not off."""
-        for name in sorted(self.unread):
-            if self.config[name]:
+        """Raises ValueError that names every field which is not supported, or was not read and is not off."""
+        for name in QUANTISED:
+            if self.config.get(name):
                 raise ValueError(
-                    f"{name} {self.config[name]!r} is not known here and may change the result: "
-                    "if it does not, remove it from config.json"
+                    f"{name} says that another tool quantised the weights, which is not read here: give the model "
+                    "before that, and quantize.py"
                 )
+        every = (self, *self.parts)
+        found = [(name, each.config[name]) for each in every for name in sorted(each.unread)]
+        unknown = ", ".join(f"{name} {told(value)}" for name, value in found if not is_off(value))
+        problems = [problem for each in every for problem in each.unsupported]
+        if unknown:
+            problems.append(
+                f"{unknown} is not known here and may change the result: if it does not, remove it from config.json"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def windows(
@@ -161,7 +198,7 @@ def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
     fields.unread -= {"sliding_window", "layer_types"}
     kinds = tuple("global" if turns[layer] else "none" for layer in range(layers))
     tied = fields.switch("tie_word_embeddings", True)
-    return biases(fields) | {"turning": Turning(layers=kinds), "windows": seen, "tied_output": tied}
+    return biases(fields) | {"turning": Turning(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
 
 
 def granite(fields: Fields, layers: int) -> dict[str, Any]:
@@ -178,7 +215,6 @@ def granite(fields: Fields, layers: int) -> dict[str, Any]:
 
 def phi3(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
-    fields.unread -= {"original_max_position_embeddings"}  # of the scaling, where there is one
     rope = fields.table("rope_scaling") or fields.table("rope_parameters")
     share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
     if type(share) not in (int, float) or not 0 < share <= 1:
@@ -196,12 +232,12 @@ def mistral(fields: Fields, layers: int) -> dict[str, Any]:
 
 def qwen(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
-    first = fields.own("max_window_layers", 28)
-    if type(first) is not int:
-        raise ValueError(f"max_window_layers is {first!r}, not a number of layers")
     if not fields.switch("use_sliding_window", False):
         fields.unread -= {"sliding_window", "layer_types"}
         return {}
+    first = fields.own("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers is {first!r}, not a number of layers")
     return {"windows": windows(fields, layers, 4096, lambda layer: layer >= first)}
 
 
@@ -236,15 +272,12 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
     pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     fields.integer("sliding_window", 4096)
     seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
-    ropes = Fields(fields.table("rope_parameters"))
+    ropes, local = Fields(fields.table("rope_parameters")), Fields({})
     if {"full_attention", "sliding_attention"} & ropes.config.keys():
-        local = ropes.table("sliding_attention")
+        local, ropes = (Fields(ropes.table(f"{kind}_attention")) for kind in ("sliding", "full"))
         if local.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters {local!r} of the windowed layers are not supported: only rope_theta")
-        own = {"rope_parameters": ropes.table("full_attention"), "rope_local_base_freq": local.get("rope_theta")}
-        fields.config = {**fields.config, **own}
-    if fields.config.get("rope_theta") is None and not fields.table("rope_parameters").get("rope_theta"):
-        fields.config = {**fields.config, "rope_theta": 1e6}
+            raise ValueError(f"rope_parameters {local.config} of windowed layers are not supported: only rope_theta")
+    local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10000.0))
     fields.only("attn_logit_softcapping", None)
     kinds = tuple("global" if window is None else "local" for window in seen)
     turning = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
@@ -253,7 +286,9 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
         "post_norms": True,
         "qk_norm": True,
         "logit_softcap": fields.optional("final_logit_softcapping"),
-        "turning": replace(turning, layers=kinds, local_theta=fields.number("rope_local_base_freq", 10000.0)),
+        "turning": replace(turning, layers=kinds, local_theta=local_theta),
+        "rope": {**ropes.config, **fields.table("rope_scaling")},
+        "theta": 1e6,
         "context_limit": fields.integer("max_position_embeddings"),  # the stretched length
     }
 
@@ -269,19 +304,20 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
 
 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
-    # A softmax over the chosen experts alone, which is renormalising.
+    fields.only("norm_topk_prob", True)  # a softmax over the chosen experts alone, which is renormalising
     seen = windows(fields, layers, None, lambda layer: True)
     return {
         "windows": seen,
         "mixture": mixture(fields, layers, "intermediate_size", True),
         "norm_eps": fields.number("rms_norm_eps", 1e-5),
+        "theta": 1e6,
     }
 
 
 def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("use_sliding_window", False)
     fields.only("attention_bias", False)
-    fields.unread -= {"sliding_window", "layer_types", "max_window_layers"}
+    fields.unread -= {"sliding_window", "layer_types"}
     step, plain = fields.integer("decoder_sparse_step", 1), fields.listed("mlp_only_layers", [])
     dense = tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step)
     renormalised = fields.switch("norm_topk_prob", False)
@@ -334,11 +370,15 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
     special = FAMILIES[architecture](fields, layers)
     if "activation" not in special:
-        fields.only("hidden_act", "silu")
+        fields.only("hidden_act", "silu", "swish")
+    if "layer_types" in fields.unread and {*fields.listed("layer_types", [])} - {"full_attention"}:
+        fields.unsupported.append(f"layer_types other than full_attention are not supported of {architecture}")
     share = special.get("turning", Turning()).share
     fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
-    theta, scaling = rope(fields, trained, share)
+    # rope_scaling is the older name of rope_parameters; transformers takes the first of them that is there, whole.
+    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
+    theta, scaling = rope(fields, special.pop("rope", old or new), special.pop("theta", 10000.0), trained, share)
     longest = trained
     if scaling is not None and scaling.kind != "llama3":  # whose configs give the stretched length
         longest = max(trained, int(scaling.original_context * scaling.factor))
@@ -355,6 +395,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         hidden_dim=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
+        max_positions=trained if trained < longest else None,
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
@@ -367,26 +408,26 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     return args
 
 
-def rope(fields: Fields, trained: int, share: float) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). trained: max_position_embeddings, which is the original context where no other is given. share:
-    of a head, that turns.
-
-    rope_scaling is the older name of rope_parameters; transformers reads it first.
-    """
-    old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
-    rope = Fields(old or new)
-    theta = float(rope.number("rope_theta", fields.number("rope_theta", new.get("rope_theta", 10000.0))))
+def rope(
+    fields: Fields, values: Mapping[str, Any], usual_theta: float, trained: int, share: float
+) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) of rope_scaling or rope_parameters. usual_theta: where the config has none. trained:
+    max_position_embeddings. share: of a head, that turns."""
+    rope = fields.part(values)
+    theta = float(rope.number("rope_theta", fields.number("rope_theta", usual_theta)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope.get("type")
+    fields.only("rope_type", "default", kind)
     rope.only("partial_rotary_factor", 1.0, share)
-    rope.only("truncate", True)
+    rope.unread -= ROPE_FIELDS
+    # The config's own, where it has one, goes before that of rope_scaling.
+    own, inside = (each.optional_integer("original_max_position_embeddings") for each in (fields, rope))
+    original = own or inside
     if kind == "default":
-        rope.unread -= {"original_max_position_embeddings"}
         rope.only("factor", 1.0)
-        rope.done()
         return theta, None
     if kind in ("longrope", "su"):  # its first name
-        return theta, longrope(rope, fields.config.get("original_max_position_embeddings"), trained)
+        return theta, longrope(rope, original or trained, trained)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
             f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3, yarn and longrope"
@@ -394,23 +435,23 @@ def rope(fields: Fields, trained: int, share: float) -> tuple[float, RopeScaling
     needed = ["factor"]
     if kind == "llama3":
         needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    if missing := [name for name in needed if rope.get(name) is None]:
+    if missing := [name for name in needed if rope.get(name) is None and fields.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
-    factor, original = rope.number("factor"), rope.integer("original_max_position_embeddings", trained)
-    scaling = RopeScaling(kind, factor, trained if kind == "dynamic" else original)
+    factor = rope.number("factor")
+    if kind == "linear":  # max_position_embeddings is the stretched length, as transformers counts it
+        return theta, RopeScaling(kind, factor, original or int(trained / factor))
+    if kind == "dynamic":
+        return theta, RopeScaling(kind, factor, trained)
     if kind == "llama3":
         turns = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        scaling = RopeScaling(kind, factor, original, *turns)
-    if kind == "yarn":
-        turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
-        scaling = RopeScaling(kind, factor, original, *turns, yarn_attention_factor(rope, factor))
-    rope.done()
-    return theta, scaling
+        return theta, RopeScaling(kind, factor, original or trained, *turns)
+    rope.only("truncate", True)
+    turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
+    return theta, RopeScaling(kind, factor, original or trained, *turns, yarn_attention_factor(rope, factor))
 
 
-def longrope(rope: Fields, original: int | None, trained: int) -> RopeScaling:
-    """original: the config's own, which stands for that of rope_scaling. Raises ValueError where a list is missing."""
-    original = rope.integer("original_max_position_embeddings", original or trained)
+def longrope(rope: Fields, original: int, trained: int) -> RopeScaling:
+    """Raises ValueError where a list is missing."""
     factor = rope.number("factor", trained / original)
     long, short = rope.get("long_factor"), rope.get("short_factor")
     for name, each in (("long_factor", long), ("short_factor", short)):
@@ -418,7 +459,6 @@ def longrope(rope: Fields, original: int | None, trained: int) -> RopeScaling:
             raise ValueError(f"{name} is {each!r}, not a list of numbers above 0")
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
     scale = rope.number("attention_factor", grown)
-    rope.done()
     return RopeScaling("longrope", factor, original, attention_factor=scale, short=tuple(short), long=tuple(long))
 
 
@@ -463,40 +503,71 @@ POST_NORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM")
 # Of one expert; in one tensor for all, gate_up_proj is w1 above w3.
 HF_EXPERT = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 HF_TOP = {
-    "model.embed_tokens.weight": "tok_embeddings.weight",
-    "model.norm.weight": "norm.weight",
+    "embed_tokens.weight": "tok_embeddings.weight",
+    "norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
+}
+# What names begin with, by what the network was saved in: DataParallel, PEFT, a model of images and text, or the class
+# with the head. torch.compile puts "_orig_mod." anywhere.
+WRAPPED = re.compile(r"(?:module\.|base_model\.|language_model\.|model\.)*")
+# What a network computes itself; scales of keys and values in fp8, which are not held so here.
+BUFFER = re.compile(
+    r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|masked_bias|self_attn\.bias|[kv]_scale)"
+)
+
+
+def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A tensor of Hugging Face's under our names: the parts of which it is made, or nothing where the network computes
+    it itself. An unknown name is kept."""
+    architecture = config["architectures"][0]
+    names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
+    inner = WRAPPED.sub("", name.replace("_orig_mod.", ""), count=1)
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", inner)
+    if BUFFER.fullmatch(inner):
+        return {}
+    if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", inner):  # of all heads as one
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
+    if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
+        parts = zip("qkv", tensor.chunk(3), strict=True)
+        return {f"layers.{layer[1]}.attention.w{part}.{layer[3]}": piece for part, piece in parts}
+    if layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
+        return phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
+    if expert := re.fullmatch(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", inner):
+        return expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
+    if layer and layer[2] in names:
+        return {f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}": tensor}
+    # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
+    if inner == "lm_head.weight" and architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696:
+        tensor = F.normalize(tensor.float()).to(tensor.dtype)
+    return {HF_TOP.get(inner, name): tensor}
+
+
+QKV = ("attention.wq", "attention.wk", "attention.wv")
+PACKED = {
+    "Phi3ForCausalLM": dict.fromkeys(QKV, "self_attn.qkv_proj")
+    | dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), "mlp.gate_up_proj"),
+    "BaichuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
+    "BaiChuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
 }
 
 
-def our_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names, without what the network computes itself; unknown names are kept."""
-    architecture = config["architectures"][0]
-    names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
-    # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
-    normalised_head = architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696
-    ours: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        if name.endswith("rotary_emb.inv_freq"):
-            continue
-        if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", name):  # of all heads as one
-            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
-        if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                ours[f"layers.{layer[1]}.attention.w{part}.{layer[3]}"] = piece
-        elif layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
-            ours |= phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
-        elif expert := re.fullmatch(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", name):
-            ours |= expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
-        elif layer and layer[2] in names:
-            ours[f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}"] = tensor
-        elif name == "lm_head.weight" and normalised_head:
-            ours["output.weight"] = F.normalize(tensor.float()).to(tensor.dtype)
-        else:
-            ours[HF_TOP.get(name, name)] = tensor
-    return ours
+def their_name(ours: str, config: Mapping[str, Any]) -> str:
+    """Under which name Hugging Face stores a tensor of ours, or what it is a part of: for errors."""
+    top = {name: theirs if theirs.startswith("lm_head") else f"model.{theirs}" for theirs, name in HF_TOP.items()}
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+?)(?:\.(\d+))?\.(weight|bias)", ours)
+    if layer is None:
+        return top.get(ours, ours)
+    number, module, expert, kind = layer.groups()
+    architecture, matrix = config["architectures"][0], module.rpartition(".")[2]
+    mixtral = architecture == "MixtralForCausalLM"
+    names = {name: theirs for theirs, name in HF_NAMES.items() if mixtral or not theirs.startswith("block_sparse_moe")}
+    names |= {name: theirs for theirs, name in HF_NAMES_POST_NORMS.items() if architecture in POST_NORMS}
+    names |= PACKED.get(architecture, {})
+    if expert is not None:
+        theirs = {name: each for each, name in HF_EXPERT.items()}[matrix]
+        names[module] = f"block_sparse_moe.experts.{expert}.{matrix}" if mixtral else f"mlp.experts.{expert}.{theirs}"
+    return f"model.layers.{number}.{names.get(module, module)}.{kind}"
 
 
 def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:

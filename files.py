@@ -1,6 +1,8 @@
 """The files of a model in a folder: its config, its tokenizer, its weights. PyTorch is not needed."""
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ COMPANIONS = (
     "additional_chat_templates/tool_use.jinja",
 )
 WEIGHTS = ("*.pth", "*.safetensors", "*.bin", "*.index.json")
+# How Hugging Face names weights: a stem and a suffix, in this order of preference.
+FORMS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
+# The same weights once more under Mistral's names, and weights that are not a model's.
+NOT_OURS = ("consolidated", "adapter", "optimizer")
+ADAPTER = "adapter_config.json"
+ADAPTS = (
+    "a LoRA adapter (adapter_config.json), which is not applied here: give the model that it is merged into, without it"
+)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -31,6 +42,18 @@ def files_of(model: Path) -> list[Path]:
     return [*companions(folder), *(each for pattern in WEIGHTS for each in folder.glob(pattern))]
 
 
+def snapshot(path: Path) -> Path:
+    """The model's folder in a repository's folder of the hub's cache (models--OWNER--NAME); any other path as it is."""
+    if not (path / "snapshots").is_dir() or (path / "config.json").exists():
+        return path
+    main = path / "refs" / "main"
+    named = path / "snapshots" / main.read_text("utf-8").strip() if main.is_file() else path
+    found = [named] if named != path and named.is_dir() else sorted((path / "snapshots").iterdir())
+    if len(found) != 1:
+        raise FileNotFoundError(f"{path} is a folder of the hub's cache: give one of the {len(found)} in its snapshots")
+    return found[0]
+
+
 def weight_files(folder: Path) -> tuple[Path, ...]:
     """model.pth, else what Hugging Face stores. Raises FileNotFoundError where there is neither."""
     return (folder / "model.pth",) if (folder / "model.pth").exists() else hugging_face_files(folder)
@@ -38,25 +61,72 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def hugging_face_files(folder: Path) -> tuple[Path, ...]:
     """The shards that an index names, or the files that are there; *.safetensors before pytorch_model*.bin."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        if (whole := folder / f"{stem}{suffix}").is_file():
-            return (whole,)
-        if (index := folder / f"{stem}{suffix}.index.json").exists():
-            return shards_of(index)
-        if found := sorted(folder.glob("*.safetensors" if stem == "model" else "pytorch_model*.bin")):
-            return tuple(found)
-    raise FileNotFoundError(f"no *.safetensors or pytorch_model*.bin in {folder}: give one that has, or a model.pth")
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    try:
+        for stem, suffix in FORMS:
+            if (index := f"{stem}{suffix}.index.json") in names and stem + suffix not in names:
+                return shards_of(folder / index)
+            if found := weights_among(names, stem, suffix):
+                return tuple(folder / name for name in found)
+    except LookupError as error:
+        raise FileNotFoundError(f"{folder} has {error.args[0]}: fetch it") from error
+    missing = f"no *.safetensors or pytorch_model*.bin in {folder}"
+    if ADAPTER in names:
+        raise FileNotFoundError(f"{missing} but {ADAPTS}")
+    if gguf := next((name for name in names if name.endswith(".gguf")), None):
+        raise FileNotFoundError(f"{missing}, only GGUF files ({gguf}): give the model that they were made from")
+    raise FileNotFoundError(f"{missing}: give one that has, or a model.pth")
+
+
+def weights_among(names: Collection[str], stem: str, suffix: str) -> list[str]:
+    """Which of the names are a model's weights of one form: the whole file, numbered shards, or all of the suffix.
+    Raises LookupError where a shard is missing, or they are of two models."""
+    if stem + suffix in names:
+        return [stem + suffix]
+    own = [name for name in names if name.endswith(suffix) and "/" not in name and not name.startswith(NOT_OURS)]
+    own = sorted(name for name in own if suffix == ".safetensors" or name.startswith(stem))
+    sets: dict[tuple[str, str], list[re.Match]] = {}
+    for shard in filter(None, map(SHARD.fullmatch, own)):
+        sets.setdefault((shard[1], shard[3]), []).append(shard)
+    if not sets:
+        return own
+    if len(sets) > 1:
+        raise LookupError(f"shards of {len(sets)} models, {', '.join(each[0][0] for each in sets.values())}")
+    ((stem, total), found) = sets.popitem()
+    there = {int(shard[2]) for shard in found}
+    if missing := next((number for number in range(1, int(total) + 1) if number not in there), None):
+        name = f"{stem}-{missing:0{len(found[0][2])}}-of-{total}{suffix}"
+        raise LookupError(f"{len(found)} of the {int(total)} shards of its weights, but not {name}")
+    return [shard[0] for shard in found]
 
 
 def shards_of(index: Path) -> tuple[Path, ...]:
-    """The files that an index names, all of which must be beside it."""
+    """The files that an index names, in its folder or below it, all of which must be there."""
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) and "/" not in v for v in where.values()):
+    if not isinstance(where, dict) or not where or not all(map(is_below, where.values())):
         raise ValueError(f"{index} has no weight_map of file names: fetch it again")
     names = sorted(set(where.values()))
     if missing := [name for name in names if not (index.parent / name).exists()]:
         raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder: fetch it")
     return tuple(index.parent / name for name in names)
+
+
+def is_below(name: object) -> bool:
+    """Whether a path stays in the folder that it is relative to."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is that holds no weights of PyTorch, and what to give instead; None where that is not known."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    if head.startswith(b"GGUF"):
+        return "a GGUF file: give the model that it was made from"
+    if head.lstrip().startswith(b"{"):
+        return "a JSON file: give the folder of the model"
+    if head.startswith(b"\n") and b"<unk>" in head:
+        return "the tokenizer of a model (SentencePiece): give its folder"
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,14 +13,12 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from files import COMPANIONS, weight_files
+from files import ADAPTER, ADAPTS, COMPANIONS, FORMS, snapshot, weight_files, weights_among
 from system import counted
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-# The same weights once more under Mistral's names, and weights that are not a model's.
-NOT_OURS = ("consolidated", "adapter")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
@@ -31,11 +29,9 @@ def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
     """
     if missing := [name for name in files if name not in names]:
         raise ValueError(f"no file {', '.join(missing)}; {found(names)}: give one of those as --file")
-    weights = list(files) or sharded(names, "model", ".safetensors")
-    if not weights:
-        top = (name for name in names if "/" not in name and not name.startswith(NOT_OURS))
-        weights = sorted(name for name in top if name.endswith(".safetensors"))
-    weights = weights or sharded(names, "pytorch_model", ".bin")
+    if ADAPTER in names and not files:
+        raise ValueError(ADAPTS)
+    weights = list(files) or next(filter(None, (with_index(names, *form) for form in FORMS)), [])
     if not weights:
         raise ValueError(
             "no *.safetensors and no pytorch_model*.bin of a model at its top, which is what the engine reads; "
@@ -46,13 +42,14 @@ def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
     return list(dict.fromkeys([*(name for name in COMPANIONS if name in names), *weights]))
 
 
-def sharded(names: Collection[str], stem: str, suffix: str) -> list[str]:
-    """The weights in one file, or else in numbered ones with their index."""
-    if stem + suffix in names:
-        return [stem + suffix]
-    shards = sorted(name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+{re.escape(suffix)}", name))
+def with_index(names: Collection[str], stem: str, suffix: str) -> list[str]:
+    """Weights of one form, with the index of shards if there is one."""
+    try:
+        found = weights_among(names, stem, suffix)
+    except LookupError as error:
+        raise ValueError(f"{error.args[0]}: name another repository") from error
     index = f"{stem}{suffix}.index.json"
-    return [index, *shards] if shards and index in names else shards
+    return [index, *found] if found and index in names and stem + suffix not in names else found
 
 
 def found(names: Collection[str]) -> str:
@@ -180,7 +177,7 @@ def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
     """
     name = str(path)
     if Path(path).exists():
-        return Path(path)
+        return snapshot(Path(path))
     if not HUB_NAME.fullmatch(name) or name.endswith((".pt", ".pth")):
         raise FileNotFoundError(
             f"no checkpoint at {path}: give a folder with config.json, the model.pth in one, or OWNER/NAME of the hub"

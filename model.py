@@ -29,6 +29,7 @@ class ModelArgs:
     alibi: positions weigh by distance instead of turning queries and keys. norm_offset: what is added to the weight of
     every norm. pre_norms, post_norms: a norm before, and one after, attention and the feed-forward part. qk_norm: of
     each head's queries and keys; qk_norm_whole: of all heads' as one. mixture: of experts, as feed-forward parts.
+    max_positions: of the config, where rope scaling reaches beyond it, to context_limit; None: context_limit.
     """
 
     dim: int
@@ -60,6 +61,7 @@ class ModelArgs:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     mixture: Mixture | None = None
+    max_positions: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
@@ -223,8 +225,7 @@ class Transformer(nn.Module):
 
     def rotation(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles by which queries and keys turn: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
-        args = self.args
-        return angles(input_pos, self.frequencies, args.rope_theta, args.rope_scaling, args.turning.scale)
+        return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.turning.scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N,S,dim] -> [N,S,V]."""

@@ -38,7 +38,6 @@ from checkpoint import (
     Checkpoint,
     Recipe,
     check_output,
-    check_weights,
     load_model,
     read_checkpoint,
     read_weights,
@@ -280,7 +279,6 @@ def quantise(options: argparse.Namespace) -> Path:
         check_plain(text)  # it is read twice
     layers, kept = choose_layers(empty_model(checkpoint.args), mode, options.groupsize)
     recipe, state, folder = Recipe(mode, layers, kept, groupsize), read_weights(checkpoint), None
-    check_weights(empty_model(checkpoint.args), state)
     steps, rounded = plain_layers(recipe, state), list[str]()
     if text is not None:
         ids, sha = calibration_tokens(options, checkpoint), hashlib.sha256(text.read_bytes()).hexdigest()

@@ -108,25 +108,20 @@ def repeat_rows(tensor: Tensor, n: int) -> Tensor:
     return tensor[:, None].expand(-1, n, *tensor.shape[1:]).flatten(0, 1)
 
 
-def rotary_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None, length: Tensor | None = None
-) -> Tensor:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Radians per position of each pair of a head, fp32 [D/2]; Su et al. 2021 (arXiv 2104.09864), section 3.4.2.
 
-    length [...,1]: for scaling by length, the positions so far, as a tensor, so that the host need not know it; the
-    frequencies are then [...,D/2].
+    For scaling by length [2,D/2]: of longrope, those up to the original context and those beyond; of dynamic, the
+    unscaled ones and the power of the stretch that each is multiplied by.
     """
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu" if length is None else length.device)
-    if scaling is not None and scaling.kind == "dynamic" and length is not None:
-        stretch = scaling.factor * length.clamp_min(scaling.original_context) / scaling.original_context
-        base = theta * (stretch - (scaling.factor - 1)) ** (head_dim / (head_dim - 2))
-        return 1.0 / base ** (pairs / head_dim)  # [...,D/2]
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / theta ** (pairs / head_dim)  # [D/2]
-    if scaling is not None and scaling.kind == "longrope":
-        short, long = (frequencies / frequencies.new_tensor(each) for each in (scaling.short, scaling.long))
-        return short if length is None else torch.where(length > scaling.original_context, long, short)
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None:
         return frequencies
+    if scaling.kind == "longrope":
+        return frequencies / torch.tensor([scaling.short, scaling.long], device="cpu")
+    if scaling.kind == "dynamic":  # a theta enlarged by stretch^(D/(D-2))
+        return torch.stack([frequencies, pairs / (2 - head_dim)])
     if scaling.kind == "linear":
         return frequencies / scaling.factor
     low, high = scaling.low_turns, scaling.high_turns
@@ -145,20 +140,28 @@ def rotary_frequencies(
 
 
 def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: Turning) -> Tensor:
-    """What the layers of a network turn by, fp32 [D/2] of what turns; twice as many where there is a local theta."""
+    """What the layers of a network turn by, as rotary_frequencies: made once, so that a step makes no constants. Where
+    there is a local theta, twice as many: those of that follow, which nothing scales."""
     size = turning.size(head_dim)
-    found = [rotary_frequencies(size, theta, scaling)]
-    return torch.cat(found + ([] if turning.local_theta is None else [rotary_frequencies(size, turning.local_theta)]))
+    found = rotary_frequencies(size, theta, scaling)
+    if turning.local_theta is None:
+        return found
+    local = rotary_frequencies(size, turning.local_theta)
+    if scaling is not None and scaling.by_length:
+        local = torch.stack([local, torch.zeros_like(local) if scaling.kind == "dynamic" else local])
+    return torch.cat([found, local], -1)
 
 
-def angles(
-    input_pos: Tensor, frequencies: Tensor, theta: float, scaling: RopeScaling | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles by which queries and keys turn: input_pos [N,S], frequencies [D/2] -> [N,1,S,D/2] fp32,
-    twice."""
+def angles(input_pos: Tensor, frequencies: Tensor, scaling: RopeScaling | None, scale: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of the angles by which queries and keys turn: input_pos [N,S], frequencies as all_frequencies gives
+    them -> [N,1,S,D/2] fp32, twice."""
     if scaling is not None and scaling.by_length:
         length = input_pos.amax(1)[:, None, None, None] + 1  # of each row so far
-        frequencies = rotary_frequencies(2 * len(frequencies), theta, scaling, length)  # [N,1,1,D/2]
+        if scaling.kind == "longrope":
+            frequencies = torch.where(length > scaling.original_context, frequencies[1], frequencies[0])
+        else:
+            stretch = scaling.factor * length.clamp_min(scaling.original_context) / scaling.original_context
+            frequencies = frequencies[0] * (stretch - (scaling.factor - 1)) ** frequencies[1]  # [N,1,1,D/2]
     turns = input_pos[:, None, :, None] * frequencies
     scale *= 1.0 if scaling is None else scaling.attention_factor
     return turns.cos() * scale, turns.sin() * scale

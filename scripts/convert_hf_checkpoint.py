@@ -19,7 +19,6 @@ from dataclasses import replace
 
 from checkpoint import (
     Checkpoint,
-    check_weights,
     copy_new,
     read_checkpoint,
     read_weights,
@@ -27,7 +26,6 @@ from checkpoint import (
 )
 from files import COMPANIONS, companions, hugging_face_files, read_json
 from flags import OneLineParser
-from model import empty_model
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
 
@@ -41,7 +39,6 @@ def convert(source: Path, out: Path) -> Path:
         checkpoint = replace(checkpoint, weights=hugging_face_files(source))
     check_stays([*checkpoint.weights, *companions(checkpoint.folder)], out / "model.pth")
     state = read_weights(checkpoint)
-    check_weights(empty_model(checkpoint.args), state)
     if checkpoint.args.tied_output:
         del state["output.weight"]
     save_model(out, checkpoint.config, state)

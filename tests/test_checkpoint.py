@@ -22,6 +22,7 @@ from checkpoint import (
 from convert_hf_checkpoint import convert
 from families import args_from_config
 from gptq import quantise_int4, quantise_int8
+from hub import locate
 from model import Transformer
 from packed import tensors_of
 
@@ -89,6 +90,68 @@ def test_missing_files_are_named(folder, tmp_path):
     refused(folder, "no \\*.safetensors or pytorch_model\\*.bin in .*: give one that has, or a model.pth")
 
 
+KINDS_OF_FILE = {
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "x is a GGUF file: give the model that it was made from"),
+    "config": (b'{\n  "hidden_size": 8}', "x is a JSON file: give the folder of the model"),
+    "SentencePiece": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n", "x is the tokenizer of a model .SentencePiece"),
+}
+
+
+@pytest.mark.parametrize("content,match", KINDS_OF_FILE.values(), ids=KINDS_OF_FILE)
+def test_a_file_that_is_no_model_is_named_for_what_it_is(folder, content, match):
+    (folder / "x").write_bytes(content)
+    refused(folder / "x", match)
+
+
+def test_one_shard_given_alone_is_not_taken_for_all(folder):
+    save_file({"model.norm.weight": torch.zeros(GQA.dim)}, folder / "x.safetensors")
+    refused(
+        folder / "x.safetensors",
+        "x.safetensors: the weights do not match config.json; 29 missing: model.layers.0.self_attn.k_proj",
+    )
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.pth")])
+def test_a_lora_adapter_is_named_and_not_passed_over(folder, beside):
+    (folder / "adapter_config.json").write_text("{}")
+    save_file(
+        {"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)},
+        folder / "adapter_model.safetensors",
+    )
+    for name in {"config.json", "model.pth"} - {*beside}:
+        (folder / name).unlink()
+    refused(folder, "a LoRA adapter .adapter_config.json., which is not applied here")
+
+
+def test_parts_of_an_adapter_among_the_weights_are_named(folder):
+    (folder / "model.pth").unlink()
+    save_file({"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)}, folder / "model.safetensors")
+    refused(folder, "q_proj.lora_A.weight is part of a LoRA adapter")
+
+
+def test_a_folder_of_gguf_files_is_named(folder):
+    (folder / "model.pth").rename(folder / "x.Q4_K_M.gguf")
+    refused(folder, "no .* in .*, only GGUF files .x.Q4_K_M.gguf.: give the model that they were made from")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_of_the_hubs_cache_is_read(folder, tmp_path_factory, named):
+    """Its snapshots are links to blobs. Where there are several, refs/main names one."""
+    cache = tmp_path_factory.mktemp("hub") / "models--own--name"
+    for commit in ("01ab", "02cd"):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+    for name in ("config.json", "model.pth"):
+        (cache / "snapshots" / "02cd" / name).symlink_to(folder / name)
+    if not named:
+        refused(cache, "is a folder of the hub's cache: give one of the 2 in its snapshots")
+        (cache / "snapshots" / "01ab").rmdir()
+    else:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text("02cd\n")
+    assert read_checkpoint(cache).folder == locate(cache) == cache / "snapshots" / "02cd"
+    assert load_model(read_checkpoint(cache), "cpu", torch.float32).args == GQA
+
+
 @pytest.mark.parametrize("size", [0, 1, 1000, -1])
 def test_a_truncated_checkpoint_is_named(folder, size):
     data = (folder / "model.pth").read_bytes()
@@ -148,11 +211,27 @@ LONGROPE = {"rope_type": "longrope", "long_factor": [1.0, 2.0], "short_factor": 
                 "architectures": ["Gemma3ForCausalLM"],
                 "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
             },
-            "of the windowed layers are not supported: only rope_theta",
+            "of windowed layers are not supported: only rope_theta",
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is not known here"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear lacks factor"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config .* is not known here and may change the result"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config says that another tool quantised the weights"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization says that another tool quantised the weights"),
+        (
+            {"a": 2, "hidden_act": "gelu", "b": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "c": [3]}},
+            "hidden_act 'gelu' is not supported, only 'silu' or 'swish'; a 2, b True, c .3. is not known here",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types other than full_attention are not"),
+        ({"rope_type": "linear"}, "rope_type 'linear' is not supported, only 'default'"),
+        (
+            {
+                "architectures": ["MixtralForCausalLM"],
+                "norm_topk_prob": False,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "norm_topk_prob False is not supported, only True",
+        ),
         ({"residual_multiplier": 0.22}, "residual_multiplier 0.22 is not known here"),
         (
             {
@@ -203,6 +282,30 @@ def test_weights_of_another_type_are_named(folder):
     refused(folder, "1 of another type: norm.weight torch.int8")
 
 
+NEUTRAL = {
+    "num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "typical_p": 1.0, "_commit_hash": "abc",
+    "is_decoder": False, "prefix": None, "min_length": 0, "diversity_penalty": 0.0, "pruned_heads": {},
+    "suppress_tokens": [], "num_labels": 2, "use_return_dict": True, "an_unknown_scale": 1.0, "hidden_act": "swish",
+    "layer_types": ["full_attention"] * GQA.n_layer, "max_window_layers": 2, "use_sliding_window": False,
+    "rope_type": "default", "rope_scaling": {"rope_type": "default", "finetuned": True, "beta_fast": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_a_field_that_changes_nothing_is_passed_over(field):
+    assert args_from_config(CONFIG | {field: NEUTRAL[field]}) == args_from_config(CONFIG) == GQA
+
+
+def test_fields_of_another_kind_of_rope_scaling_are_passed_over():
+    """As transformers does; and a name of the kind beside the scaling, of both spellings."""
+    linear = {"rope_type": "linear", "type": "linear", "factor": 2.0}
+    other = {"beta_fast": 32, "low_freq_factor": 1.0, "attention_factor": 1.3, "finetuned": True}
+    plain = args_from_config(CONFIG | {"rope_scaling": linear})
+    assert plain == args_from_config(CONFIG | {"rope_scaling": linear | other, "rope_type": "linear"})
+    mixtral = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert args_from_config(CONFIG | mixtral) == args_from_config(CONFIG | mixtral | {"norm_topk_prob": True})
+
+
 def test_limits_and_defaults_are_those_that_transformers_takes():
     llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 8192
@@ -210,8 +313,8 @@ def test_limits_and_defaults_are_those_that_transformers_takes():
     assert args_from_config(CONFIG | limit | {"rope_scaling": llama3}).context_limit == 131072
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     both = {"rope_scaling": yarn, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    args = args_from_config(CONFIG | limit | both)  # the older field first, but for theta
-    assert args.rope_scaling.kind == "yarn" and args.rope_theta == 1e6 and args.context_limit == 131072
+    args = args_from_config(CONFIG | limit | both)  # the older field alone
+    assert args.rope_scaling.kind == "yarn" and args.rope_theta == 1e4 and args.context_limit == 131072
     mistral = args_from_config(CONFIG | limit | {"architectures": ["MistralForCausalLM"]})
     assert mistral.windows == (4096,) * 3
     gemma = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 256, "sliding_window_size": 4096}
@@ -303,7 +406,7 @@ def test_a_file_of_the_older_format_is_read(folder):
     assert torch.equal(load_model(read_checkpoint(folder), "cpu", torch.float32).output.weight, state["output.weight"])
 
 
-@pytest.mark.parametrize("where", [{}, ["a"], {"a": 5}, {"a": ["x"]}, {"a": "/etc/hostname"}])
+@pytest.mark.parametrize("where", [{}, ["a"], {"a": 5}, {"a": ["x"]}, {"a": "/etc/hostname"}, {"a": "x/../../b"}])
 def test_a_damaged_index_is_named(folder, where):
     (folder / "model.pth").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))

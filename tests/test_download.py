@@ -40,6 +40,7 @@ MISTRAL = [
     ".gitattributes", "README.md", *COMPANIONS, "consolidated.safetensors", *shards("model", 3, ".safetensors"), INDEX,
     "params.json", "special_tokens_map.json", "tokenizer.model", "tokenizer.model.v3",
 ]  # fmt: skip
+SHARDS = shards("model.safetensors", 2, ".safetensors")  # as some name them
 BINS = shards("pytorch_model", 2, ".bin")
 BIN_ONLY = ["README.md", *COMPANIONS, *BINS, BIN_INDEX, "tokenizer.model", "training_args.bin", "optimizer.pt"]
 BOTH = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "tokenizer.model"]
@@ -70,11 +71,13 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "config.json", "t
         ]),
         (TINYLLAMAS, ["stories15M.pt"], ["stories15M.pt"]),
         (TINYLLAMAS, ["stories260K/stories260K.pt", "stories15M.pt"], ["stories260K/stories260K.pt", "stories15M.pt"]),
+        (["config.json", "optimizer.safetensors", *SHARDS, INDEX], [], ["config.json", INDEX, *SHARDS]),
+        (["config.json", "other.safetensors", *SHARDS], [], ["config.json", *SHARDS]),
         (BOTH, ["pytorch_model.bin", "config.json"], ["config.json", "tokenizer.model", "pytorch_model.bin"]),
     ],
     ids=[
         "llama", "mistral", "bin", "both", "templates", "file and shards", "one bin", "own name", "file", "files",
-        "file of both",
+        "suffix first", "stray file", "file of both",
     ],
 )  # fmt: skip
 def test_one_set_of_weights_is_chosen(names, files, expected):
@@ -87,7 +90,13 @@ def test_one_set_of_weights_is_chosen(names, files, expected):
     [
         (GGUF, [], "it has llama.Q2_K_M.gguf, llama.Q3_K_M.gguf, llama.Q4_K_M.gguf and 2 more"),
         (TINYLLAMAS, [], "it has stories15M.bin, stories15M.pt, stories260K/stories260K.pt and 1 more"),
-        (ADAPTER, [], "it has adapter_model.safetensors: "),
+        (ADAPTER, [], "a LoRA adapter (adapter_config.json), which is not applied here"),
+        ([*BOTH, "adapter_config.json"], [], "a LoRA adapter (adapter_config.json), which is not applied here"),
+        (
+            ["config.json", *shards("model", 3, ".safetensors")[1:]],
+            [],
+            "2 of the 3 shards of its weights, but not model-00001-of-00003.safetensors",
+        ),
         (["original/model.safetensors", "config.json"], [], "it has original/model.safetensors: "),
         (["consolidated.safetensors", "config.json"], [], "it has consolidated.safetensors: "),
         (["README.md"], [], "it has no weights at all"),

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import types
+from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -30,6 +31,7 @@ from batch import seed_of
 from checkpoint import read_checkpoint, read_weights
 from engine import Engine
 from eval import Drawing, Evaluator, Texts, main, pass_at, windows
+from families import args_from_config
 from request import Request, Sampling
 from rotary import RopeScaling
 from scoring import Scored, Scorer
@@ -399,6 +401,28 @@ def test_a_stop_string_is_searched_and_cut_in_one_rendering():
 def test_generation_kwargs_that_are_not_served_are_refused(ours, given, message):
     with pytest.raises(ValueError, match=message):
         ours.generate_until([("the", given)])
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+ROPES = {
+    "none": (None, LIMIT), "linear": ({"rope_type": "linear", "factor": 4.0}, LIMIT),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, 4 * LIMIT),
+    "yarn": (YARN | {"original_max_position_embeddings": LIMIT}, 4 * LIMIT),
+    "yarn, stretched": (YARN | {"original_max_position_embeddings": LIMIT // 4}, LIMIT),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling,reach", ROPES.values(), ids=ROPES)
+def test_windows_are_as_long_as_the_harness_makes_them(folder, ours, theirs, scaling, reach, monkeypatch):
+    """Oracle: the harness's own length, asked of transformers' config. The model may reach further."""
+    from transformers import LlamaConfig
+
+    config = json.loads((folder / "config.json").read_text()) | {"rope_scaling": scaling}
+    del config["rope_parameters"]
+    args = args_from_config(config)
+    monkeypatch.setattr(theirs.model, "config", LlamaConfig.from_dict(config | {"rope_scaling": copy(scaling)}))
+    found = Evaluator(Engine(random_model(args)), ours.texts, 200)
+    assert found.limit == theirs.max_length == LIMIT and args.context_limit == reach
 
 
 def test_a_continuation_over_the_limit_is_refused(ours):

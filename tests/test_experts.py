@@ -299,6 +299,7 @@ def test_a_router_that_is_not_finite_is_an_error():
 SMALL = CONFIG | {
     "architectures": ["MixtralForCausalLM"], "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4,
     "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+    "rope_theta": 10000.0,
 }  # fmt: skip
 
 

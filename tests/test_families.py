@@ -21,6 +21,7 @@ from convert_hf_checkpoint import convert
 from families import args_from_config
 from model import Transformer
 from quantize import main as quantise
+from rotary import all_frequencies
 from tp import Shard
 
 # Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.
@@ -245,6 +246,51 @@ def test_scaling_by_length_decodes_as_transformers_does(family, length, tmp_path
     torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
 
 
+ROPES = {
+    "nothing": {},
+    "theta": {"rope_theta": 7e5},
+    "new": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "new and theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 7e5},
+    "old": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "both": {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+    "all": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 5e5},
+        "rope_theta": 7e5,
+    },
+    "two originals": {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 24,
+    },
+}  # fmt: skip
+MOE = {"num_experts_per_tok": 2, "num_local_experts": 4}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "SmolLM3", "Granite", "Gemma3"])
+def test_theta_and_scaling_are_those_that_transformers_reads_from_the_same_file(name, rope, tmp_path):
+    """Oracle: the frequencies of transformers' own network."""
+    architecture = f"{name}ForCausalLM"
+    if name == "Gemma3" and rope not in ("nothing", "theta", "old"):
+        pytest.skip("transformers' Gemma 3 has rope_parameters by kind of layer alone")
+    config = (
+        SHAPE | ROPES[rope] | (MOE if name == "Mixtral" else {}) | {"architectures": [architecture], "head_dim": 12}
+    )
+    config |= {"model_type": {"Gemma3": "gemma3_text"}.get(name, name.lower()), "pad_token_id": 0}
+    config["num_hidden_layers"] = 7 if name == "Gemma3" else 2  # of which the sixth sees all
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    rotary = transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb
+    args = args_from_config(config)
+    ours = all_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.turning)
+    if name == "Gemma3":
+        expected = torch.cat([rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq])
+    else:
+        expected = rotary.inv_freq
+        assert rotary.attention_scaling == (args.rope_scaling.attention_factor if args.rope_scaling else 1.0)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("family", ["Llama 3.1", "YaRN", "linear"])
 def test_positions_far_beyond_the_original_context(family, tmp_path):
     """Forty tokens up to position 9,040, which llama3 scaling stretches to. Turns are so many there that fp32 angles
@@ -399,12 +445,137 @@ def test_every_form_in_which_weights_are_stored_is_read(tmp_path, form):
     assert torch.equal(full(read(converted), tokens), full(read(tmp_path), tokens))
 
 
+def llama(folder, **change) -> dict[str, torch.Tensor]:
+    """A random Llama as transformers saves it; returns its tensors."""
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE | change)).save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("heads", ["none", "equal", "other", "only"])
+def test_a_head_beside_tied_embeddings_is_used_as_transformers_uses_it(tmp_path, heads, suffix):
+    """Oracle: transformers, which ties no head of other values. Nor is one lost by converting or quantising."""
+    state = llama(tmp_path, tie_word_embeddings=True)
+    embedding = state["model.embed_tokens.weight"]
+    if heads != "none":
+        state["lm_head.weight"] = torch.randn_like(embedding) if heads == "other" else embedding.clone()
+    if heads == "only":
+        del state["model.embed_tokens.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    if suffix == ".bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).requires_grad_(False)
+    tokens = random_tokens(read_checkpoint(tmp_path).args, 3, 40)
+    expected = reference(tokens).logits
+    assert read_checkpoint(tmp_path).args.tied_output == (heads != "other")
+    torch.testing.assert_close(full(read(tmp_path), tokens), expected, rtol=0, atol=1e-4)
+    converted = convert(tmp_path, tmp_path / "out")
+    torch.testing.assert_close(full(read(converted), tokens), expected, rtol=0, atol=1e-4)
+    assert quantise(["--checkpoint_path", str(converted), "--mode", "int8"]) == 0
+    rounded = full(read(tmp_path / "out" / "model_int8.pth"), tokens)
+    assert (rounded - expected).square().mean() < 0.1**2 * expected.square().mean()
+    sizes = weight_sizes(read_checkpoint(tmp_path), "cpu", torch.float32)
+    assert sum(sizes.values()) == sum(each.nbytes for each in read(tmp_path).parameters())
+
+
+def test_a_tensor_in_two_files_is_refused_with_both_names(tmp_path):
+    state = llama(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_file(state, tmp_path / "first.safetensors")
+    save_file({"module.model.norm.weight": torch.ones(48)}, tmp_path / "second.safetensors")
+    match = "model.norm.weight of .*first.safetensors and module.model.norm.weight of .*second.safetensors are the same"
+    with pytest.raises(ValueError, match=match):
+        read(tmp_path)
+
+
+PREFIXES = {
+    "none": lambda name: name.removeprefix("model."),
+    "compiled": lambda name: "_orig_mod." + name,
+    "compiled inside": lambda name: name.replace("self_attn", "_orig_mod.self_attn"),
+    "parallel": lambda name: "module." + name,
+    "both": lambda name: "module._orig_mod." + name,
+    "peft": lambda name: "base_model.model." + name,
+    "images": lambda name: "language_model." + name,
+    "images, newer": lambda name: name.replace("model.", "model.language_model."),
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_in_a_wrapper_are_read_and_buffers_passed_over(tmp_path, prefix):
+    """Oracle: the tensors under their own names."""
+    state = llama(tmp_path)
+    tokens = random_tokens(read(tmp_path).args, 2, 9)
+    expected, one = full(read(tmp_path), tokens), torch.ones(1)
+    buffers = ["self_attn.rotary_emb.inv_freq", "self_attn.rotary_emb.cos_cached", "self_attn.masked_bias",
+               "self_attn.bias", "self_attn.k_scale", "self_attn.attn.v_scale", "self_attn.k_proj.k_scale"]  # fmt: skip
+    state |= {f"model.layers.1.{name}": one.clone() for name in buffers} | {"model.rotary_emb.inv_freq": one.clone()}
+    save_file({PREFIXES[prefix](name): each for name, each in state.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(full(read(tmp_path), tokens), expected)
+
+
 def test_a_missing_shard_is_named(tmp_path):
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(tmp_path, max_shard_size="40KB")
-    second = sorted(tmp_path.glob("*.safetensors"))[1]
-    second.unlink()
-    with pytest.raises(FileNotFoundError, match=f"names {second.name}, which is not in the folder"):
+    llama(tmp_path / "whole")
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    reference.save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"names {shards[1].name}, which is not in the folder"):
         read_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    match = f"{len(shards) - 1} of the {len(shards)} shards of its weights, but not {shards[1].name}: fetch it"
+    with pytest.raises(FileNotFoundError, match=match):
+        read_checkpoint(tmp_path)
+    (tmp_path / "elsewhere").rename(shards[1])
+    (tmp_path / "optimizer.safetensors").write_text("stray")  # as what is not numbered
+    assert read_checkpoint(tmp_path).weights == tuple(shards)
+    (tmp_path / "other-00001-of-00001.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="shards of 2 models, model-00001-of-.*, other-00001-of-00001"):
+        read_checkpoint(tmp_path)
+
+
+def test_shards_in_a_subfolder_that_an_index_names_are_read(tmp_path):
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).requires_grad_(False)
+    reference.save_pretrained(tmp_path, max_shard_size="40KB")
+    index = tmp_path / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    (tmp_path / "sub").mkdir()
+    for name in set(where.values()):
+        (tmp_path / name).rename(tmp_path / "sub" / name)
+    index.write_text(json.dumps({"weight_map": {name: f"sub/{file}" for name, file in where.items()}}))
+    tokens = random_tokens(read(tmp_path).args, 2, 9)
+    torch.testing.assert_close(full(read(tmp_path), tokens), reference(tokens).logits, rtol=0, atol=1e-4)
+
+
+MISSING = {
+    "Llama": ("layers.1.self_attn.q_proj.weight", "q_proj"), "Phi-3": ("layers.1.self_attn.qkv_proj.weight", "qkv"),
+    "Phi-4-mini": ("layers.0.mlp.gate_up_proj.weight", "gate_up"), "Gemma 2": (
+        "layers.1.pre_feedforward_layernorm.weight", "pre_feed"
+    ), "Mixtral": ("layers.0.block_sparse_moe.experts.2.w3.weight", "gate_up_proj"),
+    "Qwen3 MoE": ("layers.2.mlp.experts.0.down_proj.weight", "experts.0.down_proj"),
+    "Qwen2 MoE": ("layers.1.mlp.gate.weight", "mlp.gate.weight"), "OLMo 2": ("norm.weight", "model.norm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MISSING)
+def test_what_is_missing_or_wrong_is_named_as_in_its_file(family, tmp_path):
+    """The first name is taken out of the file, and another is left over; both, and the file, are told."""
+    save_random(tmp_path, family)
+    state, name = load_file(tmp_path / "model.safetensors"), f"model.{MISSING[family][0]}"
+    state["model.layers.0.self_attn.o_proj.bias"] = torch.ones(3)
+    state["model.layers.1.self_attn.o_proj.weight"] = torch.ones(5, 3)
+    (tmp_path / "model.safetensors").unlink()
+    assert state.pop(name) is not None
+    save_file({each: state.pop(each) for each in sorted(state) if "o_proj" in each}, tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError) as refused:
+        read(tmp_path)
+    told = str(refused.value)
+    assert f"missing: {name}" in told
+    assert "1 not in the model: model.layers.0.self_attn.o_proj.bias of a.safetensors" in told
+    assert "model.layers.1.self_attn.o_proj.weight of a.safetensors (5, 3) instead of (48, " in told
 
 
 def test_tensors_that_the_config_does_not_know_are_listed(tmp_path):
@@ -414,7 +585,8 @@ def test_tensors_that_the_config_does_not_know_are_listed(tmp_path):
     for field in ("layer_types", "max_window_layers"):
         config.pop(field, None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="12 not in the model: layers.0.attention.wk.bias, layers.0.attention.wq.bias"):
+    names = ", ".join(f"model.layers.0.self_attn.{part}_proj.bias" for part in "kqv")
+    with pytest.raises(ValueError, match=f"12 not in the model: {names}"):
         read(tmp_path)
 
 

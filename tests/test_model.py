@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import GQA, full, positions, prefilled, random_model, random_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache import KVCache, NoCache
-from checkpoint import check_weights, load_model, read_checkpoint
+from checkpoint import load_model, read_checkpoint
 from engine import Engine
 from families import args_from_config, our_tensors
 from model import Transformer
@@ -57,9 +58,10 @@ def test_logits_equal_those_of_transformers(name):
     torch.manual_seed(0)
     reference = LlamaForCausalLM(config).eval()
     args = args_from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
-    state = our_tensors(reference.state_dict(), {"architectures": ["LlamaForCausalLM"]})
+    state = {}
+    for theirs, tensor in reference.state_dict().items():
+        state |= our_tensors(theirs, tensor, {"architectures": ["LlamaForCausalLM"]})
     model = Transformer(args).eval()
-    check_weights(model, state)
     model.load_state_dict(state)
     tokens = torch.randint(101, (3, 200))
     with torch.no_grad():
@@ -103,6 +105,32 @@ def test_dynamic_scaling_goes_by_each_rows_own_position():
         own = KVCache.branch(middle, [row], 2, length=lengths)
         alone = model(one[row : row + 1], own.start[:, None], own)
         torch.testing.assert_close(stepped[row : row + 1], alone, rtol=0, atol=1e-10)
+
+
+class Made(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "dynamic", "longrope"])
+def test_a_step_makes_no_constants_of_rope(kind):
+    """They would be copied to the device in every step. Oracle: the operators that run, none of which makes a tensor
+    from numbers of the host."""
+    scaling = None if kind == "none" else RopeScaling(kind, 4.0, 20, short=(1.0,) * 5, long=(2.0,) * 5)
+    model = random_model(replace(GQA, rope_scaling=scaling), torch.float32)
+    where = positions(17, 3, 5)
+    with Made() as made:
+        model.rotation(where)
+    assert "aten::cos" in made.names
+    makers = ("arange", "lift", "copy", "full", "empty", "scalar_tensor")
+    assert not {name for name in made.names if any(part in name for part in makers)}
 
 
 def test_greedy_text_of_a_trained_model_equals_that_of_transformers(published):
