@@ -219,6 +219,12 @@ def test_another_command_is_refused(prompts, tmp_path):
     ):
         result = batch(path, "--output", output, "--resume", *flags)
         assert result.returncode == 2 and f"was begun with {word}" in result.stderr
+    older = tmp_path / "older.jsonl"  # by another rule of the draw
+    header, _, lines = before.partition(b"\n")
+    kept = {name: value for name, value in json.loads(header)["header"].items() if name != "draw"}
+    older.write_bytes(json.dumps({"header": kept}).encode() + b"\n" + lines)
+    result = batch(prompts, "--output", older, "--resume")
+    assert result.returncode == 2 and "was begun with draw null" in result.stderr
     assert output.read_bytes() == before
     assert run("--prompts", prompts, *FLAGS[:2], *FLAGS[4:], "--output", output, "--resume").returncode == 0  # its seed
 

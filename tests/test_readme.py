@@ -49,6 +49,13 @@ def test_the_readme_has_what_is_tested_here():
     assert len(EXAMPLES) == 2 and len(RUNS) == 9 and MAKE == [["make", "generate"], ["make", "test"]]
 
 
+def test_the_first_block_is_what_its_command_prints():
+    """In fp32, which the command names, so that it is the same on every CPU; but for where lines are broken."""
+    command, printed = re.findall(r"```\n\$ (python .*?)\n(.*?)```", TEXT, re.DOTALL)[0]
+    result = run(command, ROOT)
+    assert "--dtype float32" in command and result.stdout.split() == printed.split(), result.stderr
+
+
 def test_the_two_commands_are_targets_of_the_makefile():
     """`make generate` is what CI and a new user run; here its last line is run, without the set-up."""
     makefile = (ROOT / "Makefile").read_text("utf-8")
