@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from system import Guarded, interruptible, read_text
-from vocabulary import Added, ByteTokens, Names, continued, control_names, encode_parts, inside, merge, read_metadata
+from vocabulary import Added, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
 
 
 class Tokenizer(Protocol):
@@ -44,7 +44,7 @@ class SentencePieceTokenizer:
         own = {name: Added(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
         added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
         self.specials = {name: token.id for name, token in added.items() if token.special}
-        self.names, self.control = control_names(added), frozenset(self.specials.values())
+        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
         # Gemma's, which have no flags, are pieces that the processor finds by itself.
         texts = {name: token for name, token in added.items() if not token.special}
         found = {name for name, t in texts.items() if t == Added(t.id, False) and t.id in processor.encode(name)}
@@ -60,15 +60,7 @@ class SentencePieceTokenizer:
         self.cuts = inside(found_in_text)
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for index, part in enumerate(self.texts.cut(text)):
-            if index % 2:
-                ids.append(self.texts.tokens[part].id)
-            elif index and not self.prefixes_all:
-                ids += continued(self.encode_words, part)
-            else:
-                ids += self.encode_words(part)
-        return ids
+        return self.texts.encode(text, self.encode_words, self.prefixes_all)
 
     def encode_words(self, text: str) -> list[int]:
         return encode_parts(partial(interruptible, self.processor.encode), self.cuts.split(text))
@@ -102,7 +94,7 @@ class TiktokenTokenizer:
         if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
             raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
-        self.names = control_names({name: Added(id) for name, id in self.specials.items()})
+        self.names = Names.of_control({name: Added(id) for name, id in self.specials.items()})
         parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
         self.encoding = Guarded(path, Encoding, "llama3", **parts)
         self.bos_id: int | None = self.specials["<|begin_of_text|>"]
@@ -133,14 +125,10 @@ class JSONTokenizer:
         backend.no_truncation()  # the file may ask for both
         backend.no_padding()
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
-        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        named = [name for name in metadata["named"] if backend.token_to_id(name) is not None]
-        backend.add_special_tokens([known.get(name, name) for name in named])
+        added = added_by(backend, metadata["named"])
         backend.made.encode_special_tokens = True  # as plain text
-        found = backend.get_added_tokens_decoder().items()
-        added = {t.content: Added(id, t.special, t.lstrip, t.rstrip, t.single_word) for id, t in found}
         self.specials = {name: token.id for name, token in added.items() if token.special}
-        self.names, self.control = control_names(added), frozenset(self.specials.values())
+        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
         begun = backend.encode(".")
         first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
         self.bos_id = self.specials.get(bos or "") if first is None and metadata.get("add_bos_token") else first

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from system import read_text
 
@@ -34,6 +34,14 @@ def merge(own: Mapping[str, Added], metadata: Mapping[str, Any]) -> dict[str, Ad
     return {**own} | {name: replace(token, special=token.special or name in control) for name, token in given.items()}
 
 
+def added_by(backend: Any, named: Iterable[str]) -> dict[str, Added]:
+    """The added tokens of a tokenizer of the tokenizers library, in which those that are named become control tokens."""
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([known.get(name, name) for name in named if backend.token_to_id(name) is not None])
+    found = backend.get_added_tokens_decoder().items()
+    return {t.content: Added(id, t.special, t.lstrip, t.rstrip, t.single_word) for id, t in found}
+
+
 class Names:
     """Cuts text at the names of tokens, as the tokenizers library does."""
 
@@ -41,6 +49,11 @@ class Names:
         self.tokens = tokens
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
         self.pattern = re.compile("|".join(longest_first) or "(?!)")
+
+    @classmethod
+    def of_control(cls, added: Mapping[str, Added]) -> Self:
+        """Those of the control tokens. A name of one character is text too: it cannot be cut."""
+        return cls({name: token for name, token in added.items() if token.special and len(name) > 1})
 
     def cut(self, text: str) -> list[str]:
         """Text, name, text, name, ..., text."""
@@ -56,15 +69,21 @@ class Names:
             begin = space.end() if space and token.rstrip else stop
         return [*parts, text[begin:]]
 
+    def encode(self, text: str, encode: Callable[[str], list[int]], prefixes_all: bool) -> list[int]:
+        """Ids of a text in which the names are tokens, and what is between them is encoded: as a prompt is, which may
+        begin with a prefix space, or where not prefixes_all only the first part so."""
+        ids: list[int] = []
+        for index, part in enumerate(self.cut(text)):
+            if index % 2:
+                ids.append(self.tokens[part].id)
+            else:
+                ids += encode(part) if prefixes_all or index == 0 else continued(encode, part)
+        return ids
+
 
 def inside(names: Iterable[str]) -> re.Pattern[str]:
     """Matches behind the first character of each name. Text cut there holds none of them whole."""
     return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names) or "(?!)")
-
-
-def control_names(added: Mapping[str, Added]) -> Names:
-    """Of the tokens that are control tokens. A name of one character is text too: it cannot be cut."""
-    return Names({name: token for name, token in added.items() if token.special and len(name) > 1})
 
 
 BARRIER = "\ue000"  # no token reaches from this character into what follows it
