@@ -213,8 +213,8 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
 
 
 def test_a_context_in_int8_is_planned_as_such(by_torch):
-    """Half, a scale, and one number for each channel of the keys; in fp32, two copies of a layer's keys while they are brought into int8, and three while they
-    and the values are widened again."""
+    """Half, a scale, and a number for each channel of the keys; in fp32, two copies of a layer's keys while they are
+    brought into int8, and three while they and the values are widened again."""
     plain, halved = (
         plan(GQA, Workload(5000, 1, 200, kv_dtype=kv_dtype, prefill_chunk=1), compile=False)
         for kv_dtype in ("auto", "int8")
