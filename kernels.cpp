@@ -242,6 +242,7 @@ struct Part {  // one cache; keys, then values. index: a row of the cache for ea
     const void* scale[2];  // of int8, in the type of the queries
     int64_t scale_row[2], scale_head[2], scale_token[2];
     const int64_t *start, *index, *length;
+    const void* channel;  // [rows,G,D] by which int8 keys are multiplied too, in the type of the queries; or none
     int64_t rows, slots, type;
 };
 struct Call {
@@ -341,6 +342,13 @@ struct alignas(64) Room {
 template <class E>
 const E* tokens(const Part& part, const Task& task, int side, int t) {
     return (const E*)part.data[side] + task.row * part.row[side] + task.head * part.head[side] + t * part.token[side];
+}
+
+// What query i of a task is multiplied by in place of the keys; null: by nothing.
+template <class T>
+const T* channels(const Plan& plan, const Task& task) {
+    const void* from = plan.parts[task.part].channel;
+    return from ? (const T*)from + (task.row * plan.c.G + task.head) * plan.c.D : nullptr;
 }
 
 // The scales of n tokens; of what is not int8, none.
@@ -455,11 +463,15 @@ template <class M, class E, class T>
 void wide(const Plan& plan, const Task& task, Room& room) {
     const Call& c = plan.c;
     int Q = task.q_end - task.q_begin, D = c.D, first, pitch;
+    const T* channel = channels<T>(plan, task);
     for (int i = 0; i < (Q + W - 1) / W * W; i++) {
         Query query = plan.query(task, task.q_begin + std::min(i, Q - 1));  // the last lanes repeat a query
         const T* q = (const T*)c.q + query.n * c.q_row + query.h * c.q_head + query.s * c.q_position;
         place(i, Q, first, pitch);
-        for (int d = 0; d < D; d++) M::put(room.q + first * D / M::PAIR + i - first, pitch, d, number(q[d]));
+        for (int d = 0; d < D; d++) {
+            float x = number(q[d]) * (channel ? number(channel[d]) : 1);
+            M::put(room.q + first * D / M::PAIR + i - first, pitch, d, x);
+        }
     }
     for (int t = task.k_begin; t < task.k_end; t += KEYS) {
         int n = std::min(KEYS, task.k_end - t);
@@ -528,10 +540,12 @@ void narrow(const Plan& plan, const Task& task, Room& room) {
     const Call& c = plan.c;
     const Part& part = plan.parts[task.part];
     int Q = task.q_end - task.q_begin, D = c.D;
+    const T* channel = channels<T>(plan, task);
     for (int i = 0; i < Q; i++) {
         Query query = plan.query(task, task.q_begin + i);
         const T* q = (const T*)c.q + query.n * c.q_row + query.h * c.q_head + query.s * c.q_position;
         widen(q, 0, 1, D, nullptr, room.q + i * D);
+        for (int d = 0; channel && d < D; d++) room.q[i * D + d] *= number(channel[d]);
     }
     for (int t = task.k_begin; t < task.k_end; t += KEYS) {
         int n = std::min(KEYS, task.k_end - t);

@@ -139,7 +139,8 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 class Part(NamedTuple):
     """One cache of a chain as rows see it: k, v [R,G,L,D] and, where these are int8, their scales [R,G,L,1]; start [R],
     the position of each row's first slot. rows [N]: which row of the cache each row of queries continues; None: its
-    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all."""
+    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all. k_channel
+    [R,G,1,D]: by which int8 keys are multiplied besides."""
 
     k: Tensor
     v: Tensor
@@ -148,6 +149,7 @@ class Part(NamedTuple):
     start: Tensor
     rows: Tensor | None = None
     length: Tensor | None = None
+    k_channel: Tensor | None = None
 
 
 def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | None) -> tuple[Tensor, Tensor]:
@@ -160,8 +162,9 @@ def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | 
 
 
 class Chain(Protocol):
-    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales, of every layer; each
-    of links has a cache, for each row the index of the row that it continues, and how much of that is written."""
+    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales and the keys'
+    channels, of every layer; each of links has a cache, for each row the index of the row that it continues, and how
+    much of that is written."""
 
     k: list[Tensor]
     start: Tensor
@@ -172,8 +175,8 @@ class Chain(Protocol):
 
 
 def part(cache: Chain, layer: int, rows: Tensor | None = None, length: Tensor | None = None) -> Part:
-    k, v, k_scale, v_scale = (*cache.tensors[layer :: len(cache.k)], None, None)[:4]
-    return Part(k, v, k_scale, v_scale, cache.start, rows, length)  # type: ignore[arg-type]
+    k, v, k_scale, v_scale, k_channel = (*cache.tensors[layer :: len(cache.k)], None, None, None)[:5]
+    return Part(k, v, k_scale, v_scale, cache.start, rows, length, k_channel)  # type: ignore[arg-type]
 
 
 def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
@@ -209,7 +212,7 @@ def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
 
 def check_part(part: Part, q: Tensor) -> None:
     """Raises ValueError where a part is not as kernels.cpp reads it, behind queries [N,H,S,D]."""
-    k, v, k_scale, v_scale, start, rows, length = part
+    k, v, k_scale, v_scale, start, rows, length, k_channel = part
     R, G, L, D = k.shape
     N, H, _, head_dim = q.shape
     if head_dim != D or v.shape != k.shape or G == 0 or H % G or (rows is None and R != N):
@@ -228,6 +231,8 @@ def check_part(part: Part, q: Tensor) -> None:
         check("rows", rows, torch.long, N)
     if length is not None:
         check("length", length, torch.long, R)
+    if k_channel is not None:
+        check("k_channel", k_channel, q.dtype, R, G, 1, D)
 
 
 def run_attend(

@@ -39,30 +39,36 @@ class SDPACache(KVCache):
 class Int8Context(KVCache):
     """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
 
-    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127. In
-    float16, numbers beyond 65,000 would not come back. What the samples decode stays in the dtype of the network.
+    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127.
+    Each channel of the keys is first divided by the root of its largest number: a few channels may be much larger than
+    all others (the biases of Qwen2), and a few tokens too, hence the root. In float16, numbers beyond 65,000 would not
+    come back. What the samples decode stays in the dtype of the network.
     """
 
     def __init__(self, context: KVCache) -> None:
         """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
 
-        def taken(views: list[Tensor], buffers: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-            while views:
+        def taken(
+            views: list[Tensor], buffers: list[Tensor], channels: list[Tensor]
+        ) -> Iterator[tuple[Tensor, Tensor]]:
+            for channel in channels:
                 buffers.pop(0)
-                yield quantized(views.pop(0))
+                yield quantized(views.pop(0), channel)
 
         self.start, self.links, self.like = context.start, context.links, context.like
-        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0]), strict=True))
-        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1]), strict=True))
+        self.k_channel = [channel_sizes(k) for k in context.k]
+        ones = [self.start.new_ones((), dtype=self.like.dtype)] * len(context.v)
+        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0], self.k_channel), strict=True))
+        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1], ones), strict=True))
 
     @property
     def tensors(self) -> list[Tensor]:
-        return self.k + self.v + self.k_scale + self.v_scale
+        return self.k + self.v + self.k_scale + self.v_scale + self.k_channel
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         scales = self.k_scale[layer], self.v_scale[layer]  # [N,G,L,1]
         k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
-        return k, v
+        return k * self.k_channel[layer], v
 
     def refuse(self, *_: object) -> NoReturn:
         raise TypeError("a context in int8 is only read: fork it, and write to the fork")
@@ -70,11 +76,19 @@ class Int8Context(KVCache):
     resize = keep = append = row = write = refuse  # type: ignore[assignment]
 
 
-def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """[N,G,L,D] -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype; what was all 0 stays so."""
-    scale = tensor.abs().amax(-1, keepdim=True) / 127  # rounded to the dtype, so that rounding is not lost twice
+def channel_sizes(keys: Tensor) -> Tensor:
+    """keys [N,G,L,D] -> what each channel is divided by [N,G,1,D], in their dtype."""
+    size = keys.abs().amax(2, keepdim=True).sqrt()
+    return size.masked_fill(size == 0, 1.0)
+
+
+def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,G,L,D], and what its channels are divided by -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype;
+    what was all 0 stays so."""
+    numbers = tensor.float() / channel.float()
+    scale = (numbers.abs().amax(-1, keepdim=True) / 127).to(tensor.dtype)  # before it is used: it is rounded once
     divisor = scale.float().masked_fill(scale == 0, 1.0)
-    return (tensor.float() / divisor).round().clamp(-127, 127).to(torch.int8), scale
+    return numbers.div_(divisor).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 # How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a

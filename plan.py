@@ -158,7 +158,8 @@ def plan_run(
     space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
     read = held = context * token  # while the prompt is read, and after that
     if work.kv_dtype == "int8":
-        held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim
+        held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim  # with scales
+        held += args.kv_values_per_token // 2 * dtype.itemsize  # the keys' channels
     read, held = (size + context * work.draft_token for size in (read, held))
 
     def needed(rows: int) -> int:

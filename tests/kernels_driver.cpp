@@ -6,7 +6,7 @@ static void run(int N, int G, int P, int S, int D, int T_, int L, int threads) {
     int H = G * P;
     std::vector<T> q(N * H * S * D), out(q.size());
     std::vector<E> k(G * T_ * D), v(k.size());
-    std::vector<T> own_k(N * G * L * D), own_v(own_k.size()), scale(G * T_);
+    std::vector<T> own_k(N * G * L * D), own_v(own_k.size()), scale(G * T_), channel(G * D);
     std::vector<float> lse(N * H * S), slopes(H, 0.5f);
     std::vector<int64_t> position(N * S), start(N, T_), zero(N, 0), length(1, T_ - 1);
     for (int n = 0; n < N; n++)
@@ -15,9 +15,10 @@ static void run(int N, int G, int P, int S, int D, int T_, int L, int threads) {
     for (int window = 0; window < 6; window += 5) {
         Part parts[2] = {
             {{own_k.data(), own_v.data()}, {G * L * d, G * L * d}, {L * d, L * d}, {d, d}, {}, {}, {}, {}, start.data(),
-             nullptr, nullptr, N, L, type},
+             nullptr, nullptr, nullptr, N, L, type},
             {{k.data(), v.data()}, {G * T_ * d, G * T_ * d}, {T_ * d, T_ * d}, {d, d}, {scale.data(), scale.data()},
-             {G * T_, G * T_}, {T_, T_}, {1, 1}, zero.data(), zero.data(), window ? length.data() : nullptr, 1, T_,
+             {G * T_, G * T_}, {T_, T_}, {1, 1}, zero.data(), zero.data(), window ? length.data() : nullptr,
+             sizeof(E) == 1 ? channel.data() : nullptr, 1, T_,
              sizeof(E) == 1 ? int64_t(INT8) : type}};
         Call call{q.data(), H * S * d, S * d, d, out.data(), lse.data(), position.data(), window ? slopes.data() : nullptr,
                   N, H, S, D, G, window, type, threads, 2};

@@ -3,6 +3,7 @@ a cache, in fp64; for int8 an ordinary context that holds the rounded numbers, a
 
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -27,7 +28,7 @@ import engine as road
 from cache import KVCache, Prefill, sdpa
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
-from layouts import Int8Context, SDPACache, quantized
+from layouts import Int8Context, SDPACache, channel_sizes, quantized
 from model import ModelArgs, Transformer
 from plan import Weights, plan_run
 from request import Request, Sampling, Workload
@@ -347,7 +348,7 @@ def test_numbers_are_rounded_to_the_nearest_of_255(dtype):
     tensor[0, 1, 2] = 0
     tensor[0, 2, 2:6] *= torch.tensor([1e-2, 1e-3, 1e-4, 1e-5])[:, None].to(dtype)
     tensor[1, 2, 3] = 1e-7
-    number, scale = quantized(tensor)
+    number, scale = quantized(tensor, tensor.new_ones(()))
     assert number.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (2, 3, 17, 1)
     error = (number.float() * scale.float() - tensor.float()).abs()
     # Half a step; where the scale was rounded down, at most what 127 steps then lack, also of a subnormal scale.
@@ -356,13 +357,31 @@ def test_numbers_are_rounded_to_the_nearest_of_255(dtype):
     assert (number[0, 1, 2] == 0).all()
 
 
+@pytest.mark.parametrize("large", ["channels", "a token"])
+def test_few_large_channels_or_tokens_do_not_drown_the_others(large):
+    """Keys of 300 in 3 channels of 59, or in one token of 130, among others of about 1: the error of the others, in
+    fp32. Oracle: what plain rounding by token, and by channel, makes of it."""
+    keys = torch.randn(1, 2, 130, 59, generator=torch.Generator().manual_seed(0))
+    others = torch.ones(130, 59, dtype=torch.bool)
+    where = (slice(None), [3, 20, 31]) if large == "channels" else (0, slice(None))
+    keys[:, :, where[0], where[1]] *= 300
+    others[where] = False
+    channel = channel_sizes(keys)
+    number, scale = quantized(keys, channel)
+    error = (number.float() * scale * channel - keys)[:, :, others].abs().mean()
+    worst = 300 / 127 / 2  # half a step of the large ones, which drown what is below
+    assert error < worst / 8
+    assert error < 0.15
+
+
 def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
     context = filled(GQA, 1, 50, torch.bfloat16)
     work = Workload(50, 3, 8, "bifurcated", "int8")
     expected = plan_run(GQA, Weights(0, 0), work, torch.device("cpu"), torch.bfloat16, 10**9)
     halved = Int8Context(context)
     assert context.tensors == []
-    assert nbytes(halved) == expected.context == 50 * GQA.kv_values_per_token * 12 // 10  # 10 numbers and a scale
+    scaled, channels = 50 * GQA.kv_values_per_token * 12 // 10, GQA.kv_values_per_token // 2 * 2  # 10 numbers, a scale
+    assert nbytes(halved) == expected.context == scaled + channels
     assert (halved.rows, halved.slots, halved.like.dtype) == (1, 50, torch.bfloat16)
     child = KVCache.fork(halved, 3, 8)
     assert child.like.dtype == torch.bfloat16 and child.k[0].shape == (3, 2, 8, 10)
@@ -423,6 +442,28 @@ def test_a_tree_may_stand_on_a_context_in_int8(kind):
         return torch.cat([part.flatten() for part in parts])
 
     torch.testing.assert_close(logits(Int8Context), logits(rounded), **EXACT)
+
+
+@pytest.mark.parametrize("bias", [0.0, 300.0])
+def test_int8_moves_log_probabilities_no_more_than_bfloat16(bias):
+    """Of a model whose key biases are large in a few channels, as those of Qwen2: in fp32, 40 tokens of N = 3 behind
+    150. Oracle: the same model in bfloat16."""
+    args = replace(GQA, dim=64, n_layer=2, n_head=4, head_dim=32, hidden_dim=96, qkv_bias=True)
+    model, few = random_model(args, torch.float32), [3, 11, 20, 29]
+    for block in model.layers:
+        block.attention.wq.weight.view(4, 32, -1)[:, few] *= 0.02  # a trained model has small queries there
+        block.attention.wk.bias.zero_().view(2, 32)[:, few] = torch.tensor([1.0, -1.0, 1.0, -1.0]) * bias
+    prompt, own = random_tokens(args, 1, 150), random_tokens(args, 3, 40, seed=2)
+
+    def scored(model: Transformer, kind: type[Int8Context] | None) -> Tensor:
+        context = prefilled(model, prompt, 64)
+        cache = KVCache.fork(context if kind is None else kind(context), 3, 40)
+        logits = model(own, positions(150, 3, 40), cache)
+        return logits[:, :-1].float().log_softmax(-1).gather(-1, own[:, 1:, None])
+
+    exact = scored(model, None)
+    int8, half = scored(model, Int8Context), scored(deepcopy(model).bfloat16(), None)
+    assert 0 < (int8 - exact).abs().mean() < (half - exact).abs().mean()
 
 
 @needs_stories

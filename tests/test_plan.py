@@ -213,13 +213,14 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
 
 
 def test_a_context_in_int8_is_planned_as_such(by_torch):
-    """Half and a scale; in fp32, two copies of a layer's keys while they are brought into int8, and three while they
-    and the values are widened again."""
+    """Half, a scale, and a number for each channel of the keys; in fp32, two copies of a layer's keys while they are
+    brought into int8, and three while they and the values are widened again."""
     plain, halved = (
         plan(GQA, Workload(5000, 1, 200, kv_dtype=kv_dtype, prefill_chunk=1), compile=False)
         for kv_dtype in ("auto", "int8")
     )
-    assert halved.context == 5000 * GQA.kv_values_per_token * 14 // 10 < plain.context == halved.context_while_read
+    held = 5000 * GQA.kv_values_per_token * 14 // 10 + GQA.kv_values_per_token // 2 * 4
+    assert halved.context == held < plain.context == halved.context_while_read
     keys = plain.context // GQA.n_layer // 2
     assert halved.space.reading() == 2 * keys and halved.space.attention(1, 1, 1) == 3 * keys
     assert halved.needed == halved.weights.total + plain.context + 2 * keys
