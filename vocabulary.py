@@ -35,7 +35,7 @@ def merge(own: Mapping[str, Added], metadata: Mapping[str, Any]) -> dict[str, Ad
 
 
 def added_by(backend: Any, named: Iterable[str]) -> dict[str, Added]:
-    """The added tokens of a tokenizer of the tokenizers library, in which those that are named become control tokens."""
+    """The added tokens of the tokenizers library, of which those that are named become control tokens."""
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([known.get(name, name) for name in named if backend.token_to_id(name) is not None])
     found = backend.get_added_tokens_decoder().items()
