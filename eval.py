@@ -522,7 +522,7 @@ def run_samples(options: argparse.Namespace) -> None:
     engine.runs, begin = len(problems), time.perf_counter()
     with evaluator.running(), options.output.open("w", encoding="utf-8") as file:
         for number, (problem, tokens) in enumerate(zip(problems, prompts, strict=True), 1):
-            samples = engine.generate(tokens, replace(request, seed=seed_of(request.seed, problem["task_id"])))
+            samples = engine.generate(tokens, replace(request, seed=seed_of(evaluator.seed, problem["task_id"])))
             evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
             evaluator.drawn += sum(len(each.tokens) for each in samples)
             for line in sample_lines(problem["task_id"], samples):

@@ -43,7 +43,7 @@ def add_batch(flag: Callable[..., None]) -> None:
     flag("--resume", help="go on where a killed run has stopped writing --output", action="store_true")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> OneLineParser:
     """Every flag and every default of the command line."""
     parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
     flag = parser.flag
