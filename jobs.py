@@ -2,7 +2,8 @@
 
 The output is JSON lines. The first is a header: all that decides the samples. Then the lines of each prompt when it is
 finished, at once and at the end, so that what a kill leaves is whole prompts, and at most one that is not: it is told
-by its ranks, which are not all there, and drawn again.
+by its ranks, which are not all there, and drawn again. A file has one writer: each replica of a run has its own, which
+the first one takes into the output at the end, or the next run that goes on.
 """
 
 import argparse
@@ -12,29 +13,34 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
+from files import companions
 from plan import human
 from ranks import Ranks
-from report import Bar, placed, sample_fields
+from report import Bar, placed, sample_fields, settings_of
 from samples import rank
 from sampling import RULE
-from system import counted, decode_text, without_newline
+from system import counted, decode_text, replica_files, without_newline, write_file
 
 Id = str | int
 OWN = frozenset(
     "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
 )
+CONFIGS = ("config.json", "generation_config.json")  # what they decide is told from what was read of them
 DEEPEST = 100  # levels of a line of JSON
-EDGE = 1 << 20  # bytes at both ends of a file of weights that tell it from others of its size
+# Bytes of a block, and blocks of all files of a model, that tell it from others of its size.
+BLOCK, BLOCKS = 1 << 12, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -167,54 +173,81 @@ def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells a model from others: its shape, recipe and end tokens, and of its weights the sizes and both ends."""
+    """Tells a model from others: by shape, recipe and end tokens, and by sizes and blocks of its weights and tokenizer,
+    from beginning to end."""
     digest = hashlib.sha256(repr((checkpoint.args, checkpoint.recipe, sorted(checkpoint.eos_ids))).encode())
-    for path in sorted(checkpoint.weights):
-        with path.open("rb") as file:
+    tokenizer = [path for path in companions(checkpoint.folder) if path.name not in CONFIGS]
+    paths = [*sorted(checkpoint.weights), *tokenizer]
+    blocks = max(64, BLOCKS // len(paths))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
             size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode() + file.read(EDGE))
-            file.seek(max(0, size - EDGE))
-            digest.update(file.read())
+            digest.update(f"{path.name} {size}".encode())
+            if size <= blocks * BLOCK:
+                digest.update(file.read())
+                continue
+            for at in range(blocks):
+                file.seek(at * (size - BLOCK) // (blocks - 1))
+                digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]
 
 
-def digest_of(prompts: Sequence[Prompt]) -> str:
+def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
+    """Of the id of each prompt, and what it says, in plain values."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps([prompt.id, list(prompt.tokens)]).encode())
+    for each in prompts:
+        digest.update(json.dumps(each).encode())
     return digest.hexdigest()[:16]
 
 
 @dataclass
 class Begun:
-    """What an output file already holds. done: the ids, as JSON, of the prompts that are whole. torn: whether there is
-    more than those."""
+    """What an earlier run has left. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
+    in a file than those."""
 
     header: dict[str, Any] | None = None
     done: set[str] = field(default_factory=set)
     torn: bool = False
 
 
-def lines_of(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of an output file after the header, and what it says; None: it was cut."""
+class Place(NamedTuple):
+    """Where a line of an output belongs: the prompt's id, as JSON, its number among the lines of that prompt, of how
+    many."""
+
+    id: str
+    number: int
+    total: int
+
+
+def place_of(value: object) -> Place | None:
+    """That of a line of --prompts, or of eval.py --samples; None: it is no line of a sample."""
+    if not isinstance(value, dict):
+        return None
+    id, number, total = value.get("id", value.get("task_id")), value.get("rank", value.get("sample")), value.get("of")
+    if isinstance(id, str | int) and isinstance(number, int) and isinstance(total, int):
+        return Place(json.dumps(id), number, total)
+    return None
+
+
+def lines_of(path: Path) -> Iterator[tuple[bytes, Place | None]]:
+    """Each line of an output file, but for a header by itself, and where it belongs; None: it was cut."""
     with path.open("rb") as file:
-        file.readline()
-        for line in file:
+        for number, line in enumerate(file):
             try:
                 value = json.loads(line) if line.endswith(b"\n") else None
             except (ValueError, RecursionError):
                 value = None
-            yield line, value if is_line(value) else None
+            if number or not isinstance(value, dict) or value.keys() != {"header"}:
+                yield line, place_of(value)
 
 
-def is_line(value: object) -> bool:
-    """Whether it is an object that tells whose sample it is, its rank, and of how many."""
-    kinds = {"id": str | int, "rank": int, "of": int}
-    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+def whole_lines(path: Path, done: set[str]) -> Iterator[bytes]:
+    """The lines of an output file that belong to these prompts."""
+    return (line for line, place in lines_of(path) if place is not None and place.id in done)
 
 
-def read_begun(path: Path) -> Begun:
-    """Raises ValueError where the file was not begun by a batch."""
+def read_file(path: Path) -> Begun:
+    """What one file holds. Raises ValueError where it was not begun by a job."""
     if not path.exists():
         return Begun()
     with path.open("rb") as file:
@@ -228,18 +261,28 @@ def read_begun(path: Path) -> Begun:
         seed = None
     if not isinstance(seed, int):
         raise ValueError(f"{path} has no header of a batch: give another --output")
-    ranks: dict[str, set[int]] = {}
+    seen: dict[str, set[int]] = {}
     totals: dict[str, int] = {}
     torn = False
-    for _, value in lines_of(path):
-        if value is None:
+    for _, place in lines_of(path):
+        if place is None:
             torn = True
             continue
-        key = json.dumps(value["id"])
-        ranks.setdefault(key, set()).add(value["rank"])
-        totals[key] = value["of"]
-    done = {key for key, seen in ranks.items() if len(seen) == totals[key]}
-    return Begun(header, done, torn or len(done) < len(ranks))
+        seen.setdefault(place.id, set()).add(place.number)
+        totals[place.id] = place.total
+    done = {id for id, numbers in seen.items() if len(numbers) == totals[id]}
+    return Begun(header, done, torn or len(done) < len(seen))
+
+
+def read_begun(path: Path) -> Begun:
+    """What an output and the files of its replicas hold. Raises ValueError where they were not begun by one job."""
+    begun = read_file(path)
+    for each in replica_files(path):
+        other = read_file(each)
+        if begun.header is not None and other.header is not None:
+            check_header(each, other, begun.header)
+        begun = Begun(begun.header or other.header, begun.done | other.done, begun.torn)
+    return begun
 
 
 def check_header(path: Path, begun: Begun, header: dict[str, Any]) -> None:
@@ -266,20 +309,6 @@ class Job:
     begun: Begun
 
 
-HEADER = (
-    "num_samples",
-    "top",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "rank",
-    "stop",
-    "ignore_eos",
-)
-
-
 @dataclass(frozen=True)
 class Decided:
     """What one rank decides for all. text: the prompt's. records: the prompts of --prompts, and what of them an earlier
@@ -292,97 +321,129 @@ class Decided:
     begun: Begun
 
 
-def make_job(
-    options: argparse.Namespace,
-    records: Sequence[Record],
-    begun: Begun,
-    spoken: Dialogue,
-    header: dict[str, Any],
-    part: slice,
-) -> Job:
-    """What is still to be done, of which this replica does a part. header: what decides the samples besides flags and
-    prompts. Raises ValueError where a line cannot be used, or the output was begun by another command."""
-    plain = spoken if options.chat else Dialogue(spoken.tokenizer, spoken.vocab_size, None, None)
-    prompts, bad = encode(records, spoken, plain)
-    skip_bad(bad, options)
-    if not prompts:
-        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
-    header |= {name: getattr(options, name) for name in HEADER} | {"prompts": digest_of(prompts)}
-    if options.output is not None:
-        check_header(options.output, begun, header)
-    left = [prompt for prompt in prompts if json.dumps(prompt.id) not in begun.done]
-    fields = {json.dumps(record.id): record.fields for record in records if record.fields}
-    return Job(left[part], len(left), fields, header, begun)
+def make_header(
+    checkpoint: Checkpoint, seed: int, ends: Iterable[int], prompts: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides the samples of a job. prompts: their digest. settings: flags, but for where the model lies."""
+    known = {"model": fingerprint(checkpoint), "seed": seed, "draw": RULE, "ends": sorted(ends), "prompts": prompts}
+    return known | {name: value for name, value in settings.items() if name != "checkpoint_path"}
 
 
 def set_up_job(
     options: argparse.Namespace, ranks: Ranks, decided: Decided, checkpoint: Checkpoint, dialogue: Dialogue
 ) -> Job:
-    """What --prompts asks of this replica. Raises ValueError."""
+    """What --prompts asks of this replica: its part of what is still to be drawn. Raises ValueError where a line cannot
+    be used, or the output was begun by another command."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
-    header = {"model": fingerprint(checkpoint), "dtype": str(decided.dtype), "seed": decided.seed, "draw": RULE}
-    header["ends"] = [] if options.ignore_eos else sorted(dialogue.eos_ids)
-    part = slice(ranks.replica, None, ranks.replicas)
-    assert decided.records is not None
-    return make_job(options, decided.records, decided.begun, dialogue, header, part)
+    records, begun = decided.records, decided.begun
+    assert records is not None
+    ends = [] if options.ignore_eos else dialogue.eos_ids
+    digest = digest_of((each.id, each.said if isinstance(each.said, str) else asdict(each.said)) for each in records)
+    how = {name: getattr(options, name) for name in ("num_samples", "top", "rank", "chat", "system")}
+    header = make_header(checkpoint, decided.seed, ends, digest, how | settings_of(options))
+    if options.output is not None:
+        check_header(options.output, begun, header)
+    plain = dialogue if options.chat else Dialogue(dialogue.tokenizer, dialogue.vocab_size, None, None)
+    prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain)
+    skip_bad(bad, options)
+    if not prompts and not begun.done:
+        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
+    fields = {json.dumps(record.id): record.fields for record in records if record.fields}
+    return Job(prompts[ranks.replica :: ranks.replicas], len(prompts), fields, header, begun)
 
 
 class Output:
-    """The file that a batch appends to. Several processes may, on one machine or where they share a file system."""
+    """The file that a job appends to, which has no other writer meanwhile.
 
-    def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))  # a link stays one
-        self.file: IO[bytes] | None = None
+    apart: the header is a line by itself. Else it is a field of the first line, for readers that know no header.
+    """
+
+    def __init__(self, path: Path, apart: bool = True) -> None:
+        self.path, self.apart = Path(os.path.realpath(path)), apart  # a link stays one
+        self.held = ExitStack()
+        self.file: BinaryIO | None = None
+        self.header: dict[str, Any] | None = None  # that is not yet in the file
 
     def begin(self, begun: Begun, header: dict[str, Any]) -> None:
-        """Opens the file for this run alone, with its header, and without what a kill has left of a prompt. Raises
-        ValueError where another run holds it."""
-        with self.path.open("ab") as file:
-            self.lock(file)
+        """Opens the file for this run alone, with its header, without what a kill has left of a prompt, and with what
+        replicas have finished. Raises ValueError where another run holds it, or one of theirs."""
+        others = replica_files(self.path)
+        with ExitStack() as stack:
+            self.file, *_ = [stack.enter_context(hold(path)) for path in (self.path, *others)]
             if read_begun(self.path) != begun:
                 raise ValueError(f"another run has written to {self.path} meanwhile: give the same command again")
-            if begun.header is None:
-                self.replace(iter([json.dumps({"header": header}).encode() + b"\n"]))
-            elif begun.torn:
-                self.replace(self.whole(begun.done))
-        self.file = self.path.open("ab", buffering=0)
-        self.lock(self.file)
+            own = read_file(self.path)
+            if own.header is None or own.torn:
+                self.rewrite(own.done, header)
+                self.file = stack.enter_context(hold(self.path))  # which is another file by now
+            self.merge(others, own.done)
+            self.held = stack.pop_all()
 
-    def lock(self, file: IO[bytes]) -> None:
-        """Raises ValueError where another run holds it. A system without such locks keeps nobody out."""
-        try:
-            import fcntl
-        except ImportError:
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run writes to {self.path}: wait for it, or give another --output") from None
+    def rewrite(self, done: set[str], header: dict[str, Any]) -> None:
+        """The file with its header and the lines of these prompts alone."""
+        lines = whole_lines(self.path, done)
+        if self.apart:
+            lines = chain([json.dumps({"header": header}).encode() + b"\n"], lines)
+        elif done:
+            lines = headed(lines, header)
+        else:
+            self.header = header
 
-    def whole(self, done: set[str]) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            yield file.readline()
-        for line, value in lines_of(self.path):
-            if value is not None and json.dumps(value["id"]) in done:
-                yield line
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                file.writelines(lines)
 
-    def replace(self, lines: Iterator[bytes]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("wb") as file:
-            file.writelines(lines)
-        os.replace(part, self.path)
+        write_file(self.path, write)
 
     def append(self, block: bytes) -> None:
         """The lines of a prompt, in one write. Raises OSError."""
-        if self.file is None:  # a replica's
-            self.file = self.path.open("ab", buffering=0)
+        assert self.file is not None, "an output is begun first"
+        if self.header is not None:
+            block, self.header = b"".join(headed(block.splitlines(True), self.header)), None
         try:
             while block:
                 block = block[self.file.write(block) :]
         except OSError as error:
             why = f"{self.path} cannot be written ({error.strerror}): make room, then go on with --resume"
             raise OSError(why) from error
+
+    def merge(self, others: Iterable[Path], done: set[str]) -> None:
+        """Takes over what replicas have finished, but for these prompts, and removes their files. Raises OSError."""
+        for path in others:
+            if not path.exists():
+                raise OSError(f"{path} is gone: --output must lie where every machine of the run sees it")
+            for line in whole_lines(path, read_file(path).done - done):
+                self.append(line)
+            assert self.file is not None
+            os.fsync(self.file.fileno())
+            path.unlink()
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+        self.held.close()
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[BinaryIO]:
+    """A file to append to, which no other process holds meanwhile. Raises ValueError where one does."""
+    with path.open("ab", buffering=0) as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on every system: there nothing keeps two runs apart
+            pass
+        except BlockingIOError:
+            raise ValueError(f"another run writes to {path}: wait for it, or give another --output") from None
+        yield file  # type: ignore[misc]
+
+
+def headed(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
+    """Lines of JSON objects, of which the first has the header."""
+    for number, line in enumerate(lines):
+        yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
 
 
 class Progress:

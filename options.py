@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flags import OneLineParser
 from request import LAYOUT_NAMES, Request, Sampling
-from system import check_writable, decode_text, identity, read_bytes, without_newline
+from system import check_new, check_writable, decode_text, identity, read_bytes, without_newline
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
@@ -194,8 +194,8 @@ def check_batch(options: argparse.Namespace) -> None:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises ValueError where --report, --profile or --output cannot be written."""
-    if options.output is not None and options.output.exists() and not options.resume:
-        raise ValueError(f"{options.output} exists: add --resume to go on with it, or give another file")
+    if options.output is not None and not options.resume:
+        check_new(options.output)
     outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
     for path in outputs:
         check_writable(path)

@@ -3,6 +3,10 @@
 Consecutive ranks hold one network together (tp.py); where there are more, replicas of it divide the samples. What a run
 decides from a clock, a terminal, free memory or chance, rank 0 decides for all. Without torchrun a run is alone, and
 everything here gives back what it is given.
+
+There are three ways to wait. `share` broadcasts what rank 0 has, who may wait for a person or a pipe. `gather` and
+`wait` are for where some have more to do than others. `all` and `agree` are for what all do alike: they end a run whose
+ranks have lost each other. In each, a process that died is noticed at once.
 """
 
 import atexit
@@ -22,18 +26,16 @@ from tp import WHOLE, Shard
 
 T = TypeVar("T")
 
-# How long a rank waits for the others: as long as one may compile. A process that died is noticed at once.
-PATIENCE = timedelta(minutes=10)
-# And for what a person writes.
-CONVERSATION = timedelta(days=1)
+SHORT = timedelta(minutes=10)  # as long as one may compile
+LONG = timedelta(days=30)  # a download, a batch, a person
 FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process among all. shard: its part of the network. local: its place, and neighbours: how many there are, on
-    its machine. control: the group that speaks of the run itself, and patient: where a person may take their time;
-    None: this process is alone."""
+    its machine. control: the group that speaks of the run itself, patient: the same with more time; None where this
+    process is alone."""
 
     rank: int = 0
     replica: int = 0
@@ -49,46 +51,51 @@ class Ranks:
         """Whether it decides, and writes."""
         return self.rank == 0
 
-    def all(self, value: T) -> list[T]:
+    def all(self, value: T, patient: bool = False) -> list[T]:
         """Every rank's value, in the order of the ranks."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self.patient if patient else self.control)
         return values
 
-    def agree(self, make: Callable[[], T]) -> T:
+    def agree(self, make: Callable[[], T], patient: bool = False) -> T:
         """What `make` gives on each rank. Where it fails on any, all end: rank 0 by a ValueError with the first's
-        reason, the others with status 2."""
-        value, error = None, None
-        try:
-            value = make()
-        except FAILURES as failure:
-            if self.control is None:
-                raise
-            error = f"rank {self.rank}: {failure}" if self.rank else str(failure)
-        if found := [each for each in self.all(error) if each is not None]:
-            if self.leads:
-                raise ValueError(found[0])
-            with suppress(RuntimeError):  # until rank 0 has said it and is gone: who ends first ends all
-                dist.barrier(self.control)
-            raise SystemExit(2)
+        reason, the others with status 2. patient: it may take one much longer than others."""
+        value, error = self.attempt(make)
+        self.end_if([each for each in self.all(error, patient) if each is not None])
         return value  # type: ignore[return-value]
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on all."""
-        return self.all(self.agree(lambda: make() if self.leads else None))[0]  # type: ignore[return-value]
+        """What `make` gives on rank 0, on all, however long it takes. Where it fails all end, as in `agree`."""
+        found = [self.attempt(make) if self.leads else (None, None)]
+        if self.control is not None:
+            dist.broadcast_object_list(found, 0, group=self.patient)
+        value, error = found[0]
+        self.end_if([] if error is None else [error])
+        return value  # type: ignore[return-value]
 
-    def ask(self, make: Callable[[], T]) -> T:
-        """`share`, of what a person is asked for."""
+    def attempt(self, make: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What `make` gives, or why it fails. Alone it raises."""
+        try:
+            return make(), None
+        except FAILURES as failure:
+            if self.control is None:
+                raise
+            return None, f"rank {self.rank}: {failure}" if self.rank else str(failure)
 
-        def wait() -> T | None:
-            try:
-                return make() if self.leads else None
-            finally:
-                self.wait()
+    def end_if(self, errors: Sequence[str]) -> None:
+        """Ends all ranks where there are errors."""
+        if errors and self.leads:
+            raise ValueError(errors[0])
+        if errors:
+            with suppress(RuntimeError):  # until rank 0 has said it and is gone: who ends first ends all
+                dist.barrier(self.control)
+            raise SystemExit(2)
 
-        return self.all(self.agree(wait))[0]  # type: ignore[return-value]
+    def gather(self, value: T) -> list[T]:
+        """The value of every replica, on all ranks, however long one takes."""
+        return self.all(value, patient=True)[:: self.shard.world]
 
     def wait(self) -> None:
         """Until all are here, who may have had more to do than others."""
@@ -105,15 +112,9 @@ class Ranks:
 
     def describe(self, report: dict[str, Any]) -> dict[str, Any]:
         """What the report of rank 0 says of all."""
-        counts, rates = (self.all(report[name])[:: self.shard.world] for name in ("num_samples", "tokens_per_s"))
+        counts, rates = (self.gather(report[name]) for name in ("num_samples", "tokens_per_s"))
         total = None if None in rates else sum(rates)
         return {"num_samples": sum(counts), "tokens_per_s": total, "tp": self.shard.world, "replicas": self.replicas}
-
-    def gather(self, drawn: Sequence[T]) -> list[T]:
-        """What every replica drew, on all ranks."""
-        if self.control is None:
-            return list(drawn)
-        return [each for part in self.all(list(drawn))[:: self.shard.world] for each in part]
 
 
 class Listener(Stream):
@@ -135,14 +136,14 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     rank, world, local, neighbours = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
     atexit.register(leave)
-    control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (PATIENCE, CONVERSATION))
+    control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (SHORT, LONG))
     alone = Ranks(rank, control=control)
     machines = alone.all(neighbours)
     each = alone.agree(lambda: group_size(tp, world, machines))
     alone.agree(lambda: take_device(device, local))
-    group, _ = dist.new_subgroups(each, timeout=PATIENCE)
+    group, _ = dist.new_subgroups(each, timeout=SHORT)
     # A network that is whole needs no sums; where it is all there is, they are made all the same, as a check.
     shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
     return Ranks(rank, rank // each, world // each, shard, local, neighbours, control, patient)

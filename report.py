@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -30,6 +30,27 @@ def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         told = f"{', '.join(names[:3])}{more} in a prompt is text here, not a control token"
         print(f"note: {told}: give such tokens by their ids, from Python", file=sys.stderr)
+
+
+# The flags that decide the samples of a prompt, besides --seed.
+DECIDING = (
+    "checkpoint_path",
+    "dtype",
+    "kv_dtype",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "ignore_eos",
+)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of them that a command has."""
+    return {name: getattr(options, name) for name in DECIDING if hasattr(options, name)}
 
 
 class Stopwatch(Monitor):
@@ -107,7 +128,7 @@ class Console(Stopwatch):
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
-        self.marks = {} if turn is None else {"turn": turn}
+        self.marks: dict[str, Any] = {"settings": settings_of(options)} | ({} if turn is None else {"turn": turn})
         self.told: set[int] = set()  # the samples that are printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
@@ -192,8 +213,9 @@ class Console(Stopwatch):
             self.put(self.ranked, [each.sample for each in self.ranked])
 
 
-def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, int]) -> dict[str, object]:
-    """A sample as one JSON object. place: its number and rank. marks: in a conversation, the turn."""
+def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, Any]) -> dict[str, object]:
+    """A sample as one JSON object. place: its number and rank. marks: the flags that decide it, and in a conversation
+    the turn."""
     fields = asdict(sample)
     del fields["index"]
     return place | {"seed": fields.pop("seed")} | marks | fields | {"mean_logprob": sample.mean_logprob}
@@ -203,7 +225,7 @@ def placed(each: Ranked) -> dict[str, int]:
     return {"rank": each.rank, "sample": each.sample.index, "count": each.count}
 
 
-def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, int]) -> None:
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, Any]) -> None:
     """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
     before = prompt if options.echo else ""
     for each in ranked:

@@ -54,7 +54,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them."""
+    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them, and of
+    those of equal tokens the one of the lowest index, since rounding may tell them apart."""
 
     rank: int
     count: int
@@ -69,7 +70,11 @@ def rank(samples: Sequence[Sample], order: str = "ended") -> list[Ranked]:
     groups: dict[object, list[Sample]] = {}
     for each in sorted(samples, key=lambda sample: (order == "ended" and sample.is_cut, -sample.mean_logprob)):
         groups.setdefault(tuple(each.tokens) if each.text is None else each.text, []).append(each)
-    return [Ranked(place, len(group), group[0]) for place, group in enumerate(groups.values(), 1)]
+    ranked = []
+    for place, group in enumerate(groups.values(), 1):
+        equal = [each for each in group if each.tokens == group[0].tokens]
+        ranked.append(Ranked(place, len(group), min(equal, key=lambda each: each.index)))
+    return ranked
 
 
 class TextStream:

@@ -283,6 +283,35 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: give a plain file in a folder that exists")
 
 
+def replica_file(output: Path, replica: int) -> Path:
+    """Where a replica of a run writes what the first one takes into the output at the end."""
+    target = Path(os.path.realpath(output))
+    return target.with_name(f"{target.name}.replica-{replica}")
+
+
+def replica_files(output: Path) -> list[Path]:
+    """Those that are there."""
+    target = Path(os.path.realpath(output))
+    return sorted(each for each in target.parent.glob("*.replica-*") if each.name.startswith(f"{target.name}.replica-"))
+
+
+def check_new(output: Path) -> None:
+    """Raises ValueError where an earlier run has begun an output."""
+    if found := [each for each in (output, *replica_files(output)) if each.exists()]:
+        raise ValueError(f"{found[0]} exists: add --resume to go on with it, or give another file")
+
+
+def replace_file(written: Path, target: Path) -> None:
+    """Puts a file in the place of another. What a power cut leaves there is one of them, whole."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    written.replace(target)
+    with suppress(OSError):  # not every system opens a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
     from tempfile import TemporaryDirectory  # which takes longer to import than all else here
@@ -292,7 +321,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
             unfinished = Path(folder, target.name)
             write(unfinished)
-            unfinished.replace(target)
+            replace_file(unfinished, target)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error

@@ -53,7 +53,7 @@ class Talk:
         goes_on, stopped = True, False
         while goes_on:
             try:
-                line = self.ranks.ask(partial(ask, "> ")) if line is None else line
+                line = self.ranks.share(partial(ask, "> ")) if line is None else line
                 stopped = False
                 goes_on = line is not None and self.obey(line)
             except KeyboardInterrupt:
@@ -92,20 +92,20 @@ class Talk:
                     console.show_live(self.conversation.stream(tokens, console))
                 else:
                     self.conversation.turn(tokens, console)
-            ranked = console.show(self.ranks.gather(console.finished))
+            ranked = console.show([each for part in self.ranks.gather(console.finished) for each in part])
         except KeyboardInterrupt as error:
             if self.ranks.control is not None:
                 raise
             ranked, interrupt = console.ranked, error
         except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
             told = error if isinstance(error, ValueError | FloatingPointError) else out_of_memory(error)
-            if told is None:
-                raise
+            if told is None or not (self.ranks.control is None or isinstance(error, ValueError)):
+                raise  # of several, the others may not have failed, and wait
             if self.ranks.leads:
                 complain(f"{told}; /reset begins anew" if self.turns else told)
             return True
         if ranked:
-            reply = self.ranks.ask(partial(pick, ranked)) if self.options.pick else ranked[0].sample
+            reply = self.ranks.share(partial(pick, ranked)) if self.options.pick else ranked[0].sample
             if reply is None:
                 return False
             self.conversation.keep(reply)

@@ -76,7 +76,7 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
     assert places == sorted(places)
     for row in rows:
         assert row.keys() == {
-            "rank", "sample", "count", "seed", "text", "tokens", "logprobs", "mean_logprob", "finish_reason"
+            "rank", "sample", "count", "seed", "settings", "text", "tokens", "logprobs", "mean_logprob", "finish_reason"
         }  # fmt: skip
         assert row["seed"] == 1
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")

@@ -20,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ALIBI, GQA, PROMPT, TINY, WINDOW, Letters, full, random_model, random_tokens
+from test_cli import run as run_generate
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -680,7 +681,7 @@ def test_logits_that_are_not_finite_name_the_file_and_the_dtype(mode, tmp_path):
     "arguments, kept",
     [
         (["--perplexity", "text"], "there are no results"),
-        (["--samples", "text", "--output", "out"], "out has what is finished"),
+        (["--samples", "text", "--output", "out"], "out has what is done, the same command with --resume goes on"),
     ],
 )
 def test_ctrl_c_is_one_line(arguments, kept, tmp_path, monkeypatch):
@@ -715,6 +716,92 @@ def test_a_bar_grows_within_a_window_and_is_cleared_before_what_is_told(monkeypa
     shares = [len(bar) for bar in re.findall(r"\[(#*) *\] \d+/\d+ tokens", first)]
     assert len(set(shares)) > 9 and shares == sorted(shares)
     assert "\r\033[K" in first[first.rindex("left") :] and "\r\033[Kerror: " in last[last.rindex(" left") :]
+
+
+PROBLEMS = {"T/0": "Once upon a time", "T/1": "The dog", "T/2": "A big red ball", "T/3": "Tom"}
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch) -> list[object]:
+    """The flags that draw three samples of each problem, in fp32."""
+    lines = (json.dumps({"task_id": id, "prompt": prompt}) for id, prompt in PROBLEMS.items())
+    (tmp_path / "problems").write_text("\n".join(lines), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--samples", tmp_path / "problems", "-n", 3, "--max_new_tokens", 5, "--temperature", 1.5]
+    return [*flags, "--no-compile", "--dtype", "float32"]
+
+
+def test_samples_that_are_there_are_not_replaced(drawing, tmp_path):
+    """Of another command, a file of the user, the default's name too."""
+    (tmp_path / "samples.jsonl").write_text("mine\n")
+    for flags, words in (
+        ([], "samples.jsonl exists: add --resume"),
+        (["--output", tmp_path / "samples.jsonl"], "samples.jsonl exists: add --resume"),
+        (["--resume"], "samples.jsonl has no header of a batch"),
+    ):
+        status, _, err = run(*drawing, *flags)
+        assert (status, err.count("\n")) == (2, 1) and words in err
+    assert (tmp_path / "samples.jsonl").read_text() == "mine\n"
+    status, _, err = run("--perplexity", tmp_path / "problems", "--resume")
+    assert status == 2 and "--resume goes on with --samples" in err
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 5, 12])
+def test_samples_go_on_where_they_were_stopped(drawing, tmp_path, left):
+    """After so many lines and a part of the next one. Oracle: the whole file."""
+    whole, output = tmp_path / "whole", tmp_path / "o.jsonl"
+    assert run(*drawing, "--seed", 3, "--output", whole)[0] == 0
+    lines = whole.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:left]) + (lines[left][:9] if left < len(lines) else b""))
+    seed = [] if left > 2 else ["--seed", 3]  # which the header has
+    status, _, err = run(*drawing, *seed, "--output", output, "--resume")
+    assert status == 0, err
+    assert f"{left // 3} of them done before" in err or left < 3
+    found, expected = ([json.loads(line) for line in path.read_text().splitlines()] for path in (output, whole))
+    for one, other in zip(found, expected, strict=True):
+        assert one.pop("mean_logprob") == pytest.approx(other.pop("mean_logprob"), abs=1e-4) and one == other
+    assert [line["task_id"] for line in found] == [id for id in PROBLEMS for _ in range(3)]
+    for flags, word in (
+        (["--temperature", 0.9], "temperature 1.5"),
+        (["--seed", 4], "seed 3"),
+        (["-n", 4], "num_samp"),
+    ):
+        status, _, err = run(*drawing, *flags, "--output", output, "--resume")
+        assert status == 2 and f"was begun with {word}" in err
+
+
+def test_under_torchrun_it_is_refused_in_one_line(drawing, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    told = []
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        told.append(run(*drawing))
+    assert told[0] == (2, "", "error: eval.py runs in one process: start it without torchrun\n")
+    assert told[1:] == [(0, "", "")] * 2 and not (tmp_path / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("top", [None, 1])
+def test_pass_at_reads_what_a_batch_wrote(tmp_path, top):
+    """Lines of generate.py --prompts, to which a scorer has added `passed`. Oracle: the counts of the lines; where some
+    samples are not among them there is none."""
+    prompts, drawn = tmp_path / "p", tmp_path / "o"
+    prompts.write_text("".join(json.dumps({"id": id, "prompt": prompt}) + "\n" for id, prompt in PROBLEMS.items()))
+    flags = ["--dtype", "float32", "-n", 6, "--max_new_tokens", 3, "--seed", 2, "--temperature", 1.2, "--output", drawn]
+    assert run_generate("--prompts", prompts, *flags, *([] if top is None else ["--top", top])).returncode == 0
+    header, *lines = map(json.loads, drawn.read_text("utf-8").splitlines())
+    scored = [line | {"passed": len(line["text"]) % 2 == 0} for line in lines]
+    (tmp_path / "scored").write_text("".join(json.dumps(line) + "\n" for line in (header, *scored)), "utf-8")
+    status, out, err = run("--pass_at", 2, "--scored", tmp_path / "scored")
+    if top is not None:
+        assert status == 2 and "of 6 samples: draw without --top" in err
+        return
+    assert status == 0, err
+    passed = {id: sum(line["count"] for line in scored if line["id"] == id and line["passed"]) for id in PROBLEMS}
+    assert 0 < sum(passed.values()) < 24 and max(line["count"] for line in lines) > 1
+    rate = sum(1 - math.comb(6 - each, 2) / math.comb(6, 2) for each in passed.values()) / 4
+    found = dict(line.split() for line in out.splitlines())
+    assert float(found["pass@2"]) == pytest.approx(rate, abs=1e-4)
+    assert (found["problems"], found["samples"]) == ("4", "24")
 
 
 def test_pass_at_k_is_the_share_of_draws_that_pass():

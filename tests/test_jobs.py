@@ -1,19 +1,27 @@
 """A batch as a job. Oracles: the run of each prompt alone, an uninterrupted run, the file cut at every byte."""
 
 import json
+import os
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import GQA, ROOT, TINY
 from test_cli import ENVIRONMENT, lines_of, run
 
-from batch import Outcome, Prompt
+import generate
+import jobs
+from batch import Outcome, Prompt, generate_many
 from chat import Chat, Dialogue
-from jobs import Output, block_of, encode, read_begun, read_records
+from checkpoint import Checkpoint
+from jobs import Begun, Output, block_of, encode, fingerprint, read_begun, read_records
 from samples import Sample
+from system import check_new, replica_file, replica_files
 from tokenizer import load_tokenizer
 
 TEXTS = ["Once upon a time", "The cat sat", "Once upon a time there was a dog", "Tom"]
@@ -57,21 +65,21 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
 def test_lines_are_those_of_each_prompt_alone(prompts, tmp_path):
     """In groups by prompt, ranked, the best two of three; the line names the seed that draws the same alone."""
     output = tmp_path / "out.jsonl"
-    assert batch(prompts, "-n", 3, "--top", 2, "--output", output).returncode == 0
+    assert batch(prompts, "-n", 3, "--top", 2, "--temperature", 1.5, "--output", output).returncode == 0
     lines = written(output)
     blocks = {line["id"]: [each for each in lines if each["id"] == line["id"]] for line in lines}
     assert [line["id"] for line in lines] == [line["id"] for block in blocks.values() for line in block]
     assert blocks.keys() == {f"p{at}" for at in range(len(TEXTS))}
     for id, block in blocks.items():
         assert [(line["rank"], line["of"]) for line in block] == [(1, 2), (2, 2)]
-        flags = ["-n", 3, "--top", 2, "--format", "jsonl", *FLAGS, "--seed", block[0]["seed"]]
+        flags = ["-n", 3, "--top", 2, "--temperature", 1.5, "--format", "jsonl", *FLAGS, "--seed", block[0]["seed"]]
         alone = lines_of(run("--prompt", TEXTS[int(id[1:])], *flags))
         assert_same(block, [line | {"id": id, "of": 2} for line in alone])
-        assert alone[0].keys() | {"id", "of", "seed"} == block[0].keys()
+        assert alone[0].keys() - {"settings"} | {"id", "of", "seed"} == block[0].keys()
 
 
 def test_without_an_output_lines_go_to_stdout(prompts):
-    lines = lines_of(batch(prompts, "-n", 2))
+    lines = lines_of(batch(prompts, "-n", 2, "--temperature", 1.5))
     assert len(lines) == 2 * len(TEXTS) and all(line["id"] for line in lines)
 
 
@@ -234,34 +242,43 @@ def block(id: str) -> bytes:
     return block_of(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
 
 
-def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path):
+def closed(output: Output) -> bytes:
+    """What it wrote."""
+    output.close()
+    return output.path.read_bytes()
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["header apart", "header in the first line"])
+def test_a_file_cut_anywhere_holds_its_whole_prompts(tmp_path, monkeypatch, apart):
     """At every byte: what is whole is kept, what is not goes, and what is missing is appended. Also where another
     process has written after the cut: its lines stay, unless the first of them has become a part of the cut one."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes long, and is not what is asked
     path, header, ids = tmp_path / "o.jsonl", {"seed": 3}, ["a", "b"]
-    output = Output(path)
+    output = Output(path, apart)
     output.begin(read_begun(path), header)
     for id in ids:
         output.append(block(id))
-    assert output.file is not None
-    output.file.close()
-    whole, other = path.read_bytes(), block("other")
+    whole, other = closed(output), block("other")
+    assert (json.loads(whole.splitlines()[0]).keys() == {"header"}) == apart
     ends = [len(whole) - sum(len(block(id)) for id in ids[at:]) for at in range(3)]
-    for cut in range(len(whole)):
-        for after in (b"", other) if cut >= ends[0] and (cut % 5 == 0 or cut in ends) else (b"",):
+    first = ends[0] if apart else whole.index(b"\n") + 1  # what holds the header
+    for cut in range(0, len(whole), 1 if apart else 3):
+        for after in (b"", other) if cut >= first and (cut % 5 == 0 or cut in ends) else (b"",):
             path.write_bytes(whole[:cut] + after)
-            begun, output = read_begun(path), Output(path)
+            begun, output = read_begun(path), Output(path, apart)
             sound = {json.dumps(id) for id, end in zip(ids, ends[1:], strict=True) if cut >= end}
             if after and whole[cut - 1 : cut] == b"\n":
                 sound.add('"other"')
-            assert begun.done == sound and (begun.header == header) == (cut >= ends[0])
+            assert begun.done == sound and (begun.header == header) == (cut >= first)
             output.begin(begun, header)
             for id in [*ids, "other"]:
                 if json.dumps(id) not in begun.done:
                     output.append(block(id))
-            assert output.file is not None
-            output.file.close()
-            lines = path.read_bytes().splitlines(keepends=True)
-            assert sorted(lines) == sorted((whole + other).splitlines(keepends=True)) and b"header" in lines[0]
+            lines = closed(output).splitlines(keepends=True)
+            assert json.loads(lines[0])["header"] == header
+            values = [value for line in lines if (value := json.loads(line)).pop("header", None) != value and value]
+            expected = [json.loads(line) for id in [*ids, "other"] for line in block(id).splitlines()]
+            assert sorted(map(str, values)) == sorted(map(str, expected))
 
 
 ODD_LINES = [
@@ -297,8 +314,119 @@ def test_two_runs_do_not_write_to_one_file(prompts, tmp_path):
     other.begin(read_begun(output), {})
     output.write_bytes(b"")  # killed before its header
     result = batch(prompts, "--output", output, "--resume")
-    other.file.close()
+    other.close()
     assert result.returncode == 2 and "another run writes to" in result.stderr
+    output.unlink()
+    part = Output(replica_file(output, 1))  # of a run whose first process died
+    part.begin(Begun(), {"seed": 5})
+    part.path.write_bytes(b"")
+    result = batch(prompts, "--output", output, "--resume")
+    assert result.returncode == 2 and f"another run writes to {part.path}" in result.stderr
+    part.close()
+
+
+def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
+    """Where a run was killed: whole prompts of each, one that is cut, and one that was taken over already. Oracle: the
+    lines by hand."""
+    path, header = tmp_path / "o.jsonl", {"seed": 3}
+    for at, (ids, more) in enumerate([("ab", b""), ("bcd", block("e")[:-9]), ("fg", b'{"id": ')]):
+        output = Output(replica_file(path, at) if at else path)
+        output.begin(Begun(), header)
+        for id in ids:
+            output.append(block(id))
+        output.append(more)
+        output.close()
+    with pytest.raises(ValueError, match=r"o.jsonl.replica-1 exists: add --resume"):
+        path.rename(tmp_path / "other")
+        check_new(path)
+    (tmp_path / "other").rename(path)
+    begun = read_begun(path)
+    assert begun.done == {f'"{id}"' for id in "abcdfg"} and begun.header == header
+    output = Output(path)
+    output.begin(begun, header)
+    output.append(block("e"))
+    lines = closed(output).splitlines(keepends=True)[1:]
+    assert sorted(lines) == sorted(line for id in "abcdefg" for line in block(id).splitlines(keepends=True))
+    assert not replica_files(path) and read_begun(path).done == {f'"{id}"' for id in "abcdefg"}
+    with pytest.raises(OSError, match="must lie where every machine"):
+        output.merge([replica_file(path, 1)], set())
+    replica_file(path, 1).write_text('{"header": {"seed": 4}}\n')
+    with pytest.raises(ValueError, match="replica-1 was begun with seed 4, not 3"):
+        read_begun(path)
+
+
+def test_a_stopped_batch_says_how_it_goes_on(prompts, tmp_path):
+    """Ctrl-C after the first prompt."""
+
+    def stopped(*given) -> Iterator[Outcome]:
+        yield next(generate_many(*given))
+        raise KeyboardInterrupt
+
+    output = tmp_path / "o.jsonl"
+    with mock.patch.object(generate, "generate_many", stopped):
+        result = run("--prompts", prompts, *FLAGS[:-1], "--output", output)
+    assert result.returncode == 130
+    assert f"stopped: {output} has what is done, the same command with --resume goes on" in result.stderr
+    assert len({line["id"] for line in written(output)}) == 1
+    again = run("--prompts", prompts, *FLAGS[:-1], "--output", output, "--resume")
+    assert again.returncode == 0 and "1 were done before" in again.stderr
+
+
+def test_a_run_where_nothing_is_left_says_so_before_it_reads_a_prompt(prompts, tmp_path):
+    """And a prompt that has other words by now is refused."""
+    output, flags = tmp_path / "o.jsonl", ["--prompts", prompts, *FLAGS[:-1], "--output", tmp_path / "o.jsonl"]
+    assert run(*flags).returncode == 0
+    with mock.patch.object(Dialogue, "encode_turn", side_effect=AssertionError):
+        result = run(*flags, "--resume")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr == f"every prompt is done: {output} has its samples, nothing is left to draw\n"
+    prompts.write_text(prompts.read_text().replace("cat", "dog"))
+    result = run(*flags, "--resume")
+    assert result.returncode == 2 and "was begun with prompts" in result.stderr
+
+
+@pytest.mark.parametrize("size", [3000, 200_001])
+def test_a_fingerprint_tells_weights_that_differ_anywhere(tmp_path, monkeypatch, size):
+    """Of a file that is read whole, and of one that is sampled, where as many bytes as lie between two samples differ;
+    and a tokenizer. Oracle: the model itself, copied elsewhere."""
+    monkeypatch.setattr(jobs, "BLOCK", 64)
+    monkeypatch.setattr(jobs, "BLOCKS", 64)
+    generator = random.Random(0)
+    weights, tokenizer = tmp_path / "model.pth", tmp_path / "tokenizer.json"
+    data = generator.randbytes(size)
+    tokenizer.write_text("{}")
+    checkpoint = Checkpoint(tmp_path, (weights,), {}, GQA, frozenset([2]))
+
+    def found(content: bytes) -> str:
+        weights.write_bytes(content)
+        return fingerprint(checkpoint)
+
+    own, stride = found(data), 1 if size < 64 * 64 else size // 63 + 1
+    assert found(data) == own
+    for at in [0, size - stride, *(generator.randrange(size - stride) for _ in range(30))]:
+        changed = bytes(byte ^ 1 for byte in data[at : at + stride])
+        assert found(data[:at] + changed + data[at + stride :]) != own, at
+    weights.write_bytes(data)
+    tokenizer.write_text("[]")
+    assert fingerprint(checkpoint) != own
+
+
+def test_a_report_names_all_that_decides_the_samples(prompts, tmp_path):
+    """Of a batch, and of one prompt, whose lines do so too. Oracle: the flags."""
+    asked = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "stop": ["zz"], "max_new_tokens": 3}
+    flags = [part for name, value in asked.items() for part in (f"--{name}", value[0] if name == "stop" else value)]
+    flags = ["--seed", 5, "--dtype", "float32", "--quiet", "--report", tmp_path / "r", *flags]
+    expected = asked | {"checkpoint_path": str(TINY / "model.pth"), "dtype": "float32", "repetition_penalty": 1.0}
+    lines = lines_of(run("--prompt", "A cat", "--format", "jsonl", *flags))
+    assert lines[0]["settings"].items() >= expected.items() and lines[0]["seed"] == 5
+    first = json.loads((tmp_path / "r").read_text())
+    assert run("--prompts", prompts, *flags, "--output", tmp_path / "o").returncode == 0
+    second = json.loads((tmp_path / "r").read_text())
+    for report in (first, second):
+        assert report.items() >= (expected | {"seed": 5}).items()
+    header = json.loads((tmp_path / "o").read_text().splitlines()[0])["header"]
+    assert header.items() >= (asked | {"dtype": "float32", "seed": 5}).items() and "checkpoint_path" not in header
+    assert first["model"] == second["model"] == header["model"] and first["draw"] == header["draw"]
 
 
 def test_a_run_that_is_killed_ten_times_loses_and_repeats_nothing(tmp_path):

@@ -312,8 +312,12 @@ def test_what_an_evaluation_reads_is_not_replaced_under_any_name(model, tmp_path
     for read in (problems, model / "config.json", model / "model.pth"):
         os.link(read, output)
         before = read.read_bytes()
-        assert evaluate.main([*flags, "-n", "1", "--max_new_tokens", "1"]) == 2
-        assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
+        for more, words in (
+            ([], "exists: add --resume"),
+            (["--resume"], "is read, and would|has no header of a batch"),
+        ):
+            assert evaluate.main([*flags, "-n", "1", "--max_new_tokens", "1", *more]) == 2
+            assert re.match(rf"error: {output} (?:{words})", capsys.readouterr().err)
         assert read.read_bytes() == before
         output.unlink()
 

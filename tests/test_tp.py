@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tok
 from test_cli import lines_of, run
 from tp_worker import collectives, tokens_of
 
+import generate
 from cache import KVCache, NoCache
 from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from engine import Engine
@@ -297,6 +299,34 @@ def test_replicas_divide_the_prompts(tmp_path):
     assert (made["prompts"], made["replicas"], made["tokens"]) == (5, 2, 5 * 3 * 9)
 
 
+def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
+    """The other replica goes on: until it has ended too, no run goes on with the output; then one does, and has what it
+    drew. Oracle: one process."""
+    path, output, go = tmp_path / "p.jsonl", tmp_path / "o", tmp_path / "go"
+    path.write_text("".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "dog", "bird", "man", "red car")))
+    arguments = tiny(
+        "-n", 3, "--max_new_tokens", 9, "--ignore_eos", "--temperature", 1.5, "--prompts", path, "--output"
+    )
+    first, other = started(2, "tests/tp_worker.py", "leave", go, *arguments[1:], output, "--tp", 1)
+    assert first.end(100).returncode == -signal.SIGKILL
+    refused = run(*arguments[1:], output, "--resume")
+    assert refused.returncode == 2 and "another run writes to" in refused.stderr
+    go.touch()
+    ended = other.end(100)
+    assert ended.returncode == 2 and "rank 1 lost another" in ended.stderr
+    result = run(*arguments[1:], output, "--resume")
+    assert result.returncode == 0 and "3 were done before" in result.stderr, result.stderr
+    assert run(*arguments[1:], tmp_path / "1").returncode == 0
+    names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
+    found = [[json.loads(line) for line in file.read_text().splitlines()[1:]] for file in (output, tmp_path / "1")]
+    one, two = (sorted([line.get(name) for name in names] for line in lines) for lines in found)
+    assert (
+        one == two
+        and len(one) == 15
+        and sorted(each.name for each in tmp_path.iterdir()) == ["1", "go", "o", "p.jsonl"]
+    )
+
+
 def test_two_machines_with_different_memory(tmp_path):
     """Two agents of torchrun, as on two machines, which hold one network; the smaller memory decides for both."""
     port = free_port()
@@ -334,6 +364,44 @@ def test_the_death_of_a_rank_ends_all():
     assert (other.returncode, first.returncode, first.stdout) == (-signal.SIGKILL, 2, "")
     (line,) = own_lines(first.stderr)
     assert "rank 0 lost another" in line
+
+
+def test_a_rank_of_a_conversation_without_memory_ends_all():
+    """Which the others, who wait for its sums, would not know."""
+    ranks = started(2, "tests/tp_worker.py", "memory", *tiny("--interactive", "-n", 3)[1:], input="hello\nand then\n")
+    first, other = (rank.end(60) for rank in ranks)
+    assert (first.returncode, other.returncode, first.stdout) == (2, 2, "")
+    assert "error: rank 0 lost another" in first.stderr and "error: CUDA out of memory" in other.stderr
+
+
+def test_each_wait_has_its_group(monkeypatch):
+    """What rank 0 alone has is broadcast, what takes some longer is waited for, what all do alike is not. Oracle: the
+    collectives, and their groups."""
+    seen = []
+
+    def gathered(values: list, value: object, group: object) -> None:
+        seen.append(("gather", group))
+        values[:] = [value] * 4
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda value, source, group: seen.append((source, group)))
+    monkeypatch.setattr(dist, "barrier", lambda group: seen.append(("barrier", group)))
+    ranks = Ranks(replicas=2, shard=Shard(0, 2), control="short", patient="long")  # type: ignore[arg-type]
+    assert (ranks.share(lambda: 5), ranks.gather(6), ranks.agree(lambda: 7), ranks.all(8)) == (5, [6, 6], 7, [8] * 4)
+    assert ranks.agree(lambda: 9, patient=True) == 9
+    ranks.wait()
+    gathers = [("gather", group) for group in ("long", "short", "short", "long")]
+    assert seen == [(0, "long"), *gathers, ("barrier", "long")]
+
+
+def test_a_draft_is_fetched_with_the_model(monkeypatch):
+    """By the one process of a machine that fetches, so that the others find both."""
+    fetched = []
+    monkeypatch.setattr(generate, "locate", fetched.append)
+    for draft in (None, "own/draft"):
+        generate.fetch(SimpleNamespace(checkpoint_path="own/model", draft_checkpoint_path=draft))
+    assert fetched == ["own/model", "own/model", "own/draft"]
 
 
 def test_what_cannot_be_run_is_refused_once(tmp_path):

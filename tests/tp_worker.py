@@ -3,6 +3,8 @@
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py CASES OUT
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py die FLAGS
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py drafts CHECKPOINT OUT
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py leave GO FLAGS
+python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py memory FLAGS
 """
 
 import json
@@ -11,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -28,9 +31,11 @@ import generate
 import speculate
 from batch import Prompt, generate_many
 from cache import KVCache
+from chat import Conversation
 from checkpoint import load_model
 from drafts import LayersDraft, ModelDraft, PromptDraft
 from engine import Engine, Run
+from jobs import Output
 from ranks import join, leave
 from request import Request
 from speculate import Draft, Pace, Speculating, Speculation
@@ -40,6 +45,32 @@ def die_while_decoding(flags: list[str]) -> int:
     """generate.py, of which all ranks but the first end in the middle."""
     if os.environ["RANK"] != "0":
         Run.collect = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+    return generate.main(flags)
+
+
+def leave_a_batch(go: str, flags: list[str]) -> int:
+    """generate.py --prompts, whose first rank dies after its first prompt. The others go on when there is a file."""
+    append = Output.append
+
+    def appended(output: Output, block: bytes) -> None:
+        append(output, block)
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not Path(go).exists():
+            time.sleep(0.05)
+
+    Output.append = appended  # type: ignore[method-assign]
+    return generate.main(flags)
+
+
+def run_out_of_memory(flags: list[str]) -> int:
+    """generate.py --interactive, of which all ranks but the first have no memory for a turn."""
+    if os.environ["RANK"] != "0":
+
+        def turn(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        Conversation.turn = turn  # type: ignore[assignment, method-assign]
     return generate.main(flags)
 
 
@@ -138,6 +169,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "drafts":
         draw_with_drafts(*sys.argv[2:])
         sys.exit()
+    if sys.argv[1] == "leave":
+        sys.exit(leave_a_batch(sys.argv[2], sys.argv[3:]))
+    if sys.argv[1] == "memory":
+        sys.exit(run_out_of_memory(sys.argv[2:]))
     if sys.argv[1] == "die":
         sys.exit(die_while_decoding(sys.argv[2:]))
     draw_cases(*sys.argv[1:])
