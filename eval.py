@@ -272,10 +272,8 @@ class Evaluator:
 
     def request(self, context: str, drawing: Drawing, count: int) -> Request:
         """For `count` samples of a context, whose random numbers no other context or drawing has."""
-        named = self.texts.tokenizer.specials
-        eos_ids = self.texts.eos_ids | {named[text] for text in drawing.until if text in named}
         seed = seed_of(self.seed, repr((context, drawing)))
-        return Request(count, drawing.length, drawing.sampling, seed, eos_ids=eos_ids, stop=drawing.until)
+        return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
     def room(self, drawing: Drawing) -> int:
         """The most tokens of a context that leave room for what is drawn. Raises ValueError where none do."""
@@ -522,7 +520,7 @@ def run_samples(options: argparse.Namespace) -> None:
     engine.runs, begin = len(problems), time.perf_counter()
     with evaluator.running(), options.output.open("w", encoding="utf-8") as file:
         for number, (problem, tokens) in enumerate(zip(problems, prompts, strict=True), 1):
-            samples = engine.generate(tokens, replace(request, seed=seed_of(request.seed, problem["task_id"])))
+            samples = engine.generate(tokens, replace(request, seed=seed_of(evaluator.seed, problem["task_id"])))
             evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
             evaluator.drawn += sum(len(each.tokens) for each in samples)
             for line in sample_lines(problem["task_id"], samples):
