@@ -272,10 +272,8 @@ class Evaluator:
 
     def request(self, context: str, drawing: Drawing, count: int) -> Request:
         """For `count` samples of a context, whose random numbers no other context or drawing has."""
-        named = self.texts.tokenizer.specials
-        eos_ids = self.texts.eos_ids | {named[text] for text in drawing.until if text in named}
         seed = seed_of(self.seed, repr((context, drawing)))
-        return Request(count, drawing.length, drawing.sampling, seed, eos_ids=eos_ids, stop=drawing.until)
+        return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
     def room(self, drawing: Drawing) -> int:
         """The most tokens of a context that leave room for what is drawn. Raises ValueError where none do."""

@@ -323,6 +323,13 @@ def test_texts_after_prompts_that_each_extend_the_last(shallow, monkeypatch):
     assert evaluator.read < 900, "what is shared is read once"
 
 
+def test_the_name_of_a_control_token_ends_a_text(ours):
+    """Which has no text of its own: <s>, id 0, beside the model's own </s>, id 1."""
+    drawing = Drawing.parse({"until": ["<s>"], "max_gen_toks": 40, "temperature": 5.0})
+    samples = ours.engine.generate(ours.texts.encode("the"), ours.request("the", drawing, 99))
+    assert {0, 1} == {sample.tokens[-1] for sample in samples if sample.finish_reason == "eos"}
+
+
 def flat_evaluator(seed: int = 3) -> Evaluator:
     """Its network says the same of every token: what is drawn is a function of the random numbers alone."""
     letters = Letters()
