@@ -607,13 +607,36 @@ def generate_many(
     prompts, request = [replace(prompt, tokens=as_tokens(prompt.tokens)) for prompt in prompts], engine.seeded(request)
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
-    batch = Batch(engine, sound, request, tally or Tally()) if sound else None
+    alone = [prompt for prompt in sound if is_read_anew(engine.args, request, prompt)]
+    together, tally = [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)], tally or Tally()
+    batch = Batch(engine, together, request, tally) if together else None
 
     def run() -> Iterator[Outcome]:
         for prompt, reason in zip(prompts, refused, strict=True):
             if reason is not None:
                 yield Outcome(prompt, [], reason)
+        for prompt in alone:
+            yield draw_alone(engine, prompt, request, tally)
         if batch is not None:
             yield from batch.outcomes()
 
     return run()
+
+
+def is_read_anew(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
+    """Whether rows of the prompt may come to be read anew (RopeScaling.crosses), each when it has grown so long."""
+    scaling, length = args.rope_scaling, len(prompt.tokens)
+    return scaling is not None and scaling.crosses(length, length + request.max_new_tokens)
+
+
+def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: Tally) -> Outcome:
+    """A prompt by itself, as a request of its own."""
+    assert request.seed is not None
+    tokens, samples, error = len(prompt.tokens), list[Sample](), None
+    try:
+        samples = engine.generate(prompt.tokens, replace(request, seed=seed_of(request.seed, prompt.id)))
+    except (ValueError, FloatingPointError) as caught:
+        error = str(caught)
+    drawn = sum(len(sample.tokens) for sample in samples)
+    tally.add(Tally(prompts=1, drawn=drawn, asked=tokens, read=tokens))
+    return Outcome(prompt, samples, error)

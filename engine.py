@@ -220,6 +220,10 @@ class Decoding:
         drawn, logprob = self.step(inputs, self.cache)
         return self.shard.agree(drawn)[:, None], logprob[:, None], self.one
 
+    def move(self, cache: KVCache) -> None:
+        """Go on in another cache of the same rows."""
+        self.cache = cache
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but the given ones."""
         self.cache.keep(rows)
@@ -303,7 +307,8 @@ class Run:
         while True:
             # 3. What was drawn reaches the host; rows that are done are retired, and leave when half are. The first
             # step is looked at alone, since it may compile.
-            if len(pending) == LOOK_EVERY[device.type] or steps < 2 or ahead >= limit:
+            crosses = self.crosses(self.begin + ahead - 1)
+            if crosses or len(pending) == LOOK_EVERY[device.type] or steps < 2 or ahead >= limit:
                 yield from self.collect(rows, pending, cache, steps > 0)
                 pending = []
                 kept = rows_to_keep([row.sample.finish_reason is None for row in rows])
@@ -314,6 +319,9 @@ class Run:
                     decoding.keep(kept)
                     token, input_pos = token[kept], input_pos[kept]
                 ahead = max(len(row.sample.tokens) for row in rows)
+                if crosses:
+                    cache = self.read_anew(rows, ahead)
+                    decoding.move(cache)
             # 4. A step over the slots that it may write, and those before them.
             cache.resize(base + min(self.own_slots, bucket(ahead - 1 + decoding.width)))
             # A row that is done may be further than those in view.
@@ -322,6 +330,31 @@ class Run:
             # 5. Each row moves by its own count.
             tokens, _, count = pending[-1]
             token, input_pos = tokens.gather(1, count[:, None] - 1), input_pos + count[:, None]
+
+    def crosses(self, position: int) -> bool:
+        """Whether the step at that position turns all others otherwise than before."""
+        scaling = self.engine.args.rope_scaling
+        return scaling is not None and scaling.crosses(position, position + 1)
+
+    def read_anew(self, rows: Sequence[Row], own: int) -> KVCache:
+        """The cache of rows that have drawn `own` tokens, or are done, read anew at the length that they have now. The
+        context is read with the tokens of one row, which make it so long, and then serves all."""
+        engine, chunk = self.engine, self.request.prefill_chunk
+        live = [(index, row.sample.tokens) for index, row in enumerate(rows) if row.sample.finish_reason is None]
+        reserve = self.begin + self.own_slots if self.extends else 0
+        context = KVCache.empty(engine.args, 1, self.begin + own, engine.model.norm.weight, reserve)
+        engine.prefill(context, [*self.history, *live[0][1]], chunk, SILENT)
+        if self.extends:
+            return context
+        context.resize(self.begin)
+        context = Int8Context(context) if self.request.kv_dtype == "int8" else context
+        cache = LAYOUTS[self.request.attention](context, len(rows), own, self.own_slots)
+        for index, tokens in live:
+            one = KVCache.fork(context, 1, own)
+            engine.prefill(one, tokens, chunk, SILENT)
+            for mine, theirs in zip(cache.tensors, one.tensors, strict=True):
+                mine[index, :, -own:] = theirs[0]
+        return cache
 
     def collect(self, rows: Sequence[Row], pending: Sequence[Drawn], cache: KVCache, stepped: bool) -> Iterator[Piece]:
         """Brings the tokens of the last steps to the host and ends the rows that are done."""

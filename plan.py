@@ -162,8 +162,15 @@ def plan_run(
         held += args.kv_values_per_token // 2 * dtype.itemsize  # the keys' channels
     read, held = (size + context * work.draft_token for size in (read, held))
 
+    scaling = args.rope_scaling
+    anew = scaling is not None and scaling.crosses(context, total)  # all that is held, while it is read once more
+    longer = replace(space, work=replace(work, context=scaling.original_context)) if scaling and anew else space
+
     def needed(rows: int) -> int:
-        return weights.total + max(read + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
+        most = max(read + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
+        if anew:
+            most = 2 * (read + rows * (decoded + copied)) + max(longer.reading(), space.decoding(rows))
+        return weights.total + most
 
     if needed(1) > available:
         raise ValueError(

@@ -69,6 +69,11 @@ class RopeScaling:
         longer = max(0, length - self.original_context) if self.by_length else 0
         return longer if self.kind == "dynamic" else int(longer > 0)
 
+    def crosses(self, first: int, last: int) -> bool:
+        """Whether what was read at the length `first` is read anew before the length `last`, as transformers' Phi-3
+        does: keys turned by the short factors are of no use to the long ones."""
+        return self.kind == "longrope" and first <= self.original_context < last
+
 
 @dataclass(frozen=True)
 class ScoreMod:

@@ -27,6 +27,9 @@ KINDS = {
     "ALiBi": replace(ALIBI, n_layer=2, windows=(None, 4)),
     "experts": replace(TWO, mixture=Mixture(5, 2, 24, True)),
     "dynamic": replace(TWO, rope_scaling=RopeScaling("dynamic", 2.0, original_context=16)),
+    "longrope": replace(
+        TWO, rope_scaling=RopeScaling("longrope", 4.0, 30, short=(1.0,) * 5, long=(1.0, 1.5, 2.0, 3.0, 4.0))
+    ),
 }
 
 
@@ -74,12 +77,12 @@ def test_samples_are_those_of_each_prompt_alone(engine, n, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_networks(kind):
-    """Where distance matters, where rows meet experts, and where nothing may be shared."""
+    """Where distance matters, where rows meet experts, and where nothing may be shared, some of it read anew."""
     engine = Engine(random_model(KINDS[kind]), compile=False)
     prompts, asked, tally = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5), Tally()
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
     assert drawn(generate_many(engine, prompts, asked, tally)) == expected
-    assert (tally.read == tally.asked) == (kind == "dynamic")
+    assert (tally.read == tally.asked) == (kind in ("dynamic", "longrope"))
 
 
 def test_in_fp32_with_text_and_stop_strings():

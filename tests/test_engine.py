@@ -2,12 +2,13 @@
 and for the loop, plain decoding."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import GQA, PROMPT, TINY, Letters, draws, random_model, random_tokens, request
+from conftest import GQA, PROMPT, TINY, Letters, draws, full, random_model, random_tokens, request
 from torch import Tensor
 
 import engine as road
@@ -19,6 +20,7 @@ from graphs import StepInput
 from layouts import LAYOUTS
 from report import Stopwatch
 from request import Request, Sampling
+from rotary import RopeScaling
 from samples import Piece, Sample, rank
 from sampling import draw, uniform
 
@@ -49,6 +51,63 @@ def test_logprobs_equal_those_of_one_forward_pass(engine, monkeypatch, look, len
     monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
     for each in engine.generate(PROMPT, request(5, length)):
         assert each.logprobs == pytest.approx(engine.score(PROMPT, [each.tokens])[0].logprobs, abs=1e-6)
+
+
+LONGROPE = RopeScaling("longrope", 4.0, 70, 1.0, 1.0, 1.1, short=(1.0,) * 5, long=(1.0, 1.5, 2.0, 3.0, 4.0))
+
+
+@pytest.fixture(scope="module")
+def growing() -> Engine:
+    """All keys are turned otherwise from a length of 71 on."""
+    return Engine(random_model(replace(TWO, rope_scaling=LONGROPE)), Letters(), compile=False)
+
+
+def read_anew(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """The log-probability of each token, by a pass over all before it, at the length of that."""
+    found = []
+    for end in range(len(prompt), len(prompt) + len(tokens)):
+        logits = full(engine.model, torch.tensor([[*prompt, *tokens][:end]]))[0, -1]
+        found.append(logits.log_softmax(-1)[tokens[end - len(prompt)]].item())
+    return found
+
+
+@pytest.mark.parametrize("length,n,attention,look", [
+    (13, 1, "bifurcated", 1), (13, 5, "bifurcated", 8), (66, 3, "contiguous", 1), (69, 3, "expanded", 8),
+    (70, 3, "bifurcated", 1), (71, 3, "bifurcated", 1), (60, 7, "bifurcated", 3),
+])  # fmt: skip
+def test_what_outgrows_the_original_context_of_longrope_is_read_anew(growing, monkeypatch, length, n, attention, look):
+    """Also where rows have ended before, and in waves."""
+    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    prompt = random_tokens(TWO, length).tolist()
+    ends = frozenset(range(3, 97, 40) if length > 13 else ())
+    asked = request(n, 66, attention=attention, rows_at_once=4, eos_ids=ends)
+    samples = growing.generate(prompt, asked)
+    assert any(len(sample.tokens) + length > 72 for sample in samples)
+    for sample in samples:
+        assert sample.logprobs == pytest.approx(read_anew(growing, prompt, sample.tokens), abs=1e-6)
+
+
+def test_a_context_in_int8_is_read_anew_too(growing):
+    """Rounding moves a log-probability by less than a tenth; keys turned by the short factors, by more."""
+    prompt = random_tokens(TWO, 66).tolist()
+    for sample in growing.generate(prompt, request(3, 20, kv_dtype="int8", eos_ids=frozenset())):
+        assert sample.logprobs == pytest.approx(read_anew(growing, prompt, sample.tokens), abs=0.1)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_conversation_that_outgrows_the_original_context_is_read_anew(growing, n):
+    """In its second reply; what it was before that can be gone back to."""
+    asked = request(n, 30, eos_ids=frozenset())
+    conversation, history = Conversation(growing, asked), PROMPT
+    for turn in range(3):
+        mark, new = conversation.mark(), history[len(conversation.history) :]
+        for _ in range(2):
+            conversation.back_to(mark)
+            samples = conversation.turn(new)
+            for sample in samples:
+                assert sample.logprobs == pytest.approx(read_anew(growing, history, sample.tokens), abs=1e-6)
+        conversation.keep(samples[-1])
+        history = [*history, *samples[-1].tokens, turn + 5]
 
 
 def test_how_many_slots_a_step_reads_changes_nothing(engine, monkeypatch):

@@ -18,9 +18,11 @@ import checkpoint
 from cache import NoCache
 from checkpoint import load_model, read_checkpoint, read_weights, weight_sizes
 from convert_hf_checkpoint import convert
+from engine import Engine
 from families import args_from_config
 from model import Transformer
 from quantize import main as quantise
+from request import Request, Sampling
 from rotary import all_frequencies
 from tp import Shard
 
@@ -244,6 +246,25 @@ def test_scaling_by_length_decodes_as_transformers_does(family, length, tmp_path
     for i in range(9):
         expected.append(reference(decoded[:, i : i + 1], past_key_values=past).logits)
     torch.testing.assert_close(torch.cat(steps, 1), torch.cat(expected, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length,n", [(50, 1), (50, 3), (64, 3), (65, 3), (20, 3)])
+def test_a_text_that_outgrows_the_original_context_is_read_anew_as_by_transformers(length, n, tmp_path):
+    """Phi-3's longrope, whose keys are turned by the short factors up to 64 positions. Oracle: transformers' own
+    generate, which reads all anew there."""
+    reference = save_random(tmp_path, "Phi-3, long")
+    model = read(tmp_path)
+    prompt = random_tokens(model.args, 1, length)
+    request = Request(n, 66, Sampling(0), eos_ids=frozenset())
+    samples = Engine(model, compile=False).generate(prompt[0].tolist(), request)
+    theirs = reference.generate(
+        prompt, max_new_tokens=66, do_sample=False, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    expected = theirs.sequences[0, length:]
+    logprobs = torch.cat(theirs.logits).log_softmax(-1)[torch.arange(66), expected]
+    for sample in samples:
+        assert sample.tokens == expected.tolist()
+        assert sample.logprobs == pytest.approx(logprobs.tolist(), abs=1e-4)
 
 
 ROPES = {
