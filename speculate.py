@@ -1,12 +1,12 @@
 """Speculative decoding: a draft proposes k tokens for each row, one step of the target verifies them all.
 
-A sample's token at a position is drawn from the target's logits there by the numbers u(seed, sample, position, token)
-and nothing else. So a step draws the tokens of k + 1 positions, given the proposals, and they stand up to the first
-that was not proposed: they are the tokens of plain decoding, whatever the draft and whenever it is used. A proposal
-that takes no chance is accepted with its probability p(x), as by the rule of Leviathan et al. 2022 (arXiv 2211.17192)
-and Chen et al. 2023 (arXiv 2302.01318). A draft that draws does so by the target's numbers and filters, and then meets
-its token nearly as often as by their rule, whose samples would depend on the draft (drafter-invariant speculation:
-Daliri et al. 2024, arXiv 2408.07978; what it costs: BENCHMARKS.md).
+A sample's token at a position is drawn from the target's logits there by the numbers u(seed, sample, position,
+token), and from nothing else. So a step draws the tokens of k + 1 positions, given the proposals, and they stand up
+to the first that was not proposed: they are the tokens of plain decoding, whatever the draft and whenever it is used.
+A proposal that takes no chance is accepted with its probability p(x), as by the rule of Leviathan et al. 2022 (arXiv
+2211.17192) and Chen et al. 2023 (arXiv 2302.01318). A draft that draws does so by the target's numbers and filters,
+and then meets its token nearly as often as by their rule, whose samples would depend on the draft (drafter-invariant
+speculation: Daliri et al. 2024, arXiv 2408.07978; what it costs: BENCHMARKS.md).
 
 Shapes: N rows, k proposals, S = k + 1 positions of a step, V vocabulary.
 """
