@@ -442,7 +442,7 @@ class Batch:
             row = self.shelf.take(behind, len(prompt.tokens) - behind)
             first = self.request.first_index
             tokenizer = self.engine.tokenizer
-            assert self.request.seed is not None
+            assert self.request.seed is not None, "generate_many gives it one"
             seed = seed_of(self.request.seed, prompt.id)
             rows = [Row(first + each, self.ending, tokenizer, prompt.tokens, False, seed) for each in range(n)]
             found.append(Held(number, prompt, seed, row, self.resident[group], rows, n))

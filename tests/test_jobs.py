@@ -120,7 +120,7 @@ def test_a_file_without_a_prompt_is_refused(tmp_path, content):
 
 
 BAD = [
-    (b'{"prompt": "a"', "not JSON"), (b"[1]", "neither a text nor an object"), (b'{"text": "a"}', "neither a text"),
+    (b'{"prompt": "a"', "not JSON"), (b"[1]", "a whole array"), (b'{"text": "a"}', "neither a text"),
     (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages are not a list"),
     (b'{"messages": [{"role": "user"}]}', "message 1 (user) has no content"),
     (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages are not a list"),

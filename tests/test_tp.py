@@ -310,9 +310,9 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
     first, other = started(2, "tests/tp_worker.py", "leave", go, *arguments[1:], output, "--tp", 1)
     assert first.end(100).returncode == -signal.SIGKILL
     refused = run(*arguments[1:], output, "--resume")
-    assert refused.returncode == 2 and "another run writes to" in refused.stderr
     go.touch()
     ended = other.end(100)
+    assert refused.returncode == 2 and "another run writes to" in refused.stderr
     assert ended.returncode == 2 and "rank 1 lost another" in ended.stderr
     result = run(*arguments[1:], output, "--resume")
     assert result.returncode == 0 and "3 were done before" in result.stderr, result.stderr
