@@ -9,16 +9,29 @@ What requests begin with alike is read once (scoring.py). Results go to stdout a
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
-from system import INTERRUPTED, check_new, check_stays, check_writable, complain, finish, read_text, start, write_file
+import sys
+
+from system import (
+    INTERRUPTED,
+    begin,
+    check_new,
+    check_stays,
+    check_writable,
+    complain,
+    finish,
+    read_text,
+    start,
+    write_file,
+)
 
 if __name__ == "__main__":
     start()
+    begin("--quiet" in sys.argv)
 
 import argparse
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from system import INTERRUPTED, cache_folder, complain, finish, replica_file, start, write_file
+from system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, showing, start, write_file
 
 if __name__ == "__main__":
     start()
@@ -22,7 +22,7 @@ from functools import partial
 from options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
 if __name__ == "__main__":
-    read_options()  # --help, and a flag or a value that is refused, need not wait for the imports below
+    begin(read_options().quiet)  # --help, and a flag or a value that is refused, need not wait for the imports below
 
 import torch
 
@@ -385,7 +385,8 @@ def run(options: argparse.Namespace) -> None:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
     if plan.compiled:
         keep_freed_memory()
-    engine = ranks.agree(lambda: open_engine(session))
+    with showing("loading"):
+        engine = ranks.agree(lambda: open_engine(session))
     go = interact if options.interactive else run_once
     if session.job is not None:
         go = partial(run_batch, output=output)

@@ -7,6 +7,7 @@ addresses. Without this file and the lines that call it all else works. Shapes: 
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cache import KVCache
 from repetition import NOTHING
-from system import Notice
+from system import Notice, showing
 
 LONGEST_CHAIN = 3  # links of a cache behind which a step is compiled: each length is a graph of its own
 
@@ -45,7 +46,7 @@ def compiled(step: Step) -> Step:
 
     own.__code__ = own.__code__.replace()  # torch.compile keeps the graphs of all functions of one code object together
     # Only what is marked varies: a second model in the process must not turn its other sizes into variables.
-    graph = torch.compile(own, fullgraph=True, dynamic=False)
+    graph, first = torch.compile(own, fullgraph=True, dynamic=False), [showing("compiling")]
 
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
         if len(cache.links) > LONGEST_CHAIN:
@@ -53,7 +54,8 @@ def compiled(step: Step) -> Step:
             return step(inputs, cache)
         mark_dynamic(inputs, cache)
         try:
-            return graph(inputs, cache)
+            with first.pop() if first else nullcontext():
+                return graph(inputs, cache)
         except FailOnRecompileLimitHit:
             notify("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
             return step(inputs, cache)

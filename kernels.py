@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from bifurcated_attention import differentiated
 from rotary import ScoreMod
+from system import Notice, showing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -54,13 +56,11 @@ class Library:
 
 
 def cache_folder() -> Path:
-    """Where torch.compile keeps what it built; asked of PyTorch it would cost a second of imports."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # one without a name, as in a container
-        user = str(os.getuid())
+    """A user's own folder where torch.compile keeps what it built; asked of PyTorch it would cost a second of
+    imports."""
+    user = os.getuid() if os.name == "posix" else getpass.getuser()
     default = Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / "kernels"
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / f"kernels-{user}"  # the first may be of many
 
 
 def check_own(path: Path) -> None:
@@ -85,7 +85,9 @@ def build(compiler: str, target: Path, *flags: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
+        with showing("building kernels, once"):
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+        made.chmod(0o700)  # whatever the umask: what others may write is not loaded
         made.replace(target)  # at once: another process may be building too
 
 
@@ -104,7 +106,19 @@ def library() -> Library:
         build(compiler, target)
         return load(target)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        return Library(None, f"not built: {type(error).__name__}")
+        why = f"not built: {reason(error)}"
+        warnings.warn(f"kernels.cpp was {why}: PyTorch's operators run in its place, slower", Notice, stacklevel=2)
+        return Library(None, why)
+
+
+def reason(error: Exception) -> str:
+    """Why a build failed, in a few words: of a compiler that complains, its first error."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line or "cannot find" in line]
+        return f"{error.cmd[0]}: {lines[0]}" if lines else f"{error.cmd[0]} ends with status {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} takes more than {BUILD_SECONDS} s"
+    return str(error)
 
 
 def load(path: Path) -> Library:
@@ -168,7 +182,9 @@ class Chain(Protocol):
 
     k: list[Tensor]
     start: Tensor
-    links: Sequence[Any]
+
+    @property
+    def links(self) -> Sequence[Any]: ...
 
     @property
     def tensors(self) -> list[Tensor]: ...

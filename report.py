@@ -178,14 +178,23 @@ class Console(Stopwatch):
             self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
     def show_live(self, pieces: Generator[Piece]) -> None:
-        """Runs to the end, and prints the text as it comes where there is one sample."""
-        if self.streams and self.options.echo:
-            print(self.prompt, end="", flush=True)
-        with closing(pieces):  # now, and not when an interrupt has been forgotten
-            for piece in pieces:
-                self.bar.clear()
-                if self.streams and piece.text:
-                    print(piece.text, end="", flush=True)
+        """Runs to the end, and prints the text as it comes where there is one sample; of a compiled run from its first
+        step on, which may take long: inside a line nothing could tell."""
+        text = self.prompt if self.streams and self.options.echo else ""
+        if not self.plan.compiled:
+            print(text, end="", flush=True)
+            text = ""
+        try:
+            with closing(pieces):  # now, and not when an interrupt has been forgotten
+                for piece in pieces:
+                    text += piece.text * self.streams
+                    if self.step_s or not self.plan.compiled:
+                        self.bar.clear()
+                        print(text, end="", flush=True)
+                        text = ""
+        finally:
+            self.bar.clear()
+            print(text, end="", flush=True)
 
     def show(self, samples: Sequence[Sample]) -> list[Ranked]:
         """Prints these samples, unless they were shown live; returns their ranking as far as --top."""

@@ -47,6 +47,7 @@ class Stream:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
+        self.inside = False  # a line that is not ended
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -57,13 +58,16 @@ class Stream:
         raise OSError(f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere") from error
 
     def write(self, text: str) -> int:
+        clear_status()
         try:
             self.stream.write(text)
         except OSError as error:
             self.failed(error)
+        self.inside = not text.endswith("\n") if text else self.inside
         return len(text)
 
     def flush(self) -> None:
+        clear_status()  # input() writes past this object
         try:
             self.stream.flush()
         except OSError as error:
@@ -76,6 +80,27 @@ class Notes(Stream):
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.null = os.open(os.devnull, os.O_WRONLY)
+        self.status = ""  # the line on the screen that tells what the command is doing
+        self.quiet = False
+
+    def hush(self) -> None:
+        """Show no status and no Notice."""
+        self.quiet = True
+
+    def show(self, status: str) -> None:
+        """Replace the status line, until anything else is written; only on a terminal, and not inside a line."""
+        inside = isinstance(sys.stdout, Stream) and sys.stdout.inside and sys.stdout.isatty()
+        if self.quiet or inside or not self.isatty():
+            return
+        with suppress(OSError):
+            self.stream.write("\r\033[K" + (status and f"{status} ..."))
+            self.stream.flush()
+        self.status = status
+
+    def note(self, message: object, *_: object, **__: object) -> None:
+        """Show a Notice, as warnings.showwarning."""
+        if not self.quiet:
+            print(f"note: {message}", file=self)
 
     def failed(self, error: OSError) -> None:
         pass
@@ -90,6 +115,26 @@ class Notes(Stream):
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def clear_status() -> None:
+    if isinstance(sys.stderr, Notes) and sys.stderr.status:
+        sys.stderr.show("")
+
+
+@contextmanager
+def showing(status: str) -> Iterator[None]:
+    """Tell what the command is doing meanwhile, then what it did before."""
+    if not isinstance(sys.stderr, Notes):
+        yield
+        return
+    before = sys.stderr.status
+    sys.stderr.show(status)
+    try:
+        yield
+    finally:
+        if sys.stderr.status:  # nothing else was written
+            sys.stderr.show(before)
 
 
 class Guarded:
@@ -144,12 +189,22 @@ def start() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", Notice)
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        warnings.showwarning = sys.stderr.note
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
 
 
+def begin(quiet: bool) -> None:
+    """Tell that what takes seconds begins: imports, then the model; but not if quiet, nor in a rank but the first."""
+    if isinstance(sys.stderr, Notes):
+        if quiet or os.environ.get("RANK", "0") != "0":
+            sys.stderr.hush()
+        sys.stderr.show("loading")
+
+
 def leave(*_: object) -> NoReturn:
+    with suppress(RuntimeError):  # in the middle of a write
+        clear_status()
     os._exit(INTERRUPTED)
 
 
@@ -170,6 +225,7 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
         status = 0
     except OSError as error:
         status = complain(error)
+    clear_status()
     try:
         sys.stdout.flush()
     except OSError:
