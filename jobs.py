@@ -482,7 +482,7 @@ class Progress:
 def summary(report: dict[str, Any]) -> str:
     """Three lines: what ran, how fast, what sharing saved."""
     refused, before = report["prompts_refused"], report["prompts_done_before"]
-    notes = f", {refused} could not be run" * bool(refused) + f", {before} were done before" * bool(before)
+    notes = f", {refused} could not be run" * bool(refused) + f", {before} done before" * bool(before)
     how = "compiled" if report["compiled"] else "eager"
     samples = counted(report["num_samples"], "sample")
     return (

@@ -648,6 +648,7 @@ EVAL: dict[str, list[list[str]]] = {
     )},
     "--checkpoint_path": [[value] for value in PATHS],
     "--quiet": [[]],
+    "--resume": [[]],
 }  # fmt: skip
 LINES = {
     "problems": b'{"task_id": "A", "prompt": "Once"}\n{"task_id": 2, "prompt": ""}\n',

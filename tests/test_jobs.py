@@ -369,7 +369,7 @@ def test_a_stopped_batch_says_how_it_goes_on(prompts, tmp_path):
     assert f"stopped: {output} has what is done, the same command with --resume goes on" in result.stderr
     assert len({line["id"] for line in written(output)}) == 1
     again = run("--prompts", prompts, *FLAGS[:-1], "--output", output, "--resume")
-    assert again.returncode == 0 and "1 were done before" in again.stderr
+    assert again.returncode == 0 and "1 done before" in again.stderr
 
 
 def test_a_run_where_nothing_is_left_says_so_before_it_reads_a_prompt(prompts, tmp_path):

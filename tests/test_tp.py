@@ -315,7 +315,7 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
     assert refused.returncode == 2 and "another run writes to" in refused.stderr
     assert ended.returncode == 2 and "rank 1 lost another" in ended.stderr
     result = run(*arguments[1:], output, "--resume")
-    assert result.returncode == 0 and "3 were done before" in result.stderr, result.stderr
+    assert result.returncode == 0 and "3 done before" in result.stderr, result.stderr
     assert run(*arguments[1:], tmp_path / "1").returncode == 0
     names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
     found = [[json.loads(line) for line in file.read_text().splitlines()[1:]] for file in (output, tmp_path / "1")]
