@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -78,9 +78,9 @@ class Checkpoint:
     recipe: Recipe | None = None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = weight_files) -> Checkpoint:
     """Reads the metadata of a checkpoint. path: its folder, the model.pth in it, a file of karpathy/tinyllamas, or a
-    repository's folder in the hub's cache.
+    repository's folder in the hub's cache. choose: a folder's weights.
 
     Raises FileNotFoundError where a file is missing and ValueError where one does not say what it must.
     """
@@ -88,7 +88,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
     folder = path if path.is_dir() else path.parent
-    weights = weight_files(folder) if path.is_dir() else (path,)
+    weights = choose(folder) if path.is_dir() else (path,)
     if (folder / ADAPTER).exists():
         raise ValueError(f"{folder} has {ADAPTS}")
     pickled = weights[0].name == "model.pth" or path.is_file() and path.suffix != ".safetensors"

@@ -15,7 +15,6 @@ from system import check_stays, complain, finish, start
 if __name__ == "__main__":
     start()
 
-from dataclasses import replace
 
 from checkpoint import (
     Checkpoint,
@@ -24,7 +23,7 @@ from checkpoint import (
     read_weights,
     save_model,
 )
-from files import COMPANIONS, companions, hugging_face_files, read_json
+from files import COMPANIONS, companions, hugging_face_files, read_json, snapshot
 from flags import OneLineParser
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
@@ -33,10 +32,8 @@ KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is writte
 def convert(source: Path, out: Path) -> Path:
     """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError, before anything is written,
     where another model lies there or what is read would be replaced, or OSError."""
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, hugging_face_files)  # not a model.pth of an earlier conversion
     check_folder(checkpoint, out)
-    if source.is_dir():  # not a model.pth of an earlier conversion
-        checkpoint = replace(checkpoint, weights=hugging_face_files(source))
     check_stays([*checkpoint.weights, *companions(checkpoint.folder)], out / "model.pth")
     state = read_weights(checkpoint)
     if checkpoint.args.tied_output:
@@ -66,7 +63,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder to write; default: the same folder")
     options = parser.parse_args()
     try:
-        source = options.checkpoint_dir
+        source = snapshot(options.checkpoint_dir)
         folder = source if source.is_dir() else source.parent
         out = options.out or folder
         print(convert(source, out))
