@@ -494,9 +494,8 @@ def test_a_head_beside_tied_embeddings_is_used_as_transformers_uses_it(tmp_path,
     assert read_checkpoint(tmp_path).args.tied_output == (heads != "other")
     torch.testing.assert_close(full(read(tmp_path), tokens), expected, rtol=0, atol=1e-4)
     (tmp_path / "out").mkdir()
-    save_model(
-        tmp_path, read_checkpoint(tmp_path).config, {"tok_embeddings.weight": embedding}
-    )  # of another conversion
+    other = {"tok_embeddings.weight": embedding}  # of an earlier conversion, which is not asked
+    save_model(tmp_path, read_checkpoint(tmp_path).config, other)
     for folder in (tmp_path / "out", tmp_path):
         converted = convert(tmp_path, folder)
         torch.testing.assert_close(full(read(converted), tokens), expected, rtol=0, atol=1e-4)
