@@ -5,7 +5,6 @@
 
 import codecs
 import io
-import json
 import os
 import signal
 import stat
@@ -26,6 +25,8 @@ LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
 def escape(error: UnicodeError) -> tuple[str, int]:
     """What stands for the characters that an encoding lacks: the escapes of JSON, so that JSON lines stay what they
     are."""
+    import json  # not before Ctrl-C ends the imports
+
     assert isinstance(error, UnicodeEncodeError)
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 

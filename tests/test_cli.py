@@ -575,7 +575,7 @@ def test_a_file_is_the_prompt_to_its_last_byte_and_stdin_without_one_newline(tmp
 
 def test_what_ended_by_itself_comes_before_what_was_cut():
     """Eight samples, some of which reach their end. --rank mean does not ask how they ended."""
-    base = [*PROMPT, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
+    base = [*PROMPT, "--seed", 5, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
     ended, plain = (lines_of(run(*base, *flags)) for flags in ([], ["--rank", "mean"]))
     means = [row["mean_logprob"] for row in plain]
     assert means == sorted(means, reverse=True) and {row["sample"] for row in ended} == {*range(8)}
@@ -587,7 +587,7 @@ def test_what_ended_by_itself_comes_before_what_was_cut():
 
 def test_samples_can_be_had_as_they_finish():
     """Shorter ones first; the last of several runs alone. Oracle: the ranked ones."""
-    base = [*PROMPT, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
+    base = [*PROMPT, "--seed", 5, "-n", 8, "--max_new_tokens", 160, "--format", "jsonl", "--dtype", "float32"]
     rows, ranked = lines_of(run(*base, "--unranked", "--num_runs", 2)), lines_of(run(*base))
     sizes = [len(row["tokens"]) for row in rows]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
