@@ -371,8 +371,9 @@ def run(options: argparse.Namespace) -> None:
     session = resolve(options, ranks)
     plan = session.plan
     if options.plan:
-        limit = session.checkpoint.args.context_limit
-        print(f"{plan}\nthe model's context limit   {limit:>10}  tokens of prompt and new ones")
+        args = session.checkpoint.args
+        stretched = f", max_position_embeddings {args.max_positions} stretched" if args.max_positions else ""
+        print(f"{plan}\nthe model's context limit   {args.context_limit:>10}  tokens of prompt and new ones{stretched}")
         return
     output = open_output(session)
     if session.job is not None and not session.job.left:

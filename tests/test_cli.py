@@ -608,6 +608,16 @@ def test_the_plan_names_the_context_limit():
     assert re.search(r"context limit +320  tokens", run("--plan", "--synthetic_prompt", 5000).stdout)
 
 
+def test_the_plan_says_where_rope_scaling_reaches_beyond_max_position_embeddings(tmp_path):
+    """Oracle: the factor times the original context, which no field names."""
+    folder = shutil.copytree(TINY, tmp_path / "yarn")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= {"max_position_embeddings": 66, "rope_scaling": {"type": "yarn", "factor": 4.0}}
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    told = run("--plan", "--checkpoint_path", folder, "--synthetic_prompt", 130).stdout
+    assert "264  tokens of prompt and new ones, max_position_embeddings 66 stretched" in told
+
+
 def test_drafts_change_no_sample_and_are_told_in_the_report(tmp_path):
     """Every kind, on a prompt that repeats; heads that another script made. Oracle: the same without a draft."""
     heads = tmp_path / "medusa_lm_head.pt"
