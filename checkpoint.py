@@ -36,7 +36,7 @@ from files import ADAPTER, ADAPTS, companions, kind_of, read_json, snapshot, wei
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
 from plan import rows_of
-from system import check_plain, check_stays
+from system import check_plain, check_stays, replace_file
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
@@ -371,7 +371,7 @@ def write_whole(value: Any, path: Path) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         torch.save(value, unfinished)
-        unfinished.replace(path)
+        replace_file(unfinished, path)
     except RuntimeError as error:  # torch.save's for every failure of the disk
         free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
         raise OSError(f"{path} cannot be written ({free:.1f} GB are free there): {why}") from error
@@ -388,7 +388,7 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
         unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_whole(dict(state), folder / "model.pth")
         if not path.exists() or read_json(path) != config:
-            unfinished.replace(path)
+            replace_file(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
