@@ -257,7 +257,7 @@ class Shelf:
         return row
 
     def give_back(self, row: int) -> None:
-        """What it held goes: a slot that is masked has a weight of 0, and 0 * nan is nan."""
+        """Free the slots of a row and zero them: a masked slot has weight 0, and 0 * nan is nan."""
         for each in self.cache.tensors:
             each[row, :, : self.used[row]] = 0
         self.free.append(row)

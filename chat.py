@@ -91,7 +91,7 @@ class Renderer:
 
 @cache
 def renderer() -> Renderer:
-    """The one of this process."""
+    """Return the renderer that this process shares."""
     return Renderer()
 
 
@@ -218,7 +218,7 @@ def unused(chat: Chat, said: Messages) -> tuple[str, str]:
 
 @lru_cache(maxsize=8)
 def parts_of(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
-    """What the names begin with and what they end with. Words are left out: a template may well write `<|`, a role and
+    """Return all prefixes and all suffixes of the names, except plain words: a template may well write `<|`, a role and
     `|>`."""
     heads = (name[:end] for name in names for end in range(1, len(name)))
     tails = (name[begin:] for name in names for begin in range(1, len(name)))
@@ -254,7 +254,7 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def defused(said: Messages, tokenizer: Tokenizer, mark: str) -> Messages:
-    """The messages, none of whose texts can become a control token while `mark` is in them."""
+    """Insert `mark` into every string of the messages, so that none of it encodes to a control token."""
     guard = text_guard(tokenizer, mark)
     return Messages(map_texts(said.turns, guard), map_texts(said.tools, guard))
 
@@ -347,7 +347,7 @@ def check_all_written(chat: Chat, said: Messages, sentinel: str) -> None:
 
 
 def split_at(chat: Chat, said: Messages, sentinel: str, add_generation_prompt: bool = True) -> tuple[str, str]:
-    """What the template writes before and behind `sentinel`, which stands in what the assistant says."""
+    """Render, and split the text at `sentinel`, which stands in the assistant's content."""
     before, found, rest = chat.render(said, add_generation_prompt).rpartition(sentinel)
     if not found:
         raise ValueError("the chat template drops what the assistant said: talk to this model without its template")
@@ -355,7 +355,7 @@ def split_at(chat: Chat, said: Messages, sentinel: str, add_generation_prompt: b
 
 
 def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
-    """The text up to the last word of the last message, as continue_final_message of transformers."""
+    """Render up to the last word of the last message, as transformers' continue_final_message."""
     *before, last = said.turns
     if last.get("tool_calls"):
         raise ValueError("the last message calls tools: add what they answer, or leave the calls out")
@@ -458,7 +458,7 @@ class Dialogue:
 
 
 class Mark(NamedTuple):
-    """How far a conversation has come: slots of its context, tokens of its history."""
+    """A position to return to: slots of the context, tokens of the history."""
 
     slots: int
     history: int

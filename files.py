@@ -117,7 +117,7 @@ def is_below(name: object) -> bool:
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file is that holds no weights of PyTorch, and what to give instead; None where that is not known."""
+    """Name a known file that holds no PyTorch weights, and what to give instead. Returns None for an unknown one."""
     with path.open("rb") as file:
         head = file.read(256)
     if head.startswith(b"GGUF"):

@@ -180,7 +180,7 @@ def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def fetch(options: argparse.Namespace) -> None:
-    """What a run reads of the hub, into its cache. Raises ValueError or OSError."""
+    """Download the model and the draft into the hub's cache. Raises ValueError or OSError."""
     for path in (options.checkpoint_path, options.draft_checkpoint_path):
         if path is not None:
             locate(path)
@@ -316,7 +316,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
 
 
 def end_output(output: Output, ranks: Ranks) -> None:
-    """Brings what all replicas have written together. Raises OSError."""
+    """Merge the files of all replicas into the output. Raises OSError."""
     if not ranks.leads:
         output.close()
     ranks.wait()
@@ -347,7 +347,7 @@ def finish_batch(session: Session, progress: Progress, interrupted: bool) -> Non
 
 
 def settle(session: Session) -> dict[str, object]:
-    """What decides the samples besides the prompt and their number: the part of a report."""
+    """Return the report's fields that determine the samples: model, seed, draw, flags."""
     model = {"model": fingerprint(session.checkpoint), "seed": session.request.seed, "draw": RULE}
     return model | settings_of(session.options)
 

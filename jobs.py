@@ -193,7 +193,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
-    """Of the id of each prompt, and what it says, in plain values."""
+    """Hash the id and the content of each prompt, given as plain values."""
     digest = hashlib.sha256()
     for each in prompts:
         digest.update(json.dumps(each).encode())
@@ -202,7 +202,7 @@ def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
 
 @dataclass
 class Begun:
-    """What an earlier run has left. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
+    """State of an output to resume. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
     in a file than those."""
 
     header: dict[str, Any] | None = None
@@ -211,8 +211,7 @@ class Begun:
 
 
 class Place(NamedTuple):
-    """Where a line of an output belongs: the prompt's id, as JSON, its number among the lines of that prompt, of how
-    many."""
+    """Place of a line in an output: the prompt's id as JSON, the line's number within the prompt, and their total."""
 
     id: str
     number: int
@@ -220,7 +219,7 @@ class Place(NamedTuple):
 
 
 def place_of(value: object) -> Place | None:
-    """That of a line of --prompts, or of eval.py --samples; None: it is no line of a sample."""
+    """Read the place of a line of --prompts or eval.py --samples. Returns None for any other line."""
     if not isinstance(value, dict):
         return None
     id, number, total = value.get("id", value.get("task_id")), value.get("rank", value.get("sample")), value.get("of")
@@ -247,7 +246,7 @@ def whole_lines(path: Path, done: set[str]) -> Iterator[bytes]:
 
 
 def read_file(path: Path) -> Begun:
-    """What one file holds. Raises ValueError where it was not begun by a job."""
+    """Read the state of one file. Raises ValueError where it was not begun by a job."""
     if not path.exists():
         return Begun()
     with path.open("rb") as file:
@@ -275,7 +274,7 @@ def read_file(path: Path) -> Begun:
 
 
 def read_begun(path: Path) -> Begun:
-    """What an output and the files of its replicas hold. Raises ValueError where they were not begun by one job."""
+    """Read the state of an output and its replicas' files. Raises ValueError where they were not begun by one job."""
     begun = read_file(path)
     for each in replica_files(path):
         other = read_file(each)
@@ -332,7 +331,7 @@ def make_header(
 def set_up_job(
     options: argparse.Namespace, ranks: Ranks, decided: Decided, checkpoint: Checkpoint, dialogue: Dialogue
 ) -> Job:
-    """What --prompts asks of this replica: its part of what is still to be drawn. Raises ValueError where a line cannot
+    """Make this replica's share of the prompts that are still to be drawn. Raises ValueError where a line cannot
     be used, or the output was begun by another command."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
@@ -409,7 +408,7 @@ class Output:
             raise OSError(why) from error
 
     def merge(self, others: Iterable[Path], done: set[str]) -> None:
-        """Takes over what replicas have finished, but for these prompts, and removes their files. Raises OSError."""
+        """Append the prompts that replicas have finished, except `done`, and remove their files. Raises OSError."""
         for path in others:
             if not path.exists():
                 raise OSError(f"{path} is gone: --output must lie where every machine of the run sees it")

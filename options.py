@@ -129,7 +129,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """What the command line asks to draw. Raises ValueError."""
+    """Build the Request from the flags. Raises ValueError."""
     filters = options.top_k or None, options.top_p, options.min_p
     return Request(
         options.num_samples,

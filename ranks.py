@@ -67,7 +67,7 @@ class Ranks:
         return value  # type: ignore[return-value]
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` gives on rank 0, on all, however long it takes. Where it fails all end, as in `agree`."""
+        """Run `make` on rank 0 and broadcast its result, however long it takes. If it fails all end, as in `agree`."""
         found = [self.attempt(make) if self.leads else (None, None)]
         if self.control is not None:
             dist.broadcast_object_list(found, 0, group=self.patient)
@@ -76,7 +76,7 @@ class Ranks:
         return value  # type: ignore[return-value]
 
     def attempt(self, make: Callable[[], T]) -> tuple[T | None, str | None]:
-        """What `make` gives, or why it fails. Alone it raises."""
+        """Return the result of `make`, or its error as text. A single process raises it."""
         try:
             return make(), None
         except FAILURES as failure:

@@ -54,7 +54,7 @@ DECIDING = (
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Those of them that a command has."""
+    """Return the flags of DECIDING that a command has."""
     return {name: getattr(options, name) for name in DECIDING if hasattr(options, name)}
 
 

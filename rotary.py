@@ -70,8 +70,8 @@ class RopeScaling:
         return longer if self.kind == "dynamic" else int(longer > 0)
 
     def crosses(self, first: int, last: int) -> bool:
-        """Whether what was read at the length `first` is read anew before the length `last`, as transformers' Phi-3
-        does: keys turned by the short factors are of no use to the long ones."""
+        """Whether the cache must be recomputed between the lengths `first` and `last`, as in transformers' Phi-3: keys
+        rotated by the short factors do not fit queries rotated by the long ones."""
         return self.kind == "longrope" and first <= self.original_context < last
 
 

@@ -141,7 +141,7 @@ class Ending:
 
     @classmethod
     def of(cls, request: Request, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> Self:
-        """What a request asks for. eos_ids: where it names none. A stop string that is the name of a control token
+        """Build from a request. eos_ids: used where it names none. A stop string that is the name of a control token
         is that token too. Raises ValueError where there is no tokenizer for stop strings."""
         ends = eos_ids if request.eos_ids is None else request.eos_ids
         if not request.stop:

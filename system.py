@@ -23,8 +23,7 @@ LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
 
 
 def escape(error: UnicodeError) -> tuple[str, int]:
-    """What stands for the characters that an encoding lacks: the escapes of JSON, so that JSON lines stay what they
-    are."""
+    """Replace characters that the encoding lacks by JSON escapes, so that JSON lines stay valid."""
     import json  # not before Ctrl-C ends the imports
 
     assert isinstance(error, UnicodeEncodeError)
@@ -125,7 +124,7 @@ def clear_status() -> None:
 
 @contextmanager
 def showing(status: str) -> Iterator[None]:
-    """Tell what the command is doing meanwhile, then what it did before."""
+    """Show a status line inside the block, then the previous one again."""
     if not isinstance(sys.stderr, Notes):
         yield
         return
@@ -163,8 +162,7 @@ class Guarded:
 
 
 def cache_folder() -> Path:
-    """Where a user keeps what can be made again; of one who has no such place (a container's user without a home) a
-    folder of their own beside other temporary files."""
+    """Return the user's cache folder, or one in the temporary folder for a user without a home, as in a container."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder.mkdir(parents=True, exist_ok=True)
@@ -309,7 +307,7 @@ def without_newline(data: bytes) -> bytes:
 
 
 def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
-    """Calls a library that does not hear Ctrl-C: for a long text in a thread, which is left behind if it comes."""
+    """Call a library that blocks Ctrl-C; for a long text in a thread, which an interrupt abandons."""
     if len(text) < LONG_CALL:
         return function(text, **options)
     from concurrent.futures import Future
@@ -341,13 +339,13 @@ def check_writable(path: Path) -> None:
 
 
 def replica_file(output: Path, replica: int) -> Path:
-    """Where a replica of a run writes what the first one takes into the output at the end."""
+    """Return the file of a replica, which the first one merges into the output at the end."""
     target = Path(os.path.realpath(output))
     return target.with_name(f"{target.name}.replica-{replica}")
 
 
 def replica_files(output: Path) -> list[Path]:
-    """Those that are there."""
+    """List the replica files that exist."""
     target = Path(os.path.realpath(output))
     return sorted(each for each in target.parent.glob("*.replica-*") if each.name.startswith(f"{target.name}.replica-"))
 
@@ -359,7 +357,7 @@ def check_new(output: Path) -> None:
 
 
 def replace_file(written: Path, target: Path) -> None:
-    """Puts a file in the place of another. What a power cut leaves there is one of them, whole."""
+    """Replace a file atomically and durably: after a power cut either the old or the new one is there, whole."""
     with written.open("rb+") as file:
         os.fsync(file.fileno())
     written.replace(target)

@@ -81,7 +81,7 @@ class Talk:
                 self.back_to(*before)
 
     def draw(self, text: str) -> bool:
-        """Draws replies, shows and keeps."""
+        """Draw replies, show them and keep one."""
         mark, messages, interrupt = self.conversation.mark(), len(self.dialogue.messages), None
         console = Console(self.options, self.plan, self.engine.device, None, turn=len(self.turns) + 1)
         try:

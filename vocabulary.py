@@ -52,7 +52,7 @@ class Names:
 
     @classmethod
     def of_control(cls, added: Mapping[str, Added]) -> Self:
-        """Those of the control tokens. A name of one character is text too: it cannot be cut."""
+        """Select the control tokens. A name of one character is left out: it is text too."""
         return cls({name: token for name, token in added.items() if token.special and len(name) > 1})
 
     def cut(self, text: str) -> list[str]:
@@ -132,7 +132,7 @@ def named(entries: dict[str, Any]) -> set[str]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What stands beside a tokenizer: tokenizer_config.json over special_tokens_map.json, tokens by their names.
+    """Read a tokenizer's metadata: tokenizer_config.json over special_tokens_map.json, tokens by their names.
 
     added: the tokens that it adds, by name; those of added_tokens.json, which has no flags, are control tokens where
     tokenizer_config.json does not know them. named: the names of control tokens. Raises ValueError that names an

@@ -109,7 +109,7 @@ def output_weight(model: Transformer) -> Tensor:
 
 
 def trained(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What the file of the heads holds."""
+    """Train the heads and return the tensors to save."""
     tokens, args = read_tokens(options, checkpoint), checkpoint.args
     keep_freed_memory()
     model = load_model(checkpoint, "cpu", torch.float32)
