@@ -22,15 +22,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bifurcated_attention import ScoreMod
 from cache import KVCache, Link
 from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
 from graphs import StepInput
 from model import ModelArgs
 from plan import Plan, plan_run
 from request import Request, Workload, as_tokens, check_tokens
-from rotary import ScoreMod
 from samples import Ending, Row, Sample
-from sampling import draw, uniform
+from sampling import uniform
 from scoring import SMALL, Node, Rows, batches, shared, tree
 
 # Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (BENCHMARKS.md).
@@ -245,7 +245,7 @@ class Shelf:
     """A cache of `rows` rows with room for `slots` slots, which are taken and given back one by one."""
 
     def __init__(self, engine: Engine, rows: int, slots: int) -> None:
-        self.cache = KVCache.empty(engine.args, rows, 0, engine.model.norm.weight, slots)
+        self.cache = KVCache.empty(engine.args.kv_shape, rows, 0, engine.model.norm.weight, slots)
         self.length, self.slots = self.cache.start.clone(), slots
         self.used = [0] * rows  # slots
         self.free = list(range(rows))[::-1]
@@ -349,13 +349,13 @@ class Batch:
     def build(self) -> None:
         """The chain, with nothing read."""
         engine, room, sharing, like = self.engine, self.room, self.sharing, self.engine.model.norm.weight
-        self.root = KVCache.empty(engine.args, 1, sharing.root, like)
+        self.root = KVCache.empty(engine.args.kv_shape, 1, sharing.root, like)
         self.groups = Shelf(engine, room.groups + 1, sharing.longest_group)
         self.groups.free.pop()  # row 0, of length 0, is for those that are in no group
         self.resident: dict[int, int] = {0: 0}  # the row of each group that is held
         self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # members that are not finished
         self.shelf = Shelf(engine, room.prompts, sharing.longest_rest)
-        self.cache = KVCache.empty(engine.args, room.rows, 0, like, self.request.max_new_tokens)
+        self.cache = KVCache.empty(engine.args.kv_shape, room.rows, 0, like, self.request.max_new_tokens)
         self.cache.links = (Seats(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
         if sharing.groups:
             self.cache.links += (Seats(self.groups.cache, self.groups.length, room.rows),)
@@ -487,7 +487,9 @@ class Batch:
         samples = torch.tensor([row.sample.index for row in found[0].rows], device=logits.device)
         random = uniform(seeds, samples, positions)  # [prompts,N]
         for each, held in enumerate(found):
-            drawn = draw(logits[each : each + 1].expand(len(samples), -1), random[each], self.request.sampling)
+            drawn = self.engine.draw(
+                logits[each : each + 1].expand(len(samples), -1), random[each], self.request.sampling
+            )
             self.record([(held, row) for row in held.rows], [self.agreed(drawn)])
             if held.error is None:
                 self.ready.extend((held, row) for row in held.rows if row.sample.finish_reason is None)

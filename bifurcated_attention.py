@@ -14,6 +14,7 @@ T context length, L slots of decoded keys, D head dimension; R rows of keys, eac
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -193,6 +194,44 @@ def shared_attention(
     out = out.reshape(R, G, n, P, S, D).transpose(1, 2).reshape(N, H, S, D)
     lse = lse.reshape(R, G, n, P, S, 1).transpose(1, 2).reshape(N, H, S, 1)
     return out, lse
+
+
+@dataclass(frozen=True)
+class ScoreMod:
+    """What a layer's scores depend on besides queries, keys and causality; None in its place: nothing.
+
+    window: positions seen, itself included. slopes: ALiBi's fp32 [H]. softcap: scores become softcap * tanh(score /
+    softcap).
+    """
+
+    window: int | None = None
+    slopes: Tensor | None = None
+    softcap: float | None = None
+
+    def mask(self, visible: Tensor | None, input_pos: Tensor, key_pos: Tensor) -> Tensor | None:
+        """visible bool [R,1,S or 1,L] or None (all), input_pos [N,S], key_pos [R,L], each of R rows of keys shared by
+        N // R consecutive rows of queries. Returns what is visible, bool [N,1,S,L] or None; with slopes what to add to
+        the scores, fp32 [N,H,S,L] or [R,H,1,L]."""
+        if self.window is None and visible is None:  # one bias serves all rows, or none is needed
+            return None if self.slopes is None else self.bias(input_pos, key_pos)
+        n = input_pos.shape[0] // key_pos.shape[0]
+        key_pos = repeat_rows(key_pos, n)
+        visible = key_pos.new_ones(1, 1, 1, 1, dtype=torch.bool) if visible is None else repeat_rows(visible, n)
+        if self.window is not None:
+            distance = input_pos[:, None, :, None] - key_pos[:, None, None]  # [N,1,S,L]
+            visible = visible & (distance < self.window)
+        return visible if self.slopes is None else self.bias(input_pos, key_pos).masked_fill(~visible, float("-inf"))
+
+    def bias(self, input_pos: Tensor, key_pos: Tensor) -> Tensor:
+        """ALiBi: input_pos [N,S], key_pos [M,L] -> fp32 [M,H,1,L]. Distances are to the last position of the call: what
+        they miss is the same for all keys of a query, in every cache of the chain, and so of no effect."""
+        assert self.slopes is not None
+        return self.slopes[:, None, None] * (key_pos - input_pos.max())[:, None, None]
+
+
+def repeat_rows(tensor: Tensor, n: int) -> Tensor:
+    """[R,...] -> [R*n,...], each row n times in a row: by reference where R is 1."""
+    return tensor[:, None].expand(-1, n, *tensor.shape[1:]).flatten(0, 1)
 
 
 def bifurcated_attention(

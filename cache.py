@@ -14,10 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from bifurcated_attention import Partial, differentiated, fused_partial, has_fused, merge_partials, shared_attention
-from model import ModelArgs
-from rotary import ScoreMod
+from bifurcated_attention import (
+    Partial,
+    ScoreMod,
+    differentiated,
+    fused_partial,
+    has_fused,
+    merge_partials,
+    shared_attention,
+)
+
+try:
+    import kernels
+except ImportError:  # this file and bifurcated_attention.py work alone
+    kernels = None  # type: ignore[assignment]
 
 
 def causal(input_pos: Tensor, key_pos: Tensor) -> Tensor:
@@ -58,7 +68,7 @@ class KVCache:
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
-        by_kernel = kernels.takes(like.device, like.dtype, head_dim)
+        by_kernel = kernels is not None and kernels.takes(like.device, like.dtype, head_dim)
         self.over_chain = attend_by_kernel if by_kernel else attend_by_torch
         # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
@@ -67,10 +77,11 @@ class KVCache:
         self.resize(slots)
 
     @classmethod
-    def empty(cls, args: ModelArgs, rows: int, slots: int, like: Tensor, reserve: int = 0) -> Self:
-        """`slots` positions from 0 on, in the dtype and on the device of the tensor `like`."""
+    def empty(cls, shape: tuple[int, int, int], rows: int, slots: int, like: Tensor, reserve: int = 0) -> Self:
+        """`slots` positions from 0 on, in the dtype and on the device of the tensor `like`. shape: layers, G, D."""
+        layers, heads, head_dim = shape
         start = torch.zeros(rows, dtype=torch.long, device=like.device)
-        return cls(like, args.n_layer, (rows, args.n_kv_head, slots, args.head_dim), start, reserve)
+        return cls(like, layers, (rows, heads, slots, head_dim), start, reserve)
 
     @classmethod
     def fork(cls, parent: "KVCache", n: int, slots: int, reserve: int = 0, length: Tensor | None = None) -> Self:
@@ -91,24 +102,6 @@ class KVCache:
         child = cls(parent.like, len(parent.k), (len(rows), k.shape[1], slots, k.shape[3]), start, reserve)
         child.links = (Link(parent, rows, length), *(link.keep(rows) for link in parent.links))
         return child
-
-    @classmethod
-    def copy(cls, context: "KVCache", n: int, slots: int, reserve: int = 0, length: Tensor | None = None) -> Self:
-        """The unshared layout: n copies of each row of `context`, with all that it sees, and `slots` further slots."""
-        chain = [*reversed(context.links), Link(context, range(context.rows), length)]
-        lengths = [link.lengths() for link in chain]
-        total = max(map(sum, zip(*lengths, strict=True)))
-        k, start = context.k[0], chain[0].cache.start[chain[0].index].repeat_interleave(n)
-        shape = (n * context.rows, k.shape[1], total + slots, k.shape[3])
-        made = cls(context.like, len(context.k), shape, start, total + max(slots, reserve))
-        for layer in range(len(context.k)):
-            sides = zip(made.read(layer), *(link.cache.read(layer) for link in chain), strict=True)  # keys, then values
-            for mine, *theirs in sides:
-                for row in range(context.rows):
-                    parts = zip(theirs, chain, lengths, strict=True)
-                    seen = torch.cat([part[link.rows[row], :, : each[row]] for part, link, each in parts], 1)  # [G,T,D]
-                    mine[row * n : row * n + n, :, : seen.shape[1]] = seen
-        return made
 
     @property
     def rows(self) -> int:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 from cache import KVCache
 from engine import SILENT, Engine, Monitor, Run
+from files import check_plain, read_text
 from request import Request, check_tokens
 from samples import Piece, Sample, continuation_text
-from system import check_plain, read_text
 from tokenizer import JSONTokenizer, Tokenizer
 from vocabulary import continued, read_metadata
 
@@ -472,7 +472,7 @@ class Conversation:
         if request.kv_dtype != "auto":
             raise ValueError(f"kv_dtype {request.kv_dtype}: a context that grows is not held so, give auto")
         self.engine, self.request = engine, request
-        self.context = KVCache.empty(engine.args, 1, 0, engine.model.norm.weight)
+        self.context = KVCache.empty(engine.args.kv_shape, 1, 0, engine.model.norm.weight)
         self.history: list[int] = []  # the tokens of the context, then the pending ones
         self.read = 0  # the length of the history when a prompt was last read
         self.replies: dict[int, KVCache] = {}  # keys and values of the last turn's samples

@@ -32,11 +32,20 @@ from families import (
     their_name,
     tinyllamas_config,
 )
-from files import ADAPTER, ADAPTS, companions, kind_of, read_json, snapshot, weight_files
+from files import (
+    ADAPTER,
+    ADAPTS,
+    check_plain,
+    check_stays,
+    companions,
+    kind_of,
+    read_json,
+    replace_file,
+    snapshot,
+    weight_files,
+)
 from model import ModelArgs, Transformer, empty_model
 from packed import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
-from plan import rows_of
-from system import check_plain, check_stays, replace_file
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
@@ -339,7 +348,7 @@ def load_model(
         if (cut := shard.cut(name, args)) is not None:
             weight = weight.narrow(*cut)
         weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
-        seen = rows_of(name, args, rows)
+        seen = rows if args.mixture is None else args.mixture.rows_of(name, rows)
         return make_linear(weight, bias, torch.device(device), dtype, seen).eval()
 
     model.tie_output()
@@ -362,7 +371,8 @@ def weight_sizes(
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
         cut = shard.cut(layer, args)
         held = weight if cut is None else weight.narrow(*cut)
-        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, rows_of(layer, args, rows))
+        seen = rows if args.mixture is None else args.mixture.rows_of(layer, rows)
+        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, seen)
     return sizes
 
 

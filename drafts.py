@@ -148,7 +148,7 @@ class ModelDraft(LayersDraft):
     def read(self, run: Run) -> Self:
         mine, like = copy(self), self.engine.model.norm.weight
         T = len(run.history)
-        mine.context = KVCache.empty(self.args, 1, T, like, T + run.own_slots if run.extends else 0)
+        mine.context = KVCache.empty(self.args.kv_shape, 1, T, like, T + run.own_slots if run.extends else 0)
         self.engine.prefill(mine.context, run.history, run.request.prefill_chunk, SILENT)
         return mine
 

@@ -18,6 +18,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+import kernels
 from cache import KVCache, Prefill
 from checkpoint import load_model, read_checkpoint
 from experts import is_recordable
@@ -27,10 +28,9 @@ from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
 from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
-from repetition import add, seen_in
 from request import Request, Sampling, Workload, as_tokens, check_tokens, new_seed
 from samples import Ending, Piece, Row, Sample
-from sampling import UniformBlocks, draw, uniform
+from sampling import UniformBlocks, add, draw, seen_in, uniform
 from scoring import Scored, Scorer
 from tokenizer import Tokenizer, load_tokenizer
 from tp import WHOLE, Shard
@@ -87,6 +87,7 @@ class Engine:
         self.available = available_memory(self.device) + self.weights.total
         self.runs, self.packed = 1, False
         self.hidden = model.hidden
+        self.draw = partial(draw, numbers=kernels.of_tokens)
         self.compiled: Step | None = None
         self.decoder: Decoder | None = None  # None: plain decoding
 
@@ -140,7 +141,7 @@ class Engine:
         network = self.compiled if plan.compiled and self.compiled is not None else eager
 
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-            return draw(*network(inputs, cache), sampling, inputs.seen)
+            return self.draw(*network(inputs, cache), sampling, inputs.seen)
 
         return RecordedStep(step) if on_cuda and is_recordable(self.model) else step
 
@@ -207,12 +208,12 @@ class Decoding:
         self.shard = run.engine.shard
         self.seed, self.one = torch.tensor(run.request.seed, device=samples.device), torch.ones_like(samples)
         self.seen = seen_in(run.history, samples, self.sampling.repetition_penalty, run.engine.args.vocab_size)
-        self.step = run.engine.step(self.sampling, run.plan)
+        self.engine, self.step = run.engine, run.engine.step(self.sampling, run.plan)
 
     def first(self, logits: Tensor, position: int) -> Drawn:
         """Draws the token at `position` for every row from the logits [1,V] before it."""
         numbers = uniform(self.seed, self.samples, torch.full_like(self.samples, position))
-        token, logprob = draw(logits.expand(len(self.samples), -1), numbers, self.sampling, self.seen)
+        token, logprob = self.engine.draw(logits.expand(len(self.samples), -1), numbers, self.sampling, self.seen)
         return self.shard.agree(token)[:, None], logprob[:, None], self.one
 
     def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
@@ -273,7 +274,7 @@ class Run:
     def pieces(self) -> Generator[Piece]:
         """Reads the prompt, then `draw`."""
         engine, reserve = self.engine, self.begin + self.own_slots if self.extends else 0
-        context = KVCache.empty(engine.args, 1, self.begin, engine.model.norm.weight, reserve)
+        context = KVCache.empty(engine.args.kv_shape, 1, self.begin, engine.model.norm.weight, reserve)
         logits = engine.prefill(context, self.history, self.request.prefill_chunk, self.monitor)
         yield from self.draw(context, logits)
 
@@ -343,7 +344,7 @@ class Run:
         engine, chunk = self.engine, self.request.prefill_chunk
         live = [(index, row.sample.tokens) for index, row in enumerate(rows) if row.sample.finish_reason is None]
         reserve = self.begin + self.own_slots if self.extends else 0
-        context = KVCache.empty(engine.args, 1, self.begin + own, engine.model.norm.weight, reserve)
+        context = KVCache.empty(engine.args.kv_shape, 1, self.begin + own, engine.model.norm.weight, reserve)
         engine.prefill(context, [*self.history, *live[0][1]], chunk, SILENT)
         if self.extends:
             return context

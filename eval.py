@@ -11,19 +11,7 @@ generated code is run here: a scorer of your choice marks each sample as passed 
 
 import sys
 
-from system import (
-    INTERRUPTED,
-    begin,
-    check_new,
-    check_stays,
-    check_writable,
-    complain,
-    counted,
-    finish,
-    read_text,
-    start,
-    write_file,
-)
+from system import INTERRUPTED, begin, check_new, check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -46,7 +34,7 @@ from batch import seed_of
 from cache import KVCache
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine, Run, bucket
-from files import files_of
+from files import check_stays, counted, files_of, read_text, write_file
 from flags import OneLineParser
 from hub import locate
 from jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
@@ -54,8 +42,8 @@ from options import unescaped
 from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from report import Bar, settings_of
 from request import Request, Sampling, check_tokens, new_seed
-from samples import Sample
-from scoring import Node, Scorer, not_finite, tree
+from samples import Sample, not_finite
+from scoring import Node, Scorer, tree
 from tokenizer import load_tokenizer
 from vocabulary import read_metadata
 
@@ -322,7 +310,7 @@ class Evaluator:
     def engine_cache(self, above: KVCache | None, slots: int, reserve: int = 0) -> KVCache:
         """One row of `slots` slots, after the cache above if there is one."""
         if above is None:
-            return KVCache.empty(self.engine.args, 1, slots, self.engine.model.norm.weight, reserve)
+            return KVCache.empty(self.engine.args.kv_shape, 1, slots, self.engine.model.norm.weight, reserve)
         return KVCache.fork(above, 1, slots, reserve)
 
     def draw(self, history: list[int], tokens: Sequence[int], above: KVCache | None, request: Request) -> list[Sample]:

@@ -9,6 +9,7 @@ expert; out and in: the features of a layer.
 """
 
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -45,6 +46,15 @@ class Mixture:
     def expected(self, rows: int) -> float:
         """How many distinct experts so many tokens are expected to choose, were every expert equally likely."""
         return self.experts * (1 - (1 - self.used / self.experts) ** rows)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name belongs to an expert, of which a step reads those that are chosen."""
+        found = re.match(r"layers\.(\d+)\.feed_forward\.w\d", name)
+        return found is not None and int(found[1]) not in self.dense
+
+    def rows_of(self, name: str, rows: int) -> int:
+        """Rows that a layer of that name multiplies in a step of `rows` rows: of an expert, as many as are expected."""
+        return max(1, round(rows * self.used / self.experts)) if self.has(name) else rows
 
 
 NUMBERS = itertools.count()

@@ -1,12 +1,13 @@
 """The files of a model in a folder: its config, its tokenizer, its weights. PyTorch is not needed."""
 
+import codecs
 import json
+import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from system import check_plain, read_text
 
 COMPANIONS = (
     "config.json",
@@ -140,3 +141,76 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
     return value
+
+
+def counted(count: int, noun: str) -> str:
+    """The count and its noun: 1 sample, 2 samples, 3 processes."""
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """The same for all names of a file: links to it, hard links, other spellings. None: there is no such file."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_stays(read: Iterable[Path], output: Path) -> None:
+    """Raises ValueError where the output would replace a file that is read, under whatever name."""
+    if (found := identity(output)) is not None and found in map(identity, read):
+        raise ValueError(f"{output} is read, and would be replaced: give another file")
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a plain file: put one there")
+
+
+def decode_text(data: bytes) -> str:
+    """The text of UTF-8 bytes, without the byte order mark that some editors put before it. Raises ValueError, which
+    says what they are instead."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("UTF-16, not UTF-8: convert it")
+    if (at := data.find(0)) >= 0:  # of UTF-16 without a mark every other byte
+        raise ValueError(f"not UTF-8 (a NUL at byte {at}, as in UTF-16): convert it")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start}): convert it") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ValueError where it is not UTF-8."""
+    try:
+        return decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from error
+
+
+def replace_file(written: Path, target: Path) -> None:
+    """Replace a file atomically and durably: after a power cut either the old or the new one is there, whole."""
+    with written.open("rb+") as file:
+        os.fsync(file.fileno())
+    written.replace(target)
+    with suppress(OSError):  # not every system opens a folder
+        folder = os.open(target.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
+    from tempfile import TemporaryDirectory  # which takes longer to import than all else here
+
+    target = Path(os.path.realpath(path))  # a link stays one
+    try:
+        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+            unfinished = Path(folder, target.name)
+            write(unfinished)
+            replace_file(unfinished, target)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error

@@ -5,7 +5,8 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, showing, start, write_file
+from notices import showing
+from system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, start
 
 if __name__ == "__main__":
     start()
@@ -31,7 +32,7 @@ from chat import Dialogue, choose_chat
 from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from drafts import Speculation, choose_draft
 from engine import Engine
-from files import files_of
+from files import files_of, write_file
 from hub import locate
 from jobs import (
     Begun,
@@ -62,9 +63,8 @@ from plan import (
 from ranks import Listener, Ranks, join, lost_rank
 from report import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
 from request import Request, new_seed
-from samples import Sample, rank
+from samples import Sample, not_finite, rank
 from sampling import RULE
-from scoring import not_finite
 from talk import Talk
 from tokenizer import load_tokenizer
 from tp import Shard

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from cache import KVCache
-from repetition import NOTHING
-from system import Notice, showing
+from notices import Notice, showing
+from sampling import NOTHING
 
 LONGEST_CHAIN = 3  # links of a cache behind which a step is compiled: each length is a graph of its own
 

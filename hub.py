@@ -13,8 +13,7 @@ import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from files import ADAPTER, ADAPTS, COMPANIONS, FORMS, snapshot, weight_files, weights_among
-from system import counted
+from files import ADAPTER, ADAPTS, COMPANIONS, FORMS, counted, snapshot, weight_files, weights_among
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last

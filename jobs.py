@@ -25,13 +25,13 @@ import torch
 from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
-from files import companions
+from files import companions, counted, decode_text, write_file
 from plan import human
 from ranks import Ranks
 from report import Bar, placed, sample_fields, settings_of
 from samples import rank
 from sampling import RULE
-from system import counted, decode_text, replica_files, without_newline, write_file
+from system import replica_files, without_newline
 
 Id = str | int
 OWN = frozenset(

@@ -32,9 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bifurcated_attention import differentiated
-from rotary import ScoreMod
-from system import Notice, showing
+import sampling
+from bifurcated_attention import ScoreMod, differentiated
+from notices import Notice, showing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -344,9 +344,11 @@ def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-def counts(device: torch.device) -> bool:
-    """Whether the random numbers of a draw there can be made by `numbers`."""
-    return device.type == "cpu" and library().functions is not None
+def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
+    """sampling.of_tokens, by the kernel where there is one."""
+    if rows.device.type != "cpu" or library().functions is None:
+        return sampling.of_tokens(rows, tokens)
+    return numbers(sampling.token_keys(rows), tokens)
 
 
 def numbers(keys: Tensor, tokens: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from cache import KVCache, sdpa
+from bifurcated_attention import ScoreMod
+from cache import KVCache, Link, sdpa
 from request import LAYOUT_NAMES
-from rotary import ScoreMod
 
 
 class SDPACache(KVCache):
     """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
 
-    Without ancestors (`SDPACache.copy`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
+    Without ancestors (`copied`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
     context is held once, but expanded by reference and concatenated with the row's own keys at every step.
     """
 
@@ -34,6 +34,34 @@ class SDPACache(KVCache):
             parent_k, parent_v = (link.expand(tensor, len(q)) for tensor in link.cache.read(layer))  # [N,G,T,D]
             k, v = torch.cat([parent_k, k], 2), torch.cat([parent_v, v], 2)
         return sdpa(q, k, v, mask) if mod is None else sdpa(q, k, v, mod.mask(mask, input_pos, positions), mod.softcap)
+
+
+def copied(
+    context: KVCache,
+    n: int,
+    slots: int,
+    reserve: int = 0,
+    length: Tensor | None = None,
+    kind: type[KVCache] = SDPACache,
+) -> KVCache:
+    """The unshared layout: n copies of each row of `context`, with all that it sees, and `slots` further slots.
+
+    length [context rows]: how many of the context's slots are written; None: all. kind: of the cache that is made.
+    """
+    chain = [*reversed(context.links), Link(context, range(context.rows), length)]
+    lengths = [link.lengths() for link in chain]
+    total = max(map(sum, zip(*lengths, strict=True)))
+    k, start = context.k[0], chain[0].cache.start[chain[0].index].repeat_interleave(n)
+    shape = (n * context.rows, k.shape[1], total + slots, k.shape[3])
+    made = kind(context.like, len(context.k), shape, start, total + max(slots, reserve))
+    for layer in range(len(context.k)):
+        sides = zip(made.read(layer), *(link.cache.read(layer) for link in chain), strict=True)  # keys, then values
+        for mine, *theirs in sides:
+            for row in range(context.rows):
+                parts = zip(theirs, chain, lengths, strict=True)
+                seen = torch.cat([part[link.rows[row], :, : each[row]] for part, link, each in parts], 1)  # [G,T,D]
+                mine[row * n : row * n + n, :, : seen.shape[1]] = seen
+    return made
 
 
 class Int8Context(KVCache):
@@ -94,5 +122,5 @@ def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
 # How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
 # copy for each row, and expanded, which copies at each step, are baselines.
 LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = dict(
-    zip(LAYOUT_NAMES, (KVCache.fork, SDPACache.copy, SDPACache.fork), strict=True)
+    zip(LAYOUT_NAMES, (KVCache.fork, copied, SDPACache.fork), strict=True)
 )

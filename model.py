@@ -17,8 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from bifurcated_attention import ScoreMod
 from experts import Mixture, MixtureOfExperts
-from rotary import RopeScaling, ScoreMod, Turning, alibi_slopes, all_frequencies, angles, rotate
+from rotary import RopeScaling, Turning, alibi_slopes, all_frequencies, angles, rotate
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ class ModelArgs:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if (size := self.turning.size(self.head_dim)) % 2 or not size:
             raise ValueError(f"head_dim {self.head_dim}, {size} of which turn, is odd: rotary embedding turns pairs")
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """Layers, key/value heads G and head dimension D: of a KVCache."""
+        return self.n_layer, self.n_kv_head, self.head_dim
 
     @property
     def kv_values_per_token(self) -> int:

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from files import decode_text, identity
 from flags import OneLineParser
 from request import LAYOUT_NAMES, Request, Sampling
-from system import check_new, check_writable, decode_text, identity, read_bytes, without_newline
+from system import check_new, check_writable, read_bytes, without_newline
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "checkpoints" / "tiny" / "model.pth"

@@ -17,11 +17,11 @@ import torch
 
 from bifurcated_attention import has_fused
 from experts import Mixture
+from files import counted
 from kernels import STREAMED_ROWS
 from model import ModelArgs, Transformer
 from packed import SMALLEST, can_pack, multiplies_bfloat16, streams
 from request import Workload
-from system import counted
 from workspace import Workspace
 
 
@@ -55,22 +55,9 @@ def weigh(model: Transformer) -> Weights:
 def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
     """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
-    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if is_expert(name, args.mixture))
+    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
     return Weights(total, total, experts, embedding) if args.tied_output else Weights(total, total - embedding, experts)
-
-
-def is_expert(name: str, mixture: Mixture) -> bool:
-    """Whether that tensor belongs to an expert, of which a step reads those that are chosen."""
-    found = re.match(r"layers\.(\d+)\.feed_forward\.w\d", name)
-    return found is not None and int(found[1]) not in mixture.dense
-
-
-def rows_of(name: str, args: ModelArgs, rows: int) -> int:
-    """How many rows that layer multiplies in a step of so many: of an expert, how many are expected."""
-    if args.mixture is None or not is_expert(name, args.mixture):
-        return rows
-    return max(1, round(rows * args.mixture.used / args.mixture.experts))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from system import INTERRUPTED, begin, check_plain, complain, finish, read_text, start
+from files import check_plain, read_text
+from system import INTERRUPTED, begin, complain, finish, start
 
 if __name__ == "__main__":
     start()

@@ -18,12 +18,12 @@ from typing import Any, Self
 import torch
 
 from engine import Engine, Monitor
+from files import counted, write_file
 from kernels import attention_kernel
 from packed import kernels
 from plan import Plan, extends_context, human, peak_memory, release_freed_memory
 from request import Request
 from samples import Piece, Ranked, Row, Sample, rank
-from system import counted, write_file
 from tokenizer import Tokenizer
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from system import counted
+from files import counted
 
 # How N samples hold one context: layouts.py has the caches of that name.
 LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")

@@ -3,13 +3,15 @@
 Nothing here draws a token: how that is done (plain steps, drafts, another replica) is the caller's.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Self
 
+import torch
+
 from request import Request
-from scoring import check_finite
 from tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
@@ -127,6 +129,19 @@ def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequ
     """The text of tokens as they read after context."""
     stream = TextStream(tokenizer, context)
     return stream.push(tokens) + stream.flush()
+
+
+def check_finite(logprob: float) -> None:
+    """Raises FloatingPointError for a log-probability of logits that hold nan or infinity. The host asks, which reads
+    the number anyhow: the device is not waited for."""
+    if not math.isfinite(logprob):
+        raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
+
+
+def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -> ValueError:
+    """The error of `check_finite` with the file of the weights, and what may help."""
+    where = f"{weights} in {str(dtype).removeprefix('torch.')}"
+    return ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""From logits to tokens: filters, the draw, and random numbers that belong to (seed, sample, position, token).
+"""From logits to tokens: penalty, filters, the draw, and random numbers of (seed, sample, position, token).
+
+This file needs torch and nothing else. Copy it into another repository and use it there.
 
 Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
-
-import kernels
-from repetition import NOTHING, penalised
-from request import Sampling
 
 # Logits worked on at a time: what stays in a CPU's cache; on a GPU, what bounds memory.
 LOGITS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -22,6 +23,27 @@ NUMBERS_AT_ONCE = 1 << 18  # of tokens, made in PyTorch: of each, Philox holds s
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
+
+NOTHING = torch.zeros(0, 0, dtype=torch.bool, device="cpu")  # no row has seen a token
+
+
+class Filters(Protocol):
+    """How a token is drawn, as request.Sampling has it. None: that filter is off."""
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_k(self) -> int | None: ...
+
+    @property
+    def top_p(self) -> float | None: ...
+
+    @property
+    def min_p(self) -> float | None: ...
+
+    @property
+    def repetition_penalty(self) -> float: ...
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +84,14 @@ def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
     A row's 53 bits are the key, and the token the counter, of another Philox4x32-10. So a token's number depends
     neither on its rank nor on which others are candidates, and two rows share theirs with odds of 2^-53.
     """
-    keys = (rows * 2.0**53).long()
-    if kernels.counts(rows.device):
-        return kernels.numbers(keys, tokens)
+    keys = token_keys(rows)
     parts = tokens.split(max(1, NUMBERS_AT_ONCE // max(1, len(rows))), dim=1)
     return torch.cat([uniform(keys[:, None], part, part.new_zeros(())) for part in parts], 1)
+
+
+def token_keys(rows: Tensor) -> Tensor:
+    """The 53 bits of each row's number: fp64 [N] -> int64 [N]."""
+    return (rows * 2.0**53).long()
 
 
 class UniformBlocks:
@@ -92,7 +117,7 @@ class UniformBlocks:
         return bool(((where >= self.first) & (where < self.first + self.block.shape[1])).all())
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def candidates(logits: Tensor, sampling: Filters) -> tuple[Tensor, Tensor | None]:
     """The distribution to draw from: probs [N,K] and the token ids [N,K] they belong to.
 
     ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
@@ -111,7 +136,12 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | Non
 
 
 def draw(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, seen: Tensor = NOTHING, names: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    sampling: Filters,
+    seen: Tensor = NOTHING,
+    names: Tensor | None = None,
+    numbers: Callable[[Tensor, Tensor], Tensor] = of_tokens,
 ) -> tuple[Tensor, Tensor]:
     """draw_rows, so many rows at a time that their fp32 logits stay within LOGITS_AT_ONCE.
 
@@ -120,15 +150,21 @@ def draw(
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     tokens, logprobs = (torch.empty_like(uniform, dtype=each) for each in (torch.long, torch.float32))
     for part in (slice(first, first + rows) for first in range(0, len(logits), rows)):
-        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling, names)
+        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling, names, numbers)
     return tokens, logprobs
 
 
 def draw_rows(
-    logits: Tensor, uniform: Tensor, seen: Tensor, sampling: Sampling, names: Tensor | None = None
+    logits: Tensor,
+    uniform: Tensor,
+    seen: Tensor,
+    sampling: Filters,
+    names: Tensor | None = None,
+    numbers: Callable[[Tensor, Tensor], Tensor] = of_tokens,
 ) -> tuple[Tensor, Tensor]:
     """Draws a token per row. logits [N,V], uniform [N] in [0,1), seen: the tokens that each row has already, bool [N,V]
-    or [N,0], names [V]: the token of each logit, None: its index -> tokens [N], log-probabilities [N].
+    or [N,0], names [V]: the token of each logit, None: its index, numbers: `of_tokens` or a kernel that gives the same
+    -> tokens [N], log-probabilities [N].
 
     The first to arrive in a race of the candidates, each after an exponential time of rate p: it is i with probability
     p_i, and rounding changes it only where two nearly tie. The log-probability is that of the untempered, unfiltered
@@ -140,7 +176,7 @@ def draw_rows(
         index = scores.argmax(-1, keepdim=True)  # [N,1]
     else:
         probs, ids = candidates(scores, sampling)
-        index = first_to_arrive(probs, of_tokens(uniform, named(ids, names, probs)))
+        index = first_to_arrive(probs, numbers(uniform, named(ids, names, probs)))
         index = index if ids is None else ids.gather(-1, index)
     token = index if names is None else names[index]
     return token[:, 0], (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0]
@@ -163,3 +199,35 @@ def first_to_arrive(probs: Tensor, numbers: Tensor) -> Tensor:
     """
     times = numbers.neg_().add_(1).log_().neg_().clamp_min_(2.0**-54)
     return torch.div(probs, times, out=times).argmax(-1, keepdim=True)
+
+
+def seen_in(context: Sequence[int], rows: Tensor, penalty: float, vocabulary: int) -> Tensor:
+    """The tokens of a context that rows [N] continue: bool [N,V], or [N,0] without a penalty."""
+    seen = torch.zeros(len(rows), vocabulary if penalty != 1 else 0, dtype=torch.bool, device=rows.device)
+    if seen.numel():
+        seen[:, torch.tensor(context, device=rows.device)] = True
+    return seen
+
+
+def add(seen: Tensor, tokens: Tensor) -> Tensor:
+    """Add tokens [N,k] to the mask of seen tokens, in place."""
+    return seen.scatter_(1, tokens, True) if seen.numel() else seen
+
+
+def along(seen: Tensor, tokens: Tensor) -> Tensor:
+    """The seen tokens at each position of tokens [N,S] that follow: [N,S,V]."""
+    several = seen[:, None].repeat(1, tokens.shape[1], 1)  # [N,S,V]
+    for place in range(tokens.shape[1]):
+        add(several[:, place], tokens[:, : place + 1])
+    return several
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Penalise the tokens that a text has already, its context included: logits [N,V] above 0 are divided by the
+    penalty, others multiplied. seen: bool [N,V], so that a step keeps its shape; [N,0] where nothing is penalised.
+
+    Keskar et al. 2019 (CTRL, arXiv 1909.05858), section 4.1, as transformers' RepetitionPenaltyLogitsProcessor.
+    """
+    if not seen.numel():
+        return logits
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)

@@ -10,18 +10,17 @@ Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads,
 K positions that are scored, V vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from bifurcated_attention import merge_partials, shared_attention
+from bifurcated_attention import ScoreMod, merge_partials, shared_attention
 from cache import KVCache, Link, Prefill, sdpa
 from model import ModelArgs, Transformer
 from request import check_tokens
-from rotary import ScoreMod
+from samples import check_finite
 
 SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
 SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
@@ -175,7 +174,7 @@ class Scorer:
         nodes = [Node(tokens, scored, ends) for (tokens, scored), ends in sorted(leaves.items())]
         nodes = nodes if self.alone else tree(nodes, SHORTEST)
         longest = max((len(tokens) for tokens, _ in leaves), default=0)
-        self.path = KVCache.empty(self.args, 1, 0, self.like, longest)
+        self.path = KVCache.empty(self.args.kv_shape, 1, 0, self.like, longest)
         self.begun, self.total = self.read, sum(node.size for node in nodes)
         self.descend(nodes, self.like.new_zeros(1, self.model.args.dim))
         return self.found
@@ -262,19 +261,6 @@ class Scorer:
             greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
             logprobs[here] = logits.log_softmax(-1)[places, chosen]
         return logprobs.tolist(), greedy.tolist()
-
-
-def check_finite(logprob: float) -> None:
-    """Raises FloatingPointError for a log-probability of logits that hold nan or infinity. The host asks, which reads
-    the number anyhow: the device is not waited for."""
-    if not math.isfinite(logprob):
-        raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
-
-
-def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -> ValueError:
-    """The error of `check_finite` with the file of the weights, and what may help."""
-    where = f"{weights} in {str(dtype).removeprefix('torch.')}"
-    return ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again")
 
 
 def tree(leaves: Sequence[Node], shortest: int, depth: int = 0) -> list[Node]:

@@ -30,8 +30,7 @@ from engine import Decoding, Drawn, Engine, Run
 from graphs import RecordedStep, Step, StepInput, compiled
 from model import ModelArgs, Transformer
 from plan import Weights, Workload
-from repetition import NOTHING, along
-from sampling import UniformBlocks, draw
+from sampling import NOTHING, UniformBlocks, along
 
 USUAL_K, LARGEST_K = 4, 16  # proposals of a step: where nothing is said; the most that `auto` tries
 
@@ -168,7 +167,7 @@ class Speculating(Decoding):
         """logits [N,S,V] -> the tokens at the positions [N,S], and their log-probabilities. A draft draws as if nothing
         were seen; names [V]: the tokens that it tells apart."""
         numbers = self.numbers(self.seed, self.samples, where).flatten()
-        tokens, logprobs = draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
+        tokens, logprobs = self.engine.draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
         return self.shard.agree(tokens).view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:

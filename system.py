@@ -10,16 +10,16 @@ import signal
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
+
+from notices import Notice
 
 LONGEST = 300  # characters of the line that tells an error
 INTERRUPTED = 130  # the exit status where the user stopped a command
 LONGEST_INPUT = 1 << 30  # bytes; what is piped in may never end
-LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
 
 
 def escape(error: UnicodeError) -> tuple[str, int]:
@@ -36,10 +36,6 @@ def escaping(stream: TextIO) -> TextIO:
         codecs.register_error("escape", escape)
         stream.reconfigure(errors="escape")
     return stream
-
-
-class Notice(UserWarning):
-    """A warning that a command shows, in one line: it goes on, but not as was asked."""
 
 
 class Stream:
@@ -97,6 +93,17 @@ class Notes(Stream):
             self.stream.flush()
         self.status = status
 
+    @contextmanager
+    def showing(self, status: str) -> Iterator[None]:
+        """Show a status line inside the block, then the previous one again."""
+        before = self.status
+        self.show(status)
+        try:
+            yield
+        finally:
+            if self.status:  # nothing else was written
+                self.show(before)
+
     def note(self, message: object, *_: object, **__: object) -> None:
         """Show a Notice, as warnings.showwarning."""
         if not self.quiet:
@@ -120,45 +127,6 @@ class Notes(Stream):
 def clear_status() -> None:
     if isinstance(sys.stderr, Notes) and sys.stderr.status:
         sys.stderr.show("")
-
-
-@contextmanager
-def showing(status: str) -> Iterator[None]:
-    """Show a status line inside the block, then the previous one again."""
-    if not isinstance(sys.stderr, Notes):
-        yield
-        return
-    before = sys.stderr.status
-    sys.stderr.show(status)
-    try:
-        yield
-    finally:
-        if sys.stderr.status:  # nothing else was written
-            sys.stderr.show(before)
-
-
-class Guarded:
-    """An object of a library in Rust: where a call fails otherwise than by a ValueError, it is one that names the file.
-
-    Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
-    out; stderr is the process's, so where Python is the user's own they stay.
-    """
-
-    def __init__(self, path: Path, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        self.path = path
-        self.made = self.call(make, *arguments, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        return partial(self.call, getattr(vars(self).get("made"), name))  # none yet while it is unpickled
-
-    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        try:
-            with sys.stderr.aside() if isinstance(sys.stderr, Notes) else nullcontext():
-                return function(*arguments, **options)
-        except (ValueError, KeyboardInterrupt, MemoryError):
-            raise
-        except BaseException as error:
-            raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
 
 
 def cache_folder() -> Path:
@@ -232,11 +200,6 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def counted(count: int, noun: str) -> str:
-    """The count and its noun: 1 sample, 2 samples, 3 processes."""
-    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
-
-
 def complain(error: object) -> int:
     """Tells an error on stderr in one line, of a long one the beginning and the end, which has the remedy. Returns the
     exit status, 2."""
@@ -245,48 +208,6 @@ def complain(error: object) -> int:
         text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
     print(text, file=sys.stderr)
     return 2
-
-
-def identity(path: Path) -> tuple[int, int] | None:
-    """The same for all names of a file: links to it, hard links, other spellings. None: there is no such file."""
-    try:
-        found = path.stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_dev, found.st_ino
-
-
-def check_stays(read: Iterable[Path], output: Path) -> None:
-    """Raises ValueError where the output would replace a file that is read, under whatever name."""
-    if (found := identity(output)) is not None and found in map(identity, read):
-        raise ValueError(f"{output} is read, and would be replaced: give another file")
-
-
-def check_plain(path: Path) -> None:
-    """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a plain file: put one there")
-
-
-def decode_text(data: bytes) -> str:
-    """The text of UTF-8 bytes, without the byte order mark that some editors put before it. Raises ValueError, which
-    says what they are instead."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError("UTF-16, not UTF-8: convert it")
-    if (at := data.find(0)) >= 0:  # of UTF-16 without a mark every other byte
-        raise ValueError(f"not UTF-8 (a NUL at byte {at}, as in UTF-16): convert it")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start}): convert it") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a file. Raises ValueError where it is not UTF-8."""
-    try:
-        return decode_text(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is {error}") from error
 
 
 def read_bytes(path: Path | None) -> bytes:
@@ -304,25 +225,6 @@ def read_bytes(path: Path | None) -> bytes:
 def without_newline(data: bytes) -> bytes:
     """The bytes without the line end that echo, or an editor, has put behind them."""
     return data[: -1 - data.endswith(b"\r\n")] if data.endswith(b"\n") else data
-
-
-def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
-    """Call a library that blocks Ctrl-C; for a long text in a thread, which an interrupt abandons."""
-    if len(text) < LONG_CALL:
-        return function(text, **options)
-    from concurrent.futures import Future
-    from threading import Thread
-
-    future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(text, **options))
-        except BaseException as error:  # a panic is no Exception
-            future.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    return future.result()
 
 
 def check_writable(path: Path) -> None:
@@ -354,29 +256,3 @@ def check_new(output: Path) -> None:
     """Raises ValueError where an earlier run has begun an output."""
     if found := [each for each in (output, *replica_files(output)) if each.exists()]:
         raise ValueError(f"{found[0]} exists: add --resume to go on with it, or give another file")
-
-
-def replace_file(written: Path, target: Path) -> None:
-    """Replace a file atomically and durably: after a power cut either the old or the new one is there, whole."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    written.replace(target)
-    with suppress(OSError):  # not every system opens a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
-    from tempfile import TemporaryDirectory  # which takes longer to import than all else here
-
-    target = Path(os.path.realpath(path))  # a link stays one
-    try:
-        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
-            unfinished = Path(folder, target.name)
-            write(unfinished)
-            replace_file(unfinished, target)
-    except OSError as error:
-        why = error.strerror or error
-        raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error

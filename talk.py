@@ -9,12 +9,13 @@ from functools import partial
 
 from chat import Conversation, Dialogue, Mark
 from engine import Engine
+from files import counted
 from plan import Plan, out_of_memory
 from ranks import Ranks
 from report import Console
 from request import Request
 from samples import Ranked, Sample
-from system import complain, counted
+from system import complain
 
 
 class Talk:

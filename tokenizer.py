@@ -5,13 +5,60 @@ Text that a user gives is text: the name of a special token inside it ("<s>", "<
 
 import base64
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from system import Guarded, interruptible, read_text
+from files import read_text
 from vocabulary import Added, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
+
+LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
+
+
+class Guarded:
+    """An object of a library in Rust: where a call fails otherwise than by a ValueError, it is one that names the file.
+
+    Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
+    out (cli/system.py); stderr is the process's, so where Python is the user's own they stay.
+    """
+
+    def __init__(self, path: Path, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        self.path = path
+        self.made = self.call(make, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self.call, getattr(vars(self).get("made"), name))  # none yet while it is unpickled
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            with getattr(sys.stderr, "aside", nullcontext)():
+                return function(*arguments, **options)
+        except (ValueError, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
+
+
+def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
+    """Call a library that blocks Ctrl-C; for a long text in a thread, which an interrupt abandons."""
+    if len(text) < LONG_CALL:
+        return function(text, **options)
+    from concurrent.futures import Future
+    from threading import Thread
+
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(text, **options))
+        except BaseException as error:  # a panic is no Exception
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future.result()
 
 
 class Tokenizer(Protocol):

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-from system import read_text
+from files import read_text
 
 SPACE = re.compile(r"\s*")
 

@@ -44,6 +44,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
 from checkpoint import load_model, read_checkpoint, read_safetensors
 from engine import SILENT, Engine
@@ -51,7 +52,7 @@ from experts import ExpertLinear, Mixture, MixtureOfExperts
 from flags import OneLineParser
 from graphs import Step, StepInput
 from kernels import attend_chain
-from layouts import Int8Context, SDPACache
+from layouts import Int8Context, SDPACache, copied
 from model import ModelArgs, Transformer, empty_model
 from packed import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
 from plan import (
@@ -70,7 +71,6 @@ from plan import (
 from quantize import quantise_int4, quantise_int8
 from ranks import join, leave
 from request import Sampling, Workload
-from rotary import ScoreMod
 from tp import WHOLE, Shard
 
 SHAPES = {
@@ -122,11 +122,11 @@ class MathKernel(OneKernel):
 
 def share(context: KVCache, n: int, slots: int) -> KVCache:
     """As the engine does it: a single row goes on in the context's own cache, here in a copy of it."""
-    return KVCache.copy(context, 1, slots) if n == 1 else KVCache.fork(context, n, slots)
+    return copied(context, 1, slots, kind=KVCache) if n == 1 else KVCache.fork(context, n, slots)
 
 
 def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
-    return KVCache.fork(Int8Context(KVCache.copy(context, 1, 0)), n, slots)
+    return KVCache.fork(Int8Context(copied(context, 1, 0, kind=KVCache)), n, slots)
 
 
 def by_torch(context: KVCache, n: int, slots: int) -> KVCache:
@@ -143,16 +143,16 @@ COLUMNS = {
     "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
     "bifurcated, torch": Column(by_torch, False, "bifurcated"),
     "bifurcated, torch, compiled": Column(by_torch, True, "bifurcated"),
-    "contiguous": Column(KVCache.copy, False, "contiguous"),
-    "contiguous, compiled": Column(KVCache.copy, True, "contiguous"),
-    "contiguous SDPA": Column(SDPACache.copy, False, "contiguous"),
-    "contiguous SDPA, compiled": Column(SDPACache.copy, True, "contiguous"),
-    "contiguous SDPA, flash": Column(FlashKernel.copy, False, "contiguous"),
-    "contiguous SDPA, flash, compiled": Column(FlashKernel.copy, True, "contiguous"),
-    "contiguous SDPA, efficient": Column(EfficientKernel.copy, False, "contiguous"),
-    "contiguous SDPA, efficient, compiled": Column(EfficientKernel.copy, True, "contiguous"),
-    "contiguous SDPA, math": Column(MathKernel.copy, False, "contiguous"),
-    "contiguous SDPA, math, compiled": Column(MathKernel.copy, True, "contiguous"),
+    "contiguous": Column(partial(copied, kind=KVCache), False, "contiguous"),
+    "contiguous, compiled": Column(partial(copied, kind=KVCache), True, "contiguous"),
+    "contiguous SDPA": Column(copied, False, "contiguous"),
+    "contiguous SDPA, compiled": Column(copied, True, "contiguous"),
+    "contiguous SDPA, flash": Column(partial(copied, kind=FlashKernel), False, "contiguous"),
+    "contiguous SDPA, flash, compiled": Column(partial(copied, kind=FlashKernel), True, "contiguous"),
+    "contiguous SDPA, efficient": Column(partial(copied, kind=EfficientKernel), False, "contiguous"),
+    "contiguous SDPA, efficient, compiled": Column(partial(copied, kind=EfficientKernel), True, "contiguous"),
+    "contiguous SDPA, math": Column(partial(copied, kind=MathKernel), False, "contiguous"),
+    "contiguous SDPA, math, compiled": Column(partial(copied, kind=MathKernel), True, "contiguous"),
     "expanded SDPA": Column(SDPACache.fork, False, "expanded"),
     "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
 }
@@ -222,7 +222,7 @@ def model_of(options: argparse.Namespace, args: ModelArgs, rows: int) -> Transfo
 
 
 def random_context(args: ModelArgs, slots: int, like: Tensor) -> KVCache:
-    cache = KVCache.empty(args, 1, slots, like)
+    cache = KVCache.empty(args.kv_shape, 1, slots, like)
     for tensor in cache.k + cache.v:
         tensor.normal_()
     return cache
@@ -405,12 +405,12 @@ def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -
         return both, both
 
     def chunk(begin: int, size: int) -> float:
-        cache, given = KVCache.empty(args, 1, begin + size, like), inputs(1, size, begin)
+        cache, given = KVCache.empty(args.kv_shape, 1, begin + size, like), inputs(1, size, begin)
         return ms(lambda: Prefill(cache, begin, size).attend(0, *given, None))
 
     def decoded(rows: int, context: int) -> tuple[float, float]:
         root, given = random_context(args, context, like), inputs(rows, 1, context)
-        ours, theirs = share(root, rows, 64), SDPACache.copy(root, rows, 64)
+        ours, theirs = share(root, rows, 64), copied(root, rows, 64)
         return ms(lambda: ours.attend(0, *given, None)), ms(lambda: theirs.attend(0, *given, None))
 
     def hybrid(rows: int, context: int) -> tuple[float, float]:
@@ -436,7 +436,9 @@ def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) ->
         tokens = [token % args.vocab_size for token in range(context)]
 
         def read(tokens: list[int] = tokens) -> None:
-            engine.prefill(KVCache.empty(args, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK, SILENT)
+            engine.prefill(
+                KVCache.empty(args.kv_shape, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK, SILENT
+            )
 
         timed(read, 1, options.device)
         seconds = statistics.median(timed(read, options.steps, options.device, options.budget))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import check_stays, complain, finish, start
+from system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -23,7 +23,7 @@ from checkpoint import (
     read_weights,
     save_model,
 )
-from files import COMPANIONS, companions, hugging_face_files, read_json, snapshot
+from files import COMPANIONS, check_stays, companions, hugging_face_files, read_json, snapshot
 from flags import OneLineParser
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew

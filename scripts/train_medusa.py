@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import check_stays, check_writable, complain, finish, read_text, start
+from system import check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cache import NoCache
 from checkpoint import Checkpoint, load_model, read_checkpoint, write_whole
-from files import companions
+from files import check_stays, companions, read_text
 from flags import OneLineParser
 from hub import locate
 from model import Transformer

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, read_text, start
+from files import read_text
+from system import complain, finish, start
 
 if __name__ == "__main__":
     start()

@@ -144,7 +144,7 @@ def full(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def prefilled(model: Transformer, tokens: torch.Tensor, chunk: int) -> KVCache:
-    cache = KVCache.empty(model.args, 1, tokens.shape[1], model.norm.weight)
+    cache = KVCache.empty(model.args.kv_shape, 1, tokens.shape[1], model.norm.weight)
     for begin in range(0, tokens.shape[1], chunk):
         part = tokens[:, begin : begin + chunk]
         model.hidden(part, positions(begin, 1, part.shape[1]), Prefill(cache, begin, part.shape[1]))

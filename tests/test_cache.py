@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ import engine as road
 from cache import KVCache, Prefill, sdpa
 from checkpoint import load_model, read_checkpoint
 from engine import SILENT, Engine
-from layouts import Int8Context, SDPACache, channel_sizes, quantized
+from layouts import Int8Context, SDPACache, channel_sizes, copied, quantized
 from model import ModelArgs, Transformer
 from plan import Weights, plan_run
 from request import Request, Sampling, Workload
@@ -38,8 +39,8 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 MODELS = {"GQA": GQA, "MHA": MHA, "window": WINDOW, "ALiBi": ALIBI}
 LAYOUTS = {
     "bifurcated": KVCache.fork,
-    "contiguous": KVCache.copy,
-    "contiguous SDPA": SDPACache.copy,
+    "contiguous": partial(copied, kind=KVCache),
+    "contiguous SDPA": copied,
     "expanded": SDPACache.fork,
 }
 Texts = list[list[int]]  # what each row of a cache sees
@@ -49,7 +50,7 @@ Texts = list[list[int]]  # what each row of a cache sees
 @pytest.mark.parametrize("chunk", [1, 5, 13, 64])
 def test_prefill_in_chunks_equals_one_pass(args, chunk):
     model, tokens = random_model(args), random_tokens(args, 1, 13)
-    cache = KVCache.empty(args, 1, 13, model.norm.weight)
+    cache = KVCache.empty(args.kv_shape, 1, 13, model.norm.weight)
     logits = []
     for begin in range(0, 13, chunk):
         part = tokens[:, begin : begin + chunk]
@@ -62,7 +63,7 @@ def test_sdpa_reads_a_prompt_that_shares_nothing(monkeypatch, begin):
     """Where no kernel of ours does: once in every layer, without a mask for the first chunk."""
     masks: list[Tensor | None] = []
     monkeypatch.setattr("cache.sdpa", lambda q, k, v, mask: masks.append(mask) or v[:, :, begin:].repeat(1, 3, 1, 1))
-    model, cache = random_model(GQA), KVCache.empty(GQA, 1, 9, torch.empty(0, dtype=torch.float64))
+    model, cache = random_model(GQA), KVCache.empty(GQA.kv_shape, 1, 9, torch.empty(0, dtype=torch.float64))
     model(random_tokens(GQA, 1, 4), positions(begin, 1, 4), Prefill(cache, begin, 4))
     assert len(masks) == GQA.n_layer
     assert all(mask is None if begin == 0 else mask.shape == (4, 9) for mask in masks)
@@ -103,7 +104,7 @@ def test_a_network_of_one_layer_has_every_kind_of_cache():
 def test_one_slot_is_never_in_view():
     """A view of a whole buffer is contiguous, which torch.compile would tell from the others."""
     for reserve in (0, 4):
-        cache = KVCache.empty(GQA, 2, 1, torch.empty(0), reserve)
+        cache = KVCache.empty(GQA.kv_shape, 2, 1, torch.empty(0), reserve)
         for slots in (2, 3, 4, 5, 5, 6, 9):
             cache.resize(slots)
             assert cache.slots == slots and not any(tensor.is_contiguous() for tensor in cache.tensors)
@@ -217,7 +218,7 @@ def test_a_copy_of_a_chain_holds_all_that_the_chain_sees(args, kind):
     texts = [
         text[: begin + own] for text, begin, own in zip(texts, leaf.start.tolist(), written, strict=True) for _ in "ab"
     ]
-    copy = kind.copy(leaf, 2, 4, length=torch.tensor(written))
+    copy = copied(leaf, 2, 4, length=torch.tensor(written), kind=kind)
     assert not copy.links and copy.rows == 14 and copy.slots == max(map(len, texts)) + 4
     for cache in (leaf, *(link.cache for link in leaf.links)):
         for tensor in cache.tensors:
@@ -295,14 +296,14 @@ def nbytes(cache: KVCache) -> int:
 
 
 def test_bytes_of_a_cache_are_those_of_its_own_slots():
-    root = KVCache.empty(GQA, 1, 100, torch.zeros((), dtype=torch.bfloat16))
+    root = KVCache.empty(GQA.kv_shape, 1, 100, torch.zeros((), dtype=torch.bfloat16))
     leaf = KVCache.fork(root, 7, 16)
     assert nbytes(root) == 100 * GQA.kv_values_per_token * 2
     assert nbytes(leaf) == 7 * 16 * GQA.kv_values_per_token * 2
 
 
 def filled(args: ModelArgs, rows: int, slots: int, dtype: torch.dtype, reserve: int = 0) -> KVCache:
-    cache = KVCache.empty(args, rows, slots, torch.empty(0, dtype=dtype), reserve)
+    cache = KVCache.empty(args.kv_shape, rows, slots, torch.empty(0, dtype=dtype), reserve)
     generator = torch.Generator().manual_seed(slots)
     for tensor in cache.tensors:
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
@@ -438,7 +439,7 @@ def test_a_tree_may_stand_on_a_context_in_int8(kind):
         parts = [model(random_tokens(GQA, 2, 3), positions(13, 2, 3), middle)]
         leaf = kind.branch(middle, [1, 0, 1], 4)
         parts += [model(random_tokens(GQA, 3, 2), positions(16, 3, 2), leaf)]
-        parts += [model(random_tokens(GQA, 6, 2), positions(13, 6, 2), kind.copy(root, 6, 2))]
+        parts += [model(random_tokens(GQA, 6, 2), positions(13, 6, 2), copied(root, 6, 2, kind=kind))]
         return torch.cat([part.flatten() for part in parts])
 
     torch.testing.assert_close(logits(Int8Context), logits(rounded), **EXACT)
@@ -480,7 +481,7 @@ def test_log_probabilities_on_real_stories_hardly_move(dtype, bound):
 
     def scored(tokens: list[int], kind: str) -> Tensor:
         half = len(tokens) // 2
-        context = KVCache.empty(checkpoint.args, 1, half, model.norm.weight)
+        context = KVCache.empty(checkpoint.args.kv_shape, 1, half, model.norm.weight)
         engine.prefill(context, tokens[:half], 512, SILENT)
         context = Int8Context(context) if kind == "int8" else context
         rest = torch.tensor([tokens[half:]])

@@ -24,9 +24,9 @@ import generate
 from chat import Dialogue, choose_chat
 from checkpoint import load_model, read_checkpoint
 from engine import Engine
+from files import counted
 from options import STORY, build_parser, size
 from request import Request, Sampling
-from system import counted
 from tokenizer import load_tokenizer
 
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]

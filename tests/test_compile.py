@@ -17,11 +17,11 @@ from engine import SILENT, Engine, Run
 from graphs import LONGEST_CHAIN, StepInput, compiled, notify
 from layouts import Int8Context
 from model import ModelArgs, Transformer
+from notices import Notice
 from report import Stopwatch
 from request import Sampling
 from sampling import uniform
 from speculate import Pace, Speculation
-from system import Notice
 
 PLAIN = replace(GQA, n_layer=1)
 DISTANT = replace(ALIBI, n_layer=1, windows=(5,))
@@ -64,7 +64,7 @@ def filled(cache: KVCache, seed: int) -> KVCache:
 
 
 def root_of(args: ModelArgs, length: int) -> KVCache:
-    return filled(KVCache.empty(args, 1, length, torch.empty(0)), length)
+    return filled(KVCache.empty(args.kv_shape, 1, length, torch.empty(0)), length)
 
 
 def no_numbers(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def test_the_length_of_a_chain_does_not_multiply_graphs(counter):
             tokens = random_tokens(PLAIN, 9, seed=depth).tolist()
             history += tokens
             like = model.norm.weight
-            cache = KVCache.empty(PLAIN, 1, 9, like) if above is None else KVCache.fork(above, 1, 9)
+            cache = KVCache.empty(PLAIN.kv_shape, 1, 9, like) if above is None else KVCache.fork(above, 1, 9)
             logits = eager.prefill(cache, tokens, 512, SILENT)
             runs = [Run(engine, asked, history) for engine in (compiling, eager)]
             for run in runs:

@@ -148,7 +148,7 @@ def test_prefill_in_parts_is_prefill_with_a_mask(request, monkeypatch, chunk):
     positions = torch.arange(64)[None]
 
     def hidden() -> Tensor:
-        cache = KVCache.empty(SHAPE, 1, 64, model.norm.weight)
+        cache = KVCache.empty(SHAPE.kv_shape, 1, 64, model.norm.weight)
         parts = []
         for first in range(0, 64, chunk):
             part = slice(first, first + chunk)
@@ -174,7 +174,7 @@ def test_no_scores_over_the_context_are_held(fused, n, size):
     """A decode step over a context of 777: a fused kernel a layer for it, and nothing made that has a dimension of 777;
     another for the rows' own keys, of which no copy is made, in fp32 or otherwise."""
     model = meta_model(torch.bfloat16)
-    cache = KVCache.fork(KVCache.empty(SHAPE, 1, 777, model.norm.weight), n, 33)
+    cache = KVCache.fork(KVCache.empty(SHAPE.kv_shape, 1, 777, model.norm.weight), n, 33)
     tokens = torch.zeros(n, size, dtype=torch.long, device="meta")
     with Recorder() as recorder:
         logits = model(tokens, tokens + 777, cache)
@@ -192,7 +192,7 @@ def test_no_scores_over_the_context_are_held(fused, n, size):
 def test_every_layout_traces_on_one_device(fused, layout, dtype):
     """Prefill in two chunks, fork, two steps, rows dropped, slots grown, another step: no tensor strays to the CPU."""
     model = meta_model(dtype)
-    context = KVCache.empty(SHAPE, 1, 20, model.norm.weight)
+    context = KVCache.empty(SHAPE.kv_shape, 1, 20, model.norm.weight)
     for first, size in ((0, 13), (13, 7)):
         tokens = torch.zeros(1, size, dtype=torch.long, device="meta")
         model.hidden(tokens, first + torch.arange(size, device="meta")[None], Prefill(context, first, size))
@@ -269,7 +269,7 @@ def test_recorded_steps_are_the_plain_steps_on_a_gpu(compile):
     recorded = RecordedStep(compiled(plain) if compile else plain)
     for length in (40, 41, 300, 40):
         for kind in (lambda cache: cache, Int8Context):
-            context = KVCache.empty(SHAPE, 1, length, model.norm.weight)
+            context = KVCache.empty(SHAPE.kv_shape, 1, length, model.norm.weight)
             for tensor in context.tensors:
                 tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))
             context = kind(context)

@@ -230,7 +230,7 @@ def test_recorded_steps_of_a_mixture_are_the_plain_steps_on_a_gpu():
     grouped = partial(decode, model, uniform)
     recorded = RecordedStep(grouped) if is_recordable(model) else grouped
     for length in (40, 41, 40):
-        context = KVCache.empty(args, 1, length, model.norm.weight)
+        context = KVCache.empty(args.kv_shape, 1, length, model.norm.weight)
         for tensor in context.tensors:
             tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))
         tokens, samples = random_tokens(args, 17, 1).cuda(), torch.arange(17, device="cuda")

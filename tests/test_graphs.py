@@ -91,7 +91,7 @@ def test_memory_that_is_handed_out_again_is_recorded_anew(model):
 
     def cache_of(kind: type[KVCache], length: int, rows: tuple[int, ...]) -> KVCache:
         """Keys and values at the same addresses for every length."""
-        root = KVCache.empty(GQA, 2, length, memory)
+        root = KVCache.empty(GQA.kv_shape, 2, length, memory)
         leaf = kind.branch(root, rows, 4)
         parts = iter(memory)
         for cache, count, slots in ((root, 2, length), (leaf, 3, 4)):
@@ -115,7 +115,7 @@ def test_memory_that_is_handed_out_again_is_recorded_anew(model):
 
 def test_tokens_of_another_shape_are_recorded_anew(model):
     """Three positions, then one of the same cache, then one of fewer rows: none is broadcast into the other's place."""
-    root, counted = KVCache.empty(GQA, 1, 9, model.norm.weight), []
+    root, counted = KVCache.empty(GQA.kv_shape, 1, 9, model.norm.weight), []
     for tensor in root.tensors:
         tensor.normal_(generator=torch.Generator().manual_seed(0))
     cache = KVCache.fork(root, 3, 8)
@@ -130,7 +130,7 @@ def test_tokens_of_another_shape_are_recorded_anew(model):
 
 def test_a_seed_and_samples_that_change_are_not_those_of_the_recording(model):
     """They are inputs, as the tokens are: what a recording drew before is not drawn again."""
-    root, counted = KVCache.empty(GQA, 1, 9, model.norm.weight), []
+    root, counted = KVCache.empty(GQA.kv_shape, 1, 9, model.norm.weight), []
     cache, step = KVCache.fork(root, 17, 8), step_of(model, Sampling(1.5))
     recorded, given, seen = RecordedStep(step, kept_to_shapes(step, lambda: cache, counted)), inputs_of(17, 9), set()
     for seed, samples in ((3, given.samples), (4, given.samples), (4, given.samples + 17)):

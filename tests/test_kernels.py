@@ -33,15 +33,16 @@ from torch import Tensor
 import cache as caches
 import kernels
 import packed
+from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_kernel, attend_by_torch
 from engine import Engine
 from experts import ExpertLinear
 from kernels import Part, attend
 from layouts import Int8Context
+from notices import Notice
 from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
 from request import Request, Sampling
-from rotary import ScoreMod, alibi_slopes
-from system import Notice
+from rotary import alibi_slopes
 
 pytestmark = pytest.mark.skipif(kernels.library().note == "no C++ compiler", reason="no C++ compiler")
 
@@ -393,7 +394,7 @@ def test_a_model_is_trained_through_its_caches(args, monkeypatch):
     exact = deepcopy(model).double()
     stream_linears(model)
     prompt, own = random_tokens(args, 1, 70), random_tokens(args, 3, 4, seed=2)
-    context = KVCache.empty(model.args, 1, 70, model.norm.weight)
+    context = KVCache.empty(model.args.kv_shape, 1, 70, model.norm.weight)
     for each in (model, exact):
         each.requires_grad_(True)
     model.hidden(prompt, positions(0, 1, 70), Prefill(context, 0, 70))
@@ -672,7 +673,7 @@ def test_a_cache_folder_may_be_shared(anew, monkeypatch):
     assert "54321" in kernels.cache_folder().name and kernels.cache_folder() != mine
 
 
-@pytest.mark.filterwarnings("ignore::system.Notice")
+@pytest.mark.filterwarnings("ignore::notices.Notice")
 @pytest.mark.parametrize(
     "name,value,note",
     [("PATH", "", "no C++ compiler"), ("CXX", "/bin/false", "not built: /bin/false ends with status 1")],

@@ -93,7 +93,7 @@ def run(engine, request, length, is_read):
         list(run.pieces())
     else:
         reserve = length + run.own_slots if run.extends else 0
-        context = KVCache.empty(engine.args, 1, length, engine.model.norm.weight, reserve)
+        context = KVCache.empty(engine.args.kv_shape, 1, length, engine.model.norm.weight, reserve)
         [tensor.fill_(0.01) for tensor in context.tensors]
         list(run.draw(context, torch.zeros(1, engine.args.vocab_size, dtype=engine.dtype)))
     return run.plan, phases.read - before, peak_memory(CPU)[0] - before

@@ -101,7 +101,7 @@ def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
     plain, model = (random_model(args, dtype) for _ in range(2))
     pack_linears(model)
     steps = compiled(partial(decode, model, uniform)), partial(decode, plain, uniform)
-    root = KVCache.empty(args, 1, 29, model.norm.weight)
+    root = KVCache.empty(args.kv_shape, 1, 29, model.norm.weight)
     root.k[0].normal_(), root.v[0].normal_()
 
     def difference(n: int) -> float:
@@ -265,7 +265,7 @@ def test_a_compiled_step_takes_quantised_weights(monkeypatch):
         "plain": 1,
     }
     steps = compiled(partial(decode, models[0], uniform)), partial(decode, models[1], uniform)
-    root = KVCache.empty(args, 1, 29, models[0].norm.weight)
+    root = KVCache.empty(args.kv_shape, 1, 29, models[0].norm.weight)
     root.k[0].normal_(), root.v[0].normal_()
 
     def difference(n: int) -> float:

@@ -9,6 +9,7 @@ from conftest import ASKED, GQA, MHA, both_kinds, random_model
 
 from cache import KVCache
 from experts import Mixture
+from layouts import copied
 from model import ModelArgs, empty_model
 from packed import IS_X86, can_pack
 from plan import (
@@ -51,12 +52,12 @@ def nbytes(cache: KVCache) -> int:
 def test_planned_bytes_are_those_of_the_tensors(args):
     model = random_model(args, torch.bfloat16)
     planned = plan(args, Workload(50, 6, 16), dtype=torch.bfloat16)
-    root = KVCache.empty(args, 1, 50, model.norm.weight)
+    root = KVCache.empty(args.kv_shape, 1, 50, model.norm.weight)
     assert planned.weights == weigh(model)
     assert planned.weights.total == sum(parameter.nbytes for parameter in model.parameters())
     assert planned.context == nbytes(root)
     assert planned.decoded == nbytes(KVCache.fork(root, 6, 16))
-    assert planned.unshared == nbytes(KVCache.copy(root, 6, 16))
+    assert planned.unshared == nbytes(copied(root, 6, 16))
     assert planned.per_step == planned.weights.per_step + planned.context + planned.decoded // 2
     assert planned.waves == 1
 

@@ -13,9 +13,8 @@ from drafts import LayersDraft, ModelDraft
 from engine import Engine
 from layouts import LAYOUTS
 from model import Transformer
-from repetition import along, penalised, seen_in
 from request import Sampling
-from sampling import draw, uniform
+from sampling import along, draw, penalised, seen_in, uniform
 from speculate import Speculation
 
 PENALTY, EOS, LENGTH = 1.7, frozenset(range(3, 97, 19)), 24

@@ -43,8 +43,9 @@ from options import build_parser
 from report import Console
 from request import Request
 from samples import Ending, Row
-from system import Guarded, Notes, cache_folder, finish, start
+from system import Notes, cache_folder, finish, start
 from talk import COMMANDS as COMMANDS_OF_TALK
+from tokenizer import Guarded
 
 SHORT = [*PROMPT, "--max_new_tokens", 9]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import of_tokens
 from request import Sampling
 from sampling import (
     LOGITS_AT_ONCE,
@@ -19,7 +20,6 @@ from sampling import (
     draw,
     draw_rows,
     first_to_arrive,
-    of_tokens,
     philox,
     uniform,
 )

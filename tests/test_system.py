@@ -19,7 +19,8 @@ from conftest import GQA, PROMPT, ROOT, random_model, request
 import kernels
 from engine import Engine
 from graphs import notify
-from system import Notes, Notice, Stream, begin, showing, start
+from notices import Notice, showing
+from system import Notes, Stream, begin, start
 
 
 class Terminal(io.StringIO):

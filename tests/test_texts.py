@@ -20,10 +20,11 @@ import system
 from chat import read_chat
 from eval import main as evaluate
 from eval import read_lines
-from files import read_json
+from files import decode_text, read_json, read_text
 from jobs import read_records
 from options import STORY, build_parser, read_prompt, read_prompts
-from system import decode_text, read_bytes, read_text
+from system import read_bytes
+from tokenizer import interruptible as interrupt
 from tokenizer import load_tokenizer
 from vocabulary import read_metadata
 
@@ -191,6 +192,7 @@ sys.path.insert(0, sys.argv[1])
 from system import INTERRUPTED, finish, start
 start()
 from pathlib import Path
+from tokenizer import interruptible as interrupt
 from tokenizer import load_tokenizer
 def main():
     tokenizer, text = load_tokenizer(Path(sys.argv[2])), "Once upon a time there was a cat. " * 620_000
@@ -224,7 +226,7 @@ def test_a_long_text_has_the_same_tokens_and_errors(monkeypatch):
     tokenizer = load_tokenizer(TINY)
     text = "Once upon a time, there was a cat.\n" * 130
     expected = tokenizer.encode(text)
-    monkeypatch.setattr(system, "LONG_CALL", 1000)
+    monkeypatch.setattr("tokenizer.LONG_CALL", 1000)
     assert tokenizer.encode(text) == expected
     with pytest.raises(ZeroDivisionError):
-        system.interruptible(lambda text: 1 // 0, text)
+        interrupt(lambda text: 1 // 0, text)

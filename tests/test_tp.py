@@ -180,7 +180,7 @@ def test_logits_and_tokens_are_put_together_in_their_order(monkeypatch):
 
 
 def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:
-    return KVCache.empty(args, 3, 4, torch.empty(0, dtype=dtype))
+    return KVCache.empty(args.kv_shape, 3, 4, torch.empty(0, dtype=dtype))
 
 
 def test_a_bias_is_added_once():

@@ -91,7 +91,7 @@ def collectives(function: Callable[[], object]) -> list[tuple[str, int]]:
 
 @torch.no_grad()
 def step(engine: Engine, n: int) -> None:
-    cache = KVCache.empty(engine.args, n, 4, engine.model.norm.weight)
+    cache = KVCache.empty(engine.args.kv_shape, n, 4, engine.model.norm.weight)
     engine.model(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long), cache)
 
 
