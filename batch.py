@@ -27,7 +27,7 @@ from cache import KVCache, Link
 from engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
 from graphs import StepInput
 from model import ModelArgs
-from plan import Plan, plan_run
+from plan import Plan
 from request import Request, Workload, as_tokens, check_tokens
 from samples import Ending, Row, Sample
 from sampling import uniform
@@ -319,17 +319,16 @@ class Batch:
     token is drawn and that wait for a row.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally) -> None:
+    def __init__(
+        self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally, plan: Plan | None = None
+    ) -> None:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
         self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
         scaling = engine.args.rope_scaling
         # With scaling by length a token is rotated by that of its whole sequence: nothing is shared.
         self.shares = scaling is None or not scaling.by_length
         sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
-        work = workload(sharing.lengths, request, engine.device)
-        plan = plan_run(
-            engine.args, engine.weights, work, engine.device, engine.dtype, engine.available, engine.compile
-        )
+        plan = plan or engine.plan_workload(workload(sharing.lengths, request, engine.device))
         engine.prepare(plan)
         self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
         room = Room.within(plan, sharing, request.num_samples)
@@ -343,7 +342,7 @@ class Batch:
         self.places: list[tuple[Held, Row] | None] = [None] * room.rows
         self.moved = True
         self.ended: list[Outcome] = []
-        self.token_bytes = plan.context // work.context
+        self.token_bytes = plan.context // plan.workload.context
         self.build()
 
     def build(self) -> None:
@@ -591,12 +590,16 @@ def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
 
 
 def generate_many(
-    engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally | None = None
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    request: Request,
+    tally: Tally | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[Outcome]:
     """Draws request.num_samples continuations of each prompt, and gives each prompt when it is finished; first those
     that cannot be run, with the reason. A sample is a function of (request.seed, the prompt's id, its index), and in
     fp32 that of the prompt alone, drawn with the seed `seed_of`. A prompt whose logits are not finite cannot be run, as
-    is noticed while it is. tally: is kept up to date.
+    is noticed while it is. tally: is kept up to date. plan: of the `workload`, where it is made already.
 
     Raises ValueError, before any kernel runs, where ids repeat, or the request is not for many prompts or does not fit.
     """
@@ -611,7 +614,7 @@ def generate_many(
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
     alone = [prompt for prompt in sound if is_read_anew(engine.args, request, prompt)]
     together, tally = [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)], tally or Tally()
-    batch = Batch(engine, together, request, tally) if together else None
+    batch = Batch(engine, together, request, tally, plan) if together else None
 
     def run() -> Iterator[Outcome]:
         for prompt, reason in zip(prompts, refused, strict=True):

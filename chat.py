@@ -502,11 +502,9 @@ class Conversation:
 
     def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Generator[Piece]:
         """`turn`, piece by piece as the text comes."""
-        run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
-        run.live = True
-        return self.draw(run)
+        return self.draw(Run(self.engine, self.request, [*self.history, *tokens], monitor), live=True)
 
-    def draw(self, run: Run) -> Generator[Piece]:
+    def draw(self, run: Run, live: bool = False) -> Generator[Piece]:
         scaling, end = self.engine.args.rope_scaling, len(run.history)
         if scaling is not None and scaling.regime(self.read) != scaling.regime(end):
             self.context.resize(0)  # its keys would be rotated otherwise today
@@ -516,8 +514,8 @@ class Conversation:
             new = run.history[slots:]
             logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
             slots, self.history, self.read = end, list(run.history), end
-            run.kept = self.replies = {}
-            yield from run.draw(self.context, logits)
+            self.replies = {}
+            yield from run.draw(self.context, logits, live, self.replies)
         finally:
             self.context.resize(slots)  # what was not read, or was drawn in it, goes
 

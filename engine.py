@@ -27,7 +27,7 @@ from hub import locate
 from layouts import LAYOUTS, Int8Context
 from model import ModelArgs, Transformer
 from packed import pack_linears, stream_linears
-from plan import Plan, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from plan import Plan, Weights, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
 from request import Request, Sampling, Workload, as_tokens, check_tokens, new_seed
 from samples import Ending, Piece, Row, Sample
 from sampling import UniformBlocks, add, draw, seen_in, uniform
@@ -68,13 +68,19 @@ SILENT = Monitor()
 class Engine:
     """A model that is ready to draw, with what travels with it: tokenizer, end tokens, memory, compiled steps.
 
-    compile: the decode step; None: where a request's plan expects it to pay. eos_ids: end a sample. available: bytes
-    for everything, weights included. runs: how often a request will come, for what compiling and packing may cost.
-    shard: the part of the network that `model` is.
+    compile: the decode step; None: where a request's plan expects it to pay. shard: the part of the network that
+    `model` is. plan: where the caller has weighed the model and the memory, its weights and bytes available for
+    everything are taken; None: they are measured. compile_prefill: also the step that reads prompts.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, compile: bool | None = None, shard: Shard = WHOLE
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        compile: bool | None = None,
+        shard: Shard = WHOLE,
+        plan: Plan | None = None,
+        compile_prefill: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
@@ -83,10 +89,11 @@ class Engine:
         ends = [] if tokenizer is None else [*tokenizer.eos_ids, tokenizer.bos_id]
         self.eos_ids = frozenset(id for id in ends if id is not None)
         stream_linears(model)
-        self.weights = weigh(model)
-        self.available = available_memory(self.device) + self.weights.total
-        self.runs, self.packed = 1, False
-        self.hidden = model.hidden
+        self.weighed = plan is not None
+        self.weights = weigh(model) if plan is None else plan.weights
+        self.available = available_memory(self.device) + self.weights.total if plan is None else plan.available
+        self.packed = False
+        self.hidden = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
         self.draw = partial(draw, numbers=kernels.of_tokens)
         self.compiled: Step | None = None
         self.decoder: Decoder | None = None  # None: plain decoding
@@ -120,10 +127,22 @@ class Engine:
             return request
         return replace(request, seed=int(self.shard.agree(torch.tensor([new_seed()], device=self.device))))
 
-    def plan(self, context: int, request: Request) -> Plan:
-        """How a request for a prompt of so many tokens will run. Raises ValueError where not one sample fits."""
-        work = request.workload(context, self.runs)
+    def use(self, decoder: "Decoder", rows: int) -> None:
+        """Decode by a draft from now on, in steps of `rows` rows."""
+        decoder.place(self, rows)
+        self.decoder = decoder
+        if not self.weighed:
+            self.weights = decoder.heavier(self.weights)
+
+    def plan(self, context: int, request: Request, runs: int = 1) -> Plan:
+        """How a request for a prompt of so many tokens will run. runs: how often it will come, for what compiling and
+        packing may cost. Raises ValueError where not one sample fits."""
+        work = request.workload(context, runs)
         work = work if self.decoder is None else self.decoder.widen(work, self.args)
+        return self.plan_workload(work)
+
+    def plan_workload(self, work: Workload) -> Plan:
+        """`plan` for a workload of any rows and runs."""
         return plan_run(self.args, self.weights, work, self.device, self.dtype, self.available, self.compile)
 
     def prepare(self, plan: Plan) -> None:
@@ -161,19 +180,21 @@ class Engine:
         monitor.prefilled()
         return logits
 
-    def generate(self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT) -> list[Sample]:
+    def generate(
+        self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT, plan: Plan | None = None
+    ) -> list[Sample]:
         """Draws request.num_samples continuations of the prompt, a text or tokens, in order of their index; `rank` puts
-        the best first. Raises ValueError, before any kernel runs, where the request does not fit the model or the
-        memory."""
-        run = Run(self, request, self.tokens(prompt), monitor)
+        the best first. plan: of `Engine.plan`, where it is made already. Raises ValueError, before any kernel runs,
+        where the request does not fit the model or the memory."""
+        run = Run(self, request, self.tokens(prompt), monitor, plan=plan)
         deque(run.pieces(), maxlen=0)
         return run.samples
 
-    def stream(self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT) -> Generator[Piece]:
+    def stream(
+        self, prompt: str | Sequence[int], request: Request, monitor: Monitor = SILENT, plan: Plan | None = None
+    ) -> Generator[Piece]:
         """`generate`, piece by piece as the text comes. What may turn out to begin a stop string is held back."""
-        run = Run(self, request, self.tokens(prompt), monitor)
-        run.live = True
-        return run.pieces()
+        return Run(self, request, self.tokens(prompt), monitor, plan=plan).pieces(live=True)
 
     def score(self, context: str | Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Scored]:
         """Log-probabilities of the tokens of each continuation. The context, a text or tokens, is read once. Raises
@@ -233,10 +254,15 @@ class Decoding:
 
 
 class Decoder(Protocol):
-    """Makes the Decoding of each wave. `widen`: a workload with what it needs beyond plain decoding. Raises ValueError
-    where it cannot decode for such a network."""
+    """Makes the Decoding of each wave. `place`: load it for an engine, and steps of so many rows. `widen`, `heavier`: a
+    workload and weights with what it needs beyond plain decoding. Raises ValueError where it cannot decode for such a
+    network."""
 
     width: int
+
+    def place(self, engine: Engine, rows: int) -> None: ...
+
+    def heavier(self, weights: Weights) -> Weights: ...
 
     def __call__(self, run: "Run", cache: KVCache, samples: Tensor) -> Decoding: ...
 
@@ -244,23 +270,27 @@ class Decoder(Protocol):
 
 
 class Run:
-    """The samples of one request, which continue one context, in waves of rows that decode together.
-
-    live: pieces of text are made. kept: where it is a dict, the keys and values of each finished sample.
-    """
+    """The samples of one request, which continue one context, in waves of rows that decode together."""
 
     def __init__(
-        self, engine: Engine, request: Request, history: Sequence[int], monitor: Monitor = SILENT, alone: bool = False
+        self,
+        engine: Engine,
+        request: Request,
+        history: Sequence[int],
+        monitor: Monitor = SILENT,
+        alone: bool = False,
+        plan: Plan | None = None,
     ) -> None:
         """history: the tokens of the context. alone: a sample's text is decoded, and searched for stop strings, by
-        itself and not as it reads after the history. Raises ValueError as `generate`."""
+        itself and not as it reads after the history. plan: None: the engine makes one. Raises ValueError as
+        `generate`."""
         request.check_length(engine.args.context_limit, len(history))
         self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
         self.engine, self.request = engine, engine.seeded(request)
         self.history, self.monitor = history, monitor
         self.text_after = () if alone else history
         check_tokens(history, engine.args.vocab_size)
-        self.plan = engine.plan(len(history), request)
+        self.plan = engine.plan(len(history), request) if plan is None else plan
         engine.prepare(self.plan)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
@@ -271,16 +301,20 @@ class Run:
         self.kept: dict[int, KVCache] | None = None
         self.samples: list[Sample] = []
 
-    def pieces(self) -> Generator[Piece]:
+    def pieces(self, live: bool = False) -> Generator[Piece]:
         """Reads the prompt, then `draw`."""
         engine, reserve = self.engine, self.begin + self.own_slots if self.extends else 0
         context = KVCache.empty(engine.args.kv_shape, 1, self.begin, engine.model.norm.weight, reserve)
         logits = engine.prefill(context, self.history, self.request.prefill_chunk, self.monitor)
-        yield from self.draw(context, logits)
+        yield from self.draw(context, logits, live)
 
     @torch.no_grad()
-    def draw(self, context: KVCache, logits: Tensor) -> Iterator[Piece]:
-        """logits [1,V] at the context's last token. Yields pieces where `live`; the samples are then in `samples`."""
+    def draw(
+        self, context: KVCache, logits: Tensor, live: bool = False, kept: dict[int, KVCache] | None = None
+    ) -> Iterator[Piece]:
+        """logits [1,V] at the context's last token. live: yield pieces of text. kept: takes the keys and values of each
+        finished sample, by its index. The samples are then in `samples`."""
+        self.live, self.kept = live, kept
         context = Int8Context(context) if self.request.kv_dtype == "int8" else context
         while len(self.samples) < self.request.num_samples:  # each wave when its turn comes: they may be many
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)

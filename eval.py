@@ -259,13 +259,13 @@ class Evaluator:
         groups = list(places)
         # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
         leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
-        self.engine.runs = max(1, len(groups))
-        found, finished = [""] * len(requests), 0
+        found, finished, runs = [""] * len(requests), 0, max(1, len(groups))
         with self.running():
             for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
                 (context, drawing), asking = groups[at], places[groups[at]]
                 request = self.request(context, drawing, len(asking) if drawing.sampling.temperature else 1)
-                drawn = [sample.text or "" for sample in self.draw(history, tokens, above, request)]
+                run = Run(self.engine, request, history, alone=True, plan=self.engine.plan(len(history), request, runs))
+                drawn = [sample.text or "" for sample in self.draw(run, tokens, above)]
                 for place, text in zip(asking, drawn * (len(asking) // len(drawn)), strict=True):
                     found[place] = text
                 self.asked, finished = self.asked + len(history) * len(asking), finished + len(asking)
@@ -313,12 +313,11 @@ class Evaluator:
             return KVCache.empty(self.engine.args.kv_shape, 1, slots, self.engine.model.norm.weight, reserve)
         return KVCache.fork(above, 1, slots, reserve)
 
-    def draw(self, history: list[int], tokens: Sequence[int], above: KVCache | None, request: Request) -> list[Sample]:
-        """Samples that continue a history, whose last `tokens` are not yet in the cache above. Their texts are decoded
+    def draw(self, run: Run, tokens: Sequence[int], above: KVCache | None) -> list[Sample]:
+        """Draw a run's samples, whose last `tokens` of context are not yet in the cache above. Their texts are decoded
         by themselves, as the harness's `hf` model does it."""
-        run = Run(self.engine, request, history, alone=True)
         context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
-        logits = self.engine.prefill(context, tokens, request.prefill_chunk, SILENT)
+        logits = self.engine.prefill(context, tokens, run.request.prefill_chunk, SILENT)
         deque(run.draw(context, logits), maxlen=0)
         self.read += len(tokens)
         self.drawn += sum(len(sample.tokens) for sample in run.samples)
@@ -513,7 +512,7 @@ def run_samples(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
     header = read_begun(options.output).header
     if options.seed is None and header is not None:
-        options.seed = header["seed"]
+        options = argparse.Namespace(**vars(options) | {"seed": header["seed"]})
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
@@ -532,10 +531,11 @@ def run_samples(options: argparse.Namespace) -> None:
             raise ValueError(f"{task_id}: {error}") from error
     output, done = begin_output(options, evaluator, asked, request)
     left = [(task_id, tokens) for task_id, tokens in asked if json.dumps(task_id) not in done]
-    engine.runs, begin = max(1, len(left)), time.perf_counter()
+    begin = time.perf_counter()
     with evaluator.running():
         for number, (task_id, tokens) in enumerate(left, 1):
-            samples = engine.generate(tokens, replace(request, seed=seed_of(evaluator.seed, task_id)))
+            seeded = replace(request, seed=seed_of(evaluator.seed, task_id))
+            samples = engine.generate(tokens, seeded, plan=engine.plan(len(tokens), seeded, max(1, len(left))))
             evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
             evaluator.drawn += sum(len(each.tokens) for each in samples)
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(task_id, samples))
@@ -725,8 +725,9 @@ def build_parser() -> argparse.ArgumentParser:
 MODES = {"tasks": run_tasks, "perplexity": run_perplexity, "samples": run_samples, "pass_at": run_pass_at}
 
 
-def check_options(options: argparse.Namespace) -> str:
-    """The one mode that is given. Raises ValueError where flags do not go together, or a file is not there."""
+def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]:
+    """The one mode that is given, and the flags with its default output. Raises ValueError where flags do not go
+    together, or a file is not there."""
     given = [name for name in MODES if getattr(options, name) is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
@@ -738,7 +739,7 @@ def check_options(options: argparse.Namespace) -> str:
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is not there: give a file")
     if given == ["samples"]:
-        options.output = options.output or Path("samples.jsonl")
+        options = argparse.Namespace(**vars(options) | {"output": options.output or Path("samples.jsonl")})
         if not options.resume:
             check_new(options.output)
         if isinstance(options.limit, float):
@@ -749,7 +750,7 @@ def check_options(options: argparse.Namespace) -> str:
             raise ValueError(f"{name} {getattr(options, name)} must be at least {least}")
     tasks = [] if options.include_path is None else options.include_path.rglob("*")
     check_output(options.output, (options.perplexity, options.samples, options.scored, *tasks))
-    return given[0]
+    return given[0], options
 
 
 def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
@@ -766,7 +767,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = "eval.py runs in one process: start it without torchrun"
         return complain(why) if os.environ["RANK"] == "0" else 0  # who ends first with an error ends all
     try:
-        mode = check_options(options)
+        mode, options = check_options(options)
         keep_freed_memory()
         MODES[mode](options)
     except BrokenPipeError:

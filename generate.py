@@ -36,10 +36,10 @@ from files import files_of, write_file
 from hub import locate
 from jobs import (
     Begun,
-    Decided,
     Job,
     Output,
     Progress,
+    Record,
     block_of,
     fingerprint,
     read_begun,
@@ -72,27 +72,39 @@ from tp import Shard
 
 @dataclass(frozen=True)
 class Session:
-    """A validated command line and what it resolved to. prompt_tokens: empty in --interactive without a prompt.
-    request: what this replica draws. room: tokens that a conversation may come to hold."""
+    """A validated command line and what it resolved to. options: with the seed and dtype that were chosen. tokens: of
+    the prompt; none in --interactive without one. request: what this replica draws. room: tokens that a conversation
+    may come to hold."""
 
     options: argparse.Namespace
     ranks: Ranks
-    device: torch.device
-    dtype: torch.dtype
     checkpoint: Checkpoint
     dialogue: Dialogue
-    prompt_text: str | None
-    prompt_tokens: list[int]
+    text: str | None
+    tokens: list[int]
     request: Request
-    available: int
     plan: Plan
     speculation: Speculation | None
     room: int
     job: Job | None
 
+    @property
+    def device(self) -> torch.device:
+        return self.plan.space.device
 
-def decide(options: argparse.Namespace) -> Decided:
-    """Raises ValueError."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plan.space.dtype
+
+
+def changed(options: argparse.Namespace, **values: object) -> argparse.Namespace:
+    """The flags with other values."""
+    return argparse.Namespace(**vars(options) | values)
+
+
+def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None, list[Record] | None, Begun]:
+    """Read what one rank reads for all: the flags with their seed and dtype, the prompt's text, the prompts of
+    --prompts or None, and what an earlier run of them has finished. Raises ValueError."""
     check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = Begun() if options.output is None else read_begun(options.output)
@@ -104,13 +116,18 @@ def decide(options: argparse.Namespace) -> Decided:
         skip_bad(bad, options)
     if seed is None:
         seed = new_seed() if begun.header is None else begun.header["seed"]
-    return Decided(text, seed, dtype, records, begun)
+    return changed(options, seed=seed, dtype=str(dtype).removeprefix("torch.")), text, records, begun
 
 
-def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, available: int) -> Session:
-    """Checks everything that can be checked before the weights are read. Raises ValueError or OSError."""
-    text, seed, dtype, records = decided.text, decided.seed, decided.dtype, decided.records
-    device = choose_device(options.device)
+def set_up(
+    options: argparse.Namespace,
+    ranks: Ranks,
+    text: str | None,
+    records: list[Record] | None,
+    begun: Begun,
+    available: int,
+) -> Session:
+    """Check everything that can be checked before the weights are read. Raises ValueError or OSError."""
     mine = ranks.samples(options.num_samples) if records is None else range(options.num_samples)
     request = replace(request_of(options), num_samples=len(mine), first_index=mine.start)
     checkpoint = read_checkpoint(locate(options.checkpoint_path))  # last, since it may fetch a model
@@ -127,22 +144,18 @@ def set_up(options: argparse.Namespace, ranks: Ranks, decided: Decided, availabl
         note_names([each for each in said if isinstance(each, str)], tokenizer)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends)
-    job = None if records is None else set_up_job(options, ranks, decided, checkpoint, dialogue)
+    job = None if records is None else set_up_job(options, ranks, records, begun, checkpoint, dialogue)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
     if options.interactive:  # where a turn is given what is left
         request = replace(request, max_new_tokens=min(options.max_new_tokens, max(1, args.context_limit - length)))
     if length and not options.plan:
         request.check_length(args.context_limit, length)
-    place = device, dtype, ranks.shard
-    plan, speculation, room = arrange(options, checkpoint, request, length, place, available, job)
+    plan, speculation, room = arrange(options, checkpoint, request, length, ranks.shard, available, job)
     if options.synthetic_prompt and not options.plan:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(options.seed)
         tokens = torch.randint(args.vocab_size, (length,), generator=generator).tolist()
-    return Session(
-        options, ranks, device, dtype, checkpoint, dialogue, text, tokens, request, available, plan, speculation, room,
-        job,
-    )  # fmt: skip
+    return Session(options, ranks, checkpoint, dialogue, text, tokens, request, plan, speculation, room, job)
 
 
 def arrange(
@@ -150,13 +163,14 @@ def arrange(
     checkpoint: Checkpoint,
     request: Request,
     length: int,
-    place: tuple[torch.device, torch.dtype, Shard],
+    shard: Shard,
     available: int,
     job: Job | None,
 ) -> tuple[Plan, Speculation | None, int]:
     """The plan for a prompt of that length, or, where a conversation is only planned, for all that it may hold; the
     draft; the tokens that a conversation may hold. Raises ValueError."""
-    (device, dtype, shard), args = place, checkpoint.args
+    device, args = choose_device(options.device), checkpoint.args
+    dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)
     if job is not None:
         sound = [len(prompt.tokens) for prompt in job.prompts if refusal(local, request, prompt) is None]
@@ -187,48 +201,43 @@ def fetch(options: argparse.Namespace) -> None:
 
 
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
-    """What all ranks run. Raises ValueError or OSError."""
-    decided = ranks.share(lambda: decide(options))
-    options.seed = decided.seed  # which is told with the samples, as the dtype is
-    options.dtype = str(decided.dtype).removeprefix("torch.")
+    """Set up the same run on all ranks. Raises ValueError or OSError."""
+    decided, text, records, begun = ranks.share(lambda: decide(options))
+    options = changed(options, seed=decided.seed, dtype=decided.dtype)
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # one for its machine
-    session = ranks.agree(lambda: set_up(options, ranks, decided, available))
-    return replace(session, plan=ranks.share(lambda: session.plan))
+    session = ranks.agree(lambda: set_up(options, ranks, text, records, begun, available))
+    # Ranks that hold one network run by the plan of their first: another kind of CPU may plan otherwise.
+    return replace(session, plan=ranks.all(session.plan)[ranks.rank - ranks.shard.rank])
 
 
 def open_engine(session: Session) -> Engine:
-    """The model of a session, which will run as it was planned."""
-    options = session.options
-    shard = session.ranks.shard
-    rows = session.plan.workload.num_samples
-    model = load_model(session.checkpoint, session.device, session.dtype, rows, shard)
-    compile = options.compile if session.ranks.control is None else session.plan.compiled
-    engine = Engine(model, session.dialogue.tokenizer, compile, shard)
+    """Load the model of a session, which will run as it was planned."""
+    options, plan, shard = session.options, session.plan, session.ranks.shard
+    model = load_model(session.checkpoint, session.device, session.dtype, plan.workload.num_samples, shard)
+    compile = options.compile if session.ranks.control is None else plan.compiled
+    engine = Engine(model, session.dialogue.tokenizer, compile, shard, plan, options.compile_prefill)
     if session.speculation is not None:
-        session.speculation.place(engine, session.request.num_samples)
-    engine.weights, engine.available, engine.runs = session.plan.weights, session.available, options.num_runs
-    engine.prepare(session.plan)
-    if options.compile_prefill:
-        engine.hidden = torch.compile(model.hidden, dynamic=True)
+        engine.use(session.speculation, session.request.num_samples)
+    engine.prepare(plan)
     return engine
 
 
 def run_once(session: Session, engine: Engine) -> None:
     """--num_runs runs of one prompt, then the samples, the self-check and the report."""
-    options, runs = session.options, []
+    options, plan, runs = session.options, session.plan, []
     samples: list[Sample] = []
     try:
         for run in range(1, options.num_runs + 1):
-            with Console(options, session.plan, session.device, session.prompt_text, samples) as console:
+            with Console(options, plan, session.device, session.text, samples) as console:
                 runs.append(console)
                 if run < options.num_runs:
                     console.hold()
                 if console.streams:
-                    console.show_live(engine.stream(session.prompt_tokens, session.request, console))
+                    console.show_live(engine.stream(session.tokens, session.request, console, plan))
                     samples = console.finished
                 else:
-                    drawn = engine.generate(session.prompt_tokens, session.request, console)
+                    drawn = engine.generate(session.tokens, session.request, console, plan)
                     samples = [each for part in session.ranks.gather(drawn) for each in part]
     except (KeyboardInterrupt, OSError):  # or stdout does not take it
         if session.ranks.control is None:  # of several, each is interrupted somewhere else
@@ -251,7 +260,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], s
     report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck and not report["interrupted"]:
         drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
-        scores = engine.score(session.prompt_tokens, [sample.tokens for sample in drawn])
+        scores = engine.score(session.tokens, [sample.tokens for sample in drawn])
         report["selfcheck_max_difference"] = max(
             abs(decoded - scored)
             for sample, score in zip(drawn, scores, strict=True)
@@ -291,7 +300,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     assert job is not None
     progress = Progress(options.quiet, len(job.prompts), tally)
     try:
-        for outcome in generate_many(engine, job.prompts, session.request, tally):
+        for outcome in generate_many(engine, job.prompts, session.request, tally, session.plan):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
             block = block_of(outcome, fields, options)
             if output is None:
@@ -354,10 +363,8 @@ def settle(session: Session) -> dict[str, object]:
 
 def interact(session: Session, engine: Engine) -> None:
     """--interactive."""
-    room = session.room
-    Talk(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, room).run(
-        session.prompt_text
-    )
+    talk = Talk(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, session.room)
+    talk.run(session.text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -366,7 +373,7 @@ def run(options: argparse.Namespace) -> None:
     if ranks.control is not None:
         sys.stdout = Listener(sys.stdout)
     if not ranks.leads:  # runs the same, and says nothing
-        options.quiet, options.verbose, options.report, options.profile = True, False, None, None
+        options = changed(options, quiet=True, verbose=False, report=None, profile=None)
         sys.stdout = open(os.devnull, "w")
     session = resolve(options, ranks)
     plan = session.plan

@@ -20,8 +20,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
-
 from batch import Outcome, Prompt, Tally
 from chat import Dialogue, Messages, parse_messages
 from checkpoint import Checkpoint
@@ -308,18 +306,6 @@ class Job:
     begun: Begun
 
 
-@dataclass(frozen=True)
-class Decided:
-    """What one rank decides for all. text: the prompt's. records: the prompts of --prompts, and what of them an earlier
-    run has finished; None: it is not given."""
-
-    text: str | None
-    seed: int
-    dtype: torch.dtype
-    records: list[Record] | None
-    begun: Begun
-
-
 def make_header(
     checkpoint: Checkpoint, seed: int, ends: Iterable[int], prompts: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
@@ -329,18 +315,21 @@ def make_header(
 
 
 def set_up_job(
-    options: argparse.Namespace, ranks: Ranks, decided: Decided, checkpoint: Checkpoint, dialogue: Dialogue
+    options: argparse.Namespace,
+    ranks: Ranks,
+    records: Sequence[Record],
+    begun: Begun,
+    checkpoint: Checkpoint,
+    dialogue: Dialogue,
 ) -> Job:
     """Make this replica's share of the prompts that are still to be drawn. Raises ValueError where a line cannot
     be used, or the output was begun by another command."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
-    records, begun = decided.records, decided.begun
-    assert records is not None
     ends = [] if options.ignore_eos else dialogue.eos_ids
     digest = digest_of((each.id, each.said if isinstance(each.said, str) else asdict(each.said)) for each in records)
     how = {name: getattr(options, name) for name in ("num_samples", "top", "rank", "chat", "system")}
-    header = make_header(checkpoint, decided.seed, ends, digest, how | settings_of(options))
+    header = make_header(checkpoint, options.seed, ends, digest, how | settings_of(options))
     if options.output is not None:
         check_header(options.output, begun, header)
     plain = dialogue if options.chat else Dialogue(dialogue.tokenizer, dialogue.vocab_size, None, None)

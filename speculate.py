@@ -240,10 +240,9 @@ class Speculation:
         self.steps: dict[tuple[Transformer, int | None], Step] = {}
 
     def place(self, engine: Engine, rows: int) -> None:
-        """Makes the engine draft, in steps of `rows` rows."""
+        """Load the draft for an engine (Engine.use), for steps of `rows` rows."""
         self.draft.place(engine, rows)
         self.device, self.shard = engine.device, engine.shard
-        engine.decoder, engine.weights = self, self.heavier(engine.weights)
 
     def __call__(self, run: Run, cache: KVCache, samples: Tensor) -> Decoding:
         return Speculating(self, run, cache, samples)

@@ -71,7 +71,6 @@ def compare(options: argparse.Namespace, engine: Engine) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for preamble in options.preamble:
         prompts = made_prompts(options.prompts, preamble, options.prompt_tokens, engine.args.vocab_size)
-        engine.runs = len(prompts)
         warm = made_prompts(2, 8, 16, engine.args.vocab_size)
         list(generate_many(engine, warm, replace(asked, max_new_tokens=3)))
         engine.generate(warm[0].tokens, replace(asked, max_new_tokens=3))
@@ -80,7 +79,10 @@ def compare(options: argparse.Namespace, engine: Engine) -> Iterator[str]:
         middle = time.perf_counter()
         print(f"batch: {middle - begin:.1f} s", file=sys.stderr)
         alone = replace(asked, rows_at_once=None)
-        apart = {p.id: engine.generate(p.tokens, replace(alone, seed=seed_of(1, p.id))) for p in prompts}
+        apart = {}
+        for p in prompts:
+            plan = engine.plan(len(p.tokens), alone, len(prompts))
+            apart[p.id] = engine.generate(p.tokens, replace(alone, seed=seed_of(1, p.id)), plan=plan)
         took, longer = middle - begin, time.perf_counter() - middle
         pairs = [pair for id, each in apart.items() for pair in zip(each, together[id], strict=True)]
         differ = sum(one.tokens != other.tokens for one, other in pairs)

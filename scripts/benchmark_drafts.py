@@ -118,7 +118,7 @@ def open_engine(checkpoint: Checkpoint, case: Case | None) -> Engine:
     if case is not None:
         speculation = choose_draft(case.draft, case.draft_path, case.k, checkpoint, place)
         assert speculation is not None
-        speculation.place(engine, case.num_samples)
+        engine.use(speculation, case.num_samples)
     return engine
 
 

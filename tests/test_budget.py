@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = (
-    "model.py", "cache.py", "bifurcated_attention.py", "engine.py", "sampling.py", "tokenizer.py", "tp.py"
+CORE = (  # what a decode step is made of
+    "model.py", "cache.py", "bifurcated_attention.py", "sampling.py", "tp.py", "rotary.py", "experts.py", "engine.py",
+    "batch.py",
 )  # fmt: skip
-BUDGET, COMMAND_LINE, LONGEST = 1050, 350, 60
+BUDGET, COMMAND_LINE, LONGEST = 1720, 350, 60
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -43,8 +44,8 @@ def test_counter_counts_code_alone():
 
 
 def test_core_is_within_its_budget():
-    counts = {name: code_lines((ROOT / name).read_text("utf-8")) for name in CORE if (ROOT / name).exists()}
-    assert len(counts) >= 6 and sum(counts.values()) <= BUDGET, counts
+    counts = {name: code_lines((ROOT / name).read_text("utf-8")) for name in CORE}
+    assert sum(counts.values()) <= BUDGET, counts
 
 
 def test_the_command_line_is_within_its_budget():

@@ -206,7 +206,7 @@ def test_one_verifying_step_serves_every_draft_length(counter, monkeypatch):
     for k in (3, 1, 8):
         speculation = Speculation(LayersDraft(1), k)
         speculation.steps = steps
-        speculation.place(engine, 3)
+        engine.use(speculation, 3)
         asked = request(3, 12, seed=k)
         assert draws(engine.generate(PROMPT, asked)) == draws(plain.generate(PROMPT, asked))
     assert counter.frame_count == 3

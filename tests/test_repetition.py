@@ -92,7 +92,7 @@ def test_a_draft_changes_no_sample(model, expected, kind):
     sampling, samples = expected
     engine = Engine(model, compile=False)
     speculation = Speculation(LayersDraft(2) if kind == "layers" else ModelDraft(GQA, lambda *_: model), 3)
-    speculation.place(engine, 3)
+    engine.use(speculation, 3)
     speculation.pace.SETTLE, speculation.pace.PATIENCE = 1, 1e9
     same(found(engine, sampling), samples)
     counts = speculation.pace.accepted

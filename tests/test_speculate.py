@@ -95,7 +95,7 @@ def always(monkeypatch) -> None:
 
 def speculating(model: Transformer, draft: Draft, k: int | None = 3, tokenizer=None) -> Engine:
     engine = Engine(model, tokenizer)
-    Speculation(draft, k).place(engine, 3)
+    engine.use(Speculation(draft, k), 3)
     return engine
 
 
@@ -399,7 +399,7 @@ def test_steps_compile_once(monkeypatch):
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
     model = random_model(replace(TWO, n_layer=1))
     plain, engine = Engine(model), Engine(model, compile=True)
-    Speculation(ModelDraft(model.args, lambda *_: near(model)), 3).place(engine, 3)
+    engine.use(Speculation(ModelDraft(model.args, lambda *_: near(model)), 3), 3)
     monkeypatch.setattr(Pace, "SETTLE", 2)
     monkeypatch.setattr(Pace, "TIMED", -1)
     monkeypatch.setattr(Pace, "PATIENCE", math.inf)
@@ -439,7 +439,7 @@ def test_a_quantised_copy_is_a_good_draft(always, mode, least):
         for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
             weight = quantise_int8(linear.weight) if mode == "int8" else quantise_int4(linear.weight, 32)
             linear.weight = torch.nn.Parameter(dequantise(weight, torch.float32), requires_grad=False)
-    Speculation(ModelDraft(engine.args, lambda *_: copy), 3).place(engine, 2)
+    engine.use(Speculation(ModelDraft(engine.args, lambda *_: copy), 3), 2)
     engine.generate(engine.encode("Once upon a time"), request(2, 60, Sampling(0.8, top_k=200)))
     accepted = engine.decoder.report()["accept_histogram"]
     right, tried = sum(i * times for i, times in enumerate(accepted)), sum(accepted)

@@ -157,7 +157,7 @@ def draw_with_drafts(checkpoint: str, out: str) -> None:
         engine = Engine(load_model(saved, "cpu", torch.float32, 3, ranks.shard), None, False, ranks.shard)
         engine.available = 1 << 40
         if draft is not None:
-            Speculation(draft, 3).place(engine, 3)
+            engine.use(Speculation(draft, 3), 3)
         tokens = [each.tokens for each in engine.generate(prompt, request)]
         report = engine.decoder.report() if engine.decoder is not None else {}  # type: ignore[attr-defined]
         drawn[draft.name if draft else "plain"] = tokens, report.get("drafted_steps"), report.get("accept_histogram")
