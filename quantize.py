@@ -11,7 +11,6 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from files import check_plain, read_text
 from system import INTERRUPTED, begin, complain, finish, start
 
 if __name__ == "__main__":
@@ -48,6 +47,7 @@ from checkpoint import (
     write_whole,
 )
 from experts import ExpertLinear
+from files import check_plain, read_text
 from flags import OneLineParser
 from gptq import gptq, quantise_int4, quantise_int8
 from model import Transformer, empty_model

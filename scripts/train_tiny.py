@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from files import read_text
 from system import complain, finish, start
 
 if __name__ == "__main__":
@@ -32,6 +31,7 @@ from torch import Tensor
 from cache import NoCache
 from checkpoint import args_from_config, load_model, read_checkpoint, save_model
 from engine import Engine
+from files import read_text
 from model import Transformer
 from packed import multiplies_bfloat16
 from plan import keep_freed_memory
