@@ -25,7 +25,7 @@ from bifurcated_attention import (
 )
 
 try:
-    import kernels
+    from layers import kernels
 except ImportError:  # this file and bifurcated_attention.py work alone
     kernels = None  # type: ignore[assignment]
 

@@ -11,7 +11,7 @@ generated code is run here: a scorer of your choice marks each sample as passed 
 
 import sys
 
-from system import INTERRUPTED, begin, check_new, check_writable, complain, finish, start
+from cli.system import INTERRUPTED, begin, check_new, check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -30,22 +30,22 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from batch import seed_of
 from cache import KVCache
-from checkpoint import load_model, read_checkpoint
-from engine import SILENT, Engine, Run, bucket
-from files import check_stays, counted, files_of, read_text, write_file
-from flags import OneLineParser
-from hub import locate
-from jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
-from options import unescaped
-from plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
-from report import Bar, settings_of
-from request import Request, Sampling, check_tokens, new_seed
-from samples import Sample, not_finite
-from scoring import Node, Scorer, tree
-from tokenizer import load_tokenizer
-from vocabulary import read_metadata
+from cli.console import Bar, settings_of
+from cli.flags import OneLineParser
+from cli.jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
+from cli.options import unescaped
+from engine.batch import seed_of
+from engine.engine import SILENT, Engine, Run, bucket
+from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
+from engine.request import Request, Sampling, check_tokens, new_seed
+from engine.samples import Sample, not_finite
+from engine.scoring import Node, Scorer, tree
+from loading.checkpoint import load_model, read_checkpoint
+from loading.files import check_stays, counted, files_of, read_text, write_file
+from loading.hub import locate
+from loading.tokenizer import load_tokenizer
+from loading.vocabulary import read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's

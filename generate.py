@@ -5,8 +5,8 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from notices import showing
-from system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, start
+from cli.system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, start
+from layers.notices import showing
 
 if __name__ == "__main__":
     start()
@@ -20,21 +20,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
+from cli.options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
 if __name__ == "__main__":
     begin(read_options().quiet)  # --help, and a flag or a value that is refused, need not wait for the imports below
 
 import torch
 
-from batch import Tally, generate_many, refusal, workload
-from chat import Dialogue, choose_chat
-from checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
-from drafts import Speculation, choose_draft
-from engine import Engine
-from files import files_of, write_file
-from hub import locate
-from jobs import (
+from cli.console import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
+from cli.jobs import (
     Begun,
     Job,
     Output,
@@ -47,8 +41,14 @@ from jobs import (
     set_up_job,
     skip_bad,
 )
-from jobs import summary as summarise
-from plan import (
+from cli.jobs import summary as summarise
+from cli.ranks import Listener, Ranks, join, lost_rank
+from cli.repl import Talk
+from engine.batch import Tally, generate_many, refusal, workload
+from engine.chat import Dialogue, choose_chat
+from engine.drafts import Speculation, choose_draft
+from engine.engine import Engine
+from engine.plan import (
     Plan,
     available_memory,
     choose_device,
@@ -60,13 +60,13 @@ from plan import (
     plan_run,
     weigh_sizes,
 )
-from ranks import Listener, Ranks, join, lost_rank
-from report import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
-from request import Request, new_seed
-from samples import Sample, not_finite, rank
+from engine.request import Request, new_seed
+from engine.samples import Sample, not_finite, rank
+from loading.checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
+from loading.files import files_of, write_file
+from loading.hub import locate
+from loading.tokenizer import load_tokenizer
 from sampling import RULE
-from talk import Talk
-from tokenizer import load_tokenizer
 from tp import Shard
 
 

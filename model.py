@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
-from experts import Mixture, MixtureOfExperts
-from rotary import RopeScaling, Turning, alibi_slopes, all_frequencies, angles, rotate
+from layers.moe import Mixture, MixtureOfExperts
+from layers.rope import RopeScaling, Turning, alibi_slopes, all_frequencies, angles, rotate
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from system import INTERRUPTED, begin, complain, finish, start
+from cli.system import INTERRUPTED, begin, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -35,7 +35,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import (
+from cli.flags import OneLineParser
+from engine.request import check_tokens
+from layers.gptq import gptq, quantise_int4, quantise_int8
+from layers.linear import Int4Weight, Quantised, dequantise, tensors_of
+from layers.moe import ExpertLinear
+from loading.checkpoint import (
     Checkpoint,
     Recipe,
     check_output,
@@ -46,14 +51,9 @@ from checkpoint import (
     unpickle,
     write_whole,
 )
-from experts import ExpertLinear
-from files import check_plain, read_text
-from flags import OneLineParser
-from gptq import gptq, quantise_int4, quantise_int8
+from loading.files import check_plain, read_text
+from loading.tokenizer import load_tokenizer
 from model import Transformer, empty_model
-from packed import Int4Weight, Quantised, dequantise, tensors_of
-from request import check_tokens
-from tokenizer import load_tokenizer
 
 MODES = ("int8", "int4", "int4-gptq")
 # What a calibrated block quantises together, in the order of its computation: layers with the same input, or experts.

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from experts import ExpertLinear
+from layers.moe import ExpertLinear
 from model import Embedding, ModelArgs, Transformer
 
 COLLECTIVES = torch.ops._c10d_functional

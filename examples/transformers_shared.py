@@ -286,8 +286,8 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=8, help="samples")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
-    from hub import locate  # here, since whoever copies this file may have other ways to a model
-    from tokenizer import load_tokenizer
+    from loading.hub import locate  # here, since whoever copies this file may have other ways to a model
+    from loading.tokenizer import load_tokenizer
 
     try:
         folder = locate(options.model)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
 
-from checkpoint import read_json
-from families import args_from_config
+from engine.plan import Weights, human, weigh_sizes
+from layers.linear import KINDS, tensors_of
+from loading.checkpoint import read_json
+from loading.families import args_from_config
 from model import ModelArgs, empty_model
-from packed import KINDS, tensors_of
-from plan import Weights, human, weigh_sizes
 from quantize import choose_layers
 
 MIXTRAL = {

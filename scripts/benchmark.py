@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -46,16 +46,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
-from checkpoint import load_model, read_checkpoint, read_safetensors
-from engine import SILENT, Engine
-from experts import ExpertLinear, Mixture, MixtureOfExperts
-from flags import OneLineParser
-from graphs import Step, StepInput
-from kernels import attend_chain
-from layouts import Int8Context, SDPACache, copied
-from model import ModelArgs, Transformer, empty_model
-from packed import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
-from plan import (
+from cli.flags import OneLineParser
+from cli.ranks import join, leave
+from engine.engine import SILENT, Engine
+from engine.graphs import Step, StepInput
+from engine.layouts import Int8Context, SDPACache, copied
+from engine.plan import (
     Plan,
     available_memory,
     choose_device,
@@ -68,9 +64,13 @@ from plan import (
     step_operations,
     weigh,
 )
+from engine.request import Sampling, Workload
+from layers.kernels import attend_chain
+from layers.linear import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
+from layers.moe import ExpertLinear, Mixture, MixtureOfExperts
+from loading.checkpoint import load_model, read_checkpoint, read_safetensors
+from model import ModelArgs, Transformer, empty_model
 from quantize import quantise_int4, quantise_int8
-from ranks import join, leave
-from request import Sampling, Workload
 from tp import WHOLE, Shard
 
 SHAPES = {
@@ -786,7 +786,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=2.0, help="seconds of timed steps per cell; default: 2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    parser.add_argument("--plain_weights", action="store_true", help="do not pack them (packed.py)")
+    parser.add_argument("--plain_weights", action="store_true", help="do not pack them (linear.py)")
     parser.add_argument("--out", type=Path, help="append one JSON object per cell to this file")
     parser.add_argument("--charts", type=Path, help="draw the cells as PNG files in this folder (needs matplotlib)")
     return parser

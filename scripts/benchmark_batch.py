@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-from system import finish, start
+from cli.system import finish, start
 
 if __name__ == "__main__":
     start()
@@ -26,15 +26,15 @@ from dataclasses import replace
 
 import torch
 
-import batch
-import engine as road
-from batch import Prompt, Tally, generate_many, seed_of
 from benchmark import SHAPES, random_model
-from engine import Engine
-from flags import OneLineParser
-from plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
-from request import Request, Sampling
-from samples import Ending, Row
+from cli.flags import OneLineParser
+from engine import batch
+from engine import engine as road
+from engine.batch import Prompt, Tally, generate_many, seed_of
+from engine.engine import Engine
+from engine.plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
+from engine.request import Request, Sampling
+from engine.samples import Ending, Row
 
 
 def made_prompts(count: int, preamble: int, length: int, vocabulary: int) -> list[Prompt]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import Checkpoint, load_model, read_checkpoint
-from drafts import choose_draft
-from engine import Engine, Request
-from flags import OneLineParser
-from hub import locate
+from cli.console import Stopwatch
+from cli.flags import OneLineParser
+from engine.drafts import choose_draft
+from engine.engine import Engine, Request
+from engine.plan import keep_freed_memory
+from engine.request import Sampling
+from loading.checkpoint import Checkpoint, load_model, read_checkpoint
+from loading.hub import locate
+from loading.tokenizer import load_tokenizer
 from model import Transformer
-from plan import keep_freed_memory
-from report import Stopwatch
-from request import Sampling
 from sampling import candidates
-from tokenizer import load_tokenizer
 
 STORY = "Once upon a time, there was a little girl named Lily."
 # A story that stories15M repeats to its end, where it has been told twice and is begun anew.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import finish, start
+from cli.system import finish, start
 
 if __name__ == "__main__":
     start()
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from checkpoint import read_checkpoint
-from engine import Engine
+from engine.engine import Engine
+from engine.plan import keep_freed_memory
 from eval import Evaluator, Texts, harness_model
-from plan import keep_freed_memory
+from loading.checkpoint import read_checkpoint
 
 TASK = """
 task: items

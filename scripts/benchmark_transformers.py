@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "examples")]
 
-from system import finish, start
+from cli.system import finish, start
 
 if __name__ == "__main__":
     start()
@@ -29,7 +29,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from plan import release_freed_memory
+from engine.plan import release_freed_memory
 from transformers_shared import generate_shared, logprobs_shared, timed
 
 SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -10,21 +10,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
 
 
-from checkpoint import (
+from cli.flags import OneLineParser
+from loading.checkpoint import (
     Checkpoint,
     copy_new,
     read_checkpoint,
     read_weights,
     save_model,
 )
-from files import COMPANIONS, check_stays, companions, hugging_face_files, read_json, snapshot
-from flags import OneLineParser
+from loading.files import COMPANIONS, check_stays, companions, hugging_face_files, read_json, snapshot
 
 KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
 

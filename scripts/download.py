@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
 
 
-from flags import OneLineParser
-from hub import CHECKPOINTS, fetch
+from cli.flags import OneLineParser
+from loading.hub import CHECKPOINTS, fetch
 
 
 def main() -> int:

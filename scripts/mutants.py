@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -69,13 +69,13 @@ LIBRARIES = (
 
 # For each file of the core the tests that see it, in turns, nearest first; those of SLOW where they are named alone.
 TESTS = {
-    "model.py": ("model", "engine", "plan families cache cuda experts quantize"),
-    "cache.py": ("cache", "cuda engine speculate chat experts batch"),
+    "model.py": ("model", "engine", "plan families cache cuda moe quantize"),
+    "cache.py": ("cache", "cuda engine speculate chat moe batch"),
     "bifurcated_attention.py": ("bifurcated_attention", "cuda cache transformers_shared engine"),
-    "engine.py": ("engine", "speculate repetition cuda memory graphs batch cache families"),
+    "engine/engine.py": ("engine", "speculate repetition cuda memory graphs batch cache families"),
     "sampling.py": ("sampling", "engine repetition speculate cuda"),
-    "tokenizer.py": ("tokenizer", "chat checkpoint engine"),
-    "tp.py": ("tp", "experts engine", "tp::test_ranks_draw_what_one_process_draws[2]"),
+    "loading/tokenizer.py": ("tokenizer", "chat checkpoint engine"),
+    "tp.py": ("tp", "moe engine", "tp::test_ranks_draw_what_one_process_draws[2]"),
 }
 SLOW = (
     "compile or million or stories or 4096 or ranks or replicas or machines or held_by_all or death or cannot_be_run "
@@ -171,7 +171,7 @@ def run_tests(folder: Path, room: str, turn: str) -> int:
     os.chdir(folder)
     sys.path[:] = [str(folder), *(path for path in sys.path if not path.startswith(str(ROOT / "scripts")))]
     try:
-        importlib.import_module(room.removesuffix(".py"))
+        importlib.import_module(room.removesuffix(".py").replace("/", "."))
     except Exception:
         return BROKEN
     tests = [f"tests/test_{name.replace('::', '.py::')}" + ".py" * ("::" not in name) for name in turn.split()]
@@ -216,7 +216,7 @@ def try_all(todo: Sequence[Mutant], record: Path, turns: int) -> None:
             if mutant in recorded(record):  # by another run
                 continue
             (folder / mutant.room).write_text(mutant.code(), "utf-8")
-            for stale in (folder / "__pycache__").glob(f"{Path(mutant.room).stem}.*"):
+            for stale in (folder / mutant.room).parent.glob(f"__pycache__/{Path(mutant.room).stem}.*"):
                 stale.unlink()
             outcome, killer = fate(folder, mutant.room, turns)
             (folder / mutant.room).write_text(source(mutant.room), "utf-8")

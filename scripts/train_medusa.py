@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import check_writable, complain, finish, start
+from cli.system import check_writable, complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -25,15 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import Checkpoint, load_model, read_checkpoint, write_whole
-from files import check_stays, companions, read_text
-from flags import OneLineParser
-from hub import locate
+from cli.flags import OneLineParser
+from engine.plan import keep_freed_memory
+from engine.request import check_tokens
+from layers.linear import Quantised, dequantise
+from loading.checkpoint import Checkpoint, load_model, read_checkpoint, write_whole
+from loading.files import check_stays, companions, read_text
+from loading.hub import locate
+from loading.tokenizer import load_tokenizer
 from model import Transformer
-from packed import Quantised, dequantise
-from plan import keep_freed_memory
-from request import check_tokens
-from tokenizer import load_tokenizer
 
 WINDOW = 256  # tokens that the model sees together
 MOST_HEADS = WINDOW // 2  # each takes a token off the end of every window

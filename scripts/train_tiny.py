@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from system import complain, finish, start
+from cli.system import complain, finish, start
 
 if __name__ == "__main__":
     start()
@@ -29,14 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from checkpoint import args_from_config, load_model, read_checkpoint, save_model
-from engine import Engine
-from files import read_text
+from engine.engine import Engine
+from engine.plan import keep_freed_memory
+from engine.request import Request, Sampling
+from layers.linear import multiplies_bfloat16
+from loading.checkpoint import args_from_config, load_model, read_checkpoint, save_model
+from loading.files import read_text
+from loading.tokenizer import load_tokenizer
 from model import Transformer
-from packed import multiplies_bfloat16
-from plan import keep_freed_memory
-from request import Request, Sampling
-from tokenizer import load_tokenizer
 
 SEPARATOR = "<|endoftext|>"
 SEQUENCE = 320  # tokens per training window

@@ -16,15 +16,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import packed
-import plan
 from cache import KVCache, NoCache, Prefill
+from engine import plan
+from engine.request import Request, Sampling
+from engine.samples import Sample
+from layers import linear as packed
 from model import ModelArgs, Transformer
-from request import Request, Sampling
-from samples import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+FOLDERS = "cli", "engine", "loading", "layers"
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))])
 TINY = ROOT / "checkpoints" / "tiny"
 STORIES = SHARED / "models" / "stories15M"
 

@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch
 
 import generate
-from jobs import Output
+from cli.jobs import Output
 
 
 def fork(flags: list[str], written: int | None = None) -> int:

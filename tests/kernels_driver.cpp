@@ -1,5 +1,5 @@
 // Runs the operators of kernels.cpp over memory of exactly the sizes that they may touch, for a memory checker.
-#include "../kernels.cpp"
+#include "../layers/kernels.cpp"
 
 template <class T, class E>
 static void run(int N, int G, int P, int S, int D, int T_, int L, int threads) {

@@ -11,14 +11,14 @@ import torch
 from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, random_tokens, request
 from torch import Tensor
 
-import batch
-import engine as road
-from batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
-from engine import Engine
-from experts import Mixture
-from request import Request, Sampling
-from rotary import RopeScaling
-from samples import Ending, Row
+from engine import batch
+from engine import engine as road
+from engine.batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from engine.samples import Ending, Row
+from layers.moe import Mixture
+from layers.rope import RopeScaling
 
 TWO = replace(GQA, n_layer=2)
 ENDS = frozenset(range(3, 97, 9))  # about one token in nine

@@ -25,15 +25,15 @@ from conftest import (
 )
 from torch import Tensor
 
-import engine as road
 from cache import KVCache, Prefill, sdpa
-from checkpoint import load_model, read_checkpoint
-from engine import SILENT, Engine
-from layouts import Int8Context, SDPACache, channel_sizes, copied, quantized
+from engine import engine as road
+from engine.engine import SILENT, Engine
+from engine.layouts import Int8Context, SDPACache, channel_sizes, copied, quantized
+from engine.plan import Weights, plan_run
+from engine.request import Request, Sampling, Workload
+from loading.checkpoint import load_model, read_checkpoint
+from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
-from plan import Weights, plan_run
-from request import Request, Sampling, Workload
-from tokenizer import load_tokenizer
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 MODELS = {"GQA": GQA, "MHA": MHA, "window": WINDOW, "ALiBi": ALIBI}

@@ -34,7 +34,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
-from chat import (
+from engine.chat import (
     LLAMA2,
     Chat,
     Conversation,
@@ -47,11 +47,11 @@ from chat import (
     prompt_tokens,
     read_chat,
 )
-from engine import Engine
-from request import Request
-from rotary import RopeScaling
-from tokenizer import load_tokenizer
-from vocabulary import Added, Names
+from engine.engine import Engine
+from engine.request import Request
+from layers.rope import RopeScaling
+from loading.tokenizer import load_tokenizer
+from loading.vocabulary import Added, Names
 
 __all__ = ["folders"]  # a fixture of test_tokenizer.py
 LLAMA2_FOLDERS = [TINY, *(path for kind, path in PUBLISHED.items() if kind == "llama2")]
@@ -248,7 +248,7 @@ def test_a_template_that_fails_is_an_error_with_its_message(template, message):
 def own_renderer(monkeypatch):
     """One that starts in the test, and ends with it."""
     renderer = Renderer()
-    monkeypatch.setattr("chat.renderer", lambda: renderer)
+    monkeypatch.setattr("engine.chat.renderer", lambda: renderer)
     yield
     if renderer.child is not None:
         renderer.stop(renderer.child)
@@ -267,7 +267,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
     ],
 )
 def test_a_template_that_need_not_end_is_ended(template, monkeypatch, own_renderer):
-    monkeypatch.setattr("chat.RENDERING_SECONDS", 0)  # which are counted in whole ones, from the next on
+    monkeypatch.setattr("engine.chat.RENDERING_SECONDS", 0)  # which are counted in whole ones, from the next on
     with pytest.raises(ValueError, match=r"cannot render user: its process has ended .*it may take 0 s of CPU time"):
         Chat(template).render(conversation(1))
     assert Chat("{{ messages[0].content }}").render(conversation(1)) == SAID[0]
@@ -277,9 +277,9 @@ def test_where_the_system_limits_nothing_a_template_has_a_limit_by_the_clock(tmp
     """As on Windows, where Python has no `resource`."""
     (tmp_path / "resource.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("chat.RENDERING_MEMORY", 1 << 26)
+    monkeypatch.setattr("engine.chat.RENDERING_MEMORY", 1 << 26)
     assert Chat("{{ ('ab' * 10 ** 8) | length }}").render(conversation(1)) == str(2 * 10**8)
-    monkeypatch.setattr("chat.RENDERING_PATIENCE", 0.1)
+    monkeypatch.setattr("engine.chat.RENDERING_PATIENCE", 0.1)
     with pytest.raises(ValueError, match="its process has ended"):
         Chat(ENDLESS).render(conversation(1))
 
@@ -315,7 +315,7 @@ def test_threads_take_turns():
 
 
 def test_the_process_that_renders_has_no_torch():
-    code = "import sys, templates; sys.exit('torch' in sys.modules)"
+    code = "import sys, engine.templates; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -736,7 +736,7 @@ def test_a_turn_of_which_no_reply_is_picked_changes_nothing(begun):
     picks = [*([lambda ranked: ranked[0].sample] * len(begun)), mock.Mock(side_effect=KeyboardInterrupt)]
     picks += [lambda ranked: ranked[0].sample] * 2
     flags = ["-n", 3]
-    with mock.patch("talk.pick", lambda ranked: picks.pop(0)(ranked)):
+    with mock.patch("cli.repl.pick", lambda ranked: picks.pop(0)(ranked)):
         rows = said(*begun, "The cat", "Once upon a time", "The dog", flags=[*flags, "--pick"])
     kept = said(*begun, flags=flags)
     after = said(*begun, "Once upon a time", "The dog", flags=flags)[len(kept) :]

@@ -10,7 +10,10 @@ import torch
 from conftest import GQA, ROOT, TINY, random_model
 from safetensors.torch import save_file
 
-from checkpoint import (
+from convert_hf_checkpoint import convert
+from layers.gptq import quantise_int4, quantise_int8
+from layers.linear import tensors_of
+from loading.checkpoint import (
     Recipe,
     load_model,
     read_checkpoint,
@@ -19,12 +22,9 @@ from checkpoint import (
     save_quantised,
     weight_sizes,
 )
-from convert_hf_checkpoint import convert
-from families import args_from_config
-from gptq import quantise_int4, quantise_int8
-from hub import locate
+from loading.families import args_from_config
+from loading.hub import locate
 from model import Transformer
-from packed import tensors_of
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -21,13 +21,13 @@ import torch
 from conftest import ROOT, TINY, interruptible
 
 import generate
-from chat import Dialogue, choose_chat
-from checkpoint import load_model, read_checkpoint
-from engine import Engine
-from files import counted
-from options import STORY, build_parser, size
-from request import Request, Sampling
-from tokenizer import load_tokenizer
+from cli.options import STORY, build_parser, size
+from engine.chat import Dialogue, choose_chat
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from loading.checkpoint import load_model, read_checkpoint
+from loading.files import counted
+from loading.tokenizer import load_tokenizer
 
 PROMPT = ["--prompt", "Once upon a time", "--seed", "1"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

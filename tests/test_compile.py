@@ -9,19 +9,19 @@ from conftest import ALIBI, GQA, MQA, PROMPT, draws, random_model, random_tokens
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-import engine as road
 import sampling
 from cache import KVCache
-from drafts import LayersDraft
-from engine import SILENT, Engine, Run
-from graphs import LONGEST_CHAIN, StepInput, compiled, notify
-from layouts import Int8Context
+from cli.console import Stopwatch
+from engine import engine as road
+from engine.drafts import LayersDraft
+from engine.engine import SILENT, Engine, Run
+from engine.graphs import LONGEST_CHAIN, StepInput, compiled, notify
+from engine.layouts import Int8Context
+from engine.request import Sampling
+from engine.speculate import Pace, Speculation
+from layers.notices import Notice
 from model import ModelArgs, Transformer
-from notices import Notice
-from report import Stopwatch
-from request import Sampling
 from sampling import uniform
-from speculate import Pace, Speculation
 
 PLAIN = replace(GQA, n_layer=1)
 DISTANT = replace(ALIBI, n_layer=1, windows=(5,))

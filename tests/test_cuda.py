@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bifurcated_attention as ours
 import cache as caches
 from cache import KVCache, Prefill
-from engine import Engine, decode
-from graphs import RecordedStep, StepInput, compiled
-from layouts import LAYOUTS, Int8Context
+from engine.engine import Engine, decode
+from engine.graphs import RecordedStep, StepInput, compiled
+from engine.layouts import LAYOUTS, Int8Context
+from engine.request import Request, Sampling
 from model import ModelArgs, Transformer, empty_model
-from request import Request, Sampling
 from sampling import uniform
 from tp import Shard
 
@@ -143,7 +143,7 @@ def test_the_kernels_of_cuda_give_these_shapes(causal, mask, fused):
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_prefill_in_parts_is_prefill_with_a_mask(request, monkeypatch, chunk):
     """Chunks after the first: their past and themselves, merged, against one causal pass in fp32."""
-    monkeypatch.setattr("kernels.takes", lambda *_: False)  # which would have it all
+    monkeypatch.setattr("layers.kernels.takes", lambda *_: False)  # which would have it all
     model, tokens = random_model(SHAPE, torch.float32), random_tokens(SHAPE, 1, 64)
     positions = torch.arange(64)[None]
 

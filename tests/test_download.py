@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, interruptible
 
 import download
-from hub import UNFINISHED, choose, fetch, is_whole, locate
+from loading.hub import UNFINISHED, choose, fetch, is_whole, locate
 
 COMPANIONS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
@@ -213,7 +213,7 @@ def command_of(*arguments) -> list[str]:
 LOCATE = """
 import sys
 from pathlib import Path
-from hub import locate
+from loading.hub import locate
 try:
     print(locate(sys.argv[1], Path(sys.argv[2])))
 except (ValueError, OSError) as error:
@@ -271,7 +271,7 @@ def test_what_is_needed_is_fetched_once(hub, tmp_path):
 def test_the_default_folder_is_below_the_repository(monkeypatch, capsys):
     """The folder is asked of the command line, in this process; nothing is fetched."""
     monkeypatch.setattr(sys, "argv", ["download.py", "own/model"])
-    monkeypatch.setattr("hub.download", lambda repo, revision, out, files: out)
+    monkeypatch.setattr("loading.hub.download", lambda repo, revision, out, files: out)
     assert download.main() == 0
     assert capsys.readouterr().out == f"{ROOT / 'checkpoints' / 'own' / 'model'}\n"
 
@@ -381,7 +381,7 @@ def test_a_disk_that_fills_up_is_named(monkeypatch, capsys, error):
         raise error
 
     monkeypatch.setattr(sys, "argv", ["download.py", "own/model", "--out", "somewhere"])
-    monkeypatch.setattr("hub.download", full)
+    monkeypatch.setattr("loading.hub.download", full)
     assert download.main() == 2
     assert capsys.readouterr().err.startswith("error: the disk of somewhere is full: ")
 
@@ -472,7 +472,7 @@ def test_a_name_that_cannot_be_fetched_gets_one_line(hub, tmp_path, name, enviro
 
 
 def test_importing_the_room_loads_no_library():
-    code = "import sys, hub; print([name for name in ('huggingface_hub', 'torch') if name in sys.modules])"
+    code = "import sys, loading.hub; print([name for name in ('huggingface_hub', 'torch') if name in sys.modules])"
     assert run([sys.executable, "-c", code]).stdout == "[]\n"
 
 

@@ -11,17 +11,17 @@ import torch
 from conftest import GQA, PROMPT, TINY, Letters, draws, full, random_model, random_tokens, request
 from torch import Tensor
 
-import engine as road
-from batch import Prompt, generate_many
 from cache import KVCache
-from chat import Conversation, Dialogue
-from engine import Engine, Monitor, bucket, rows_to_keep
-from graphs import StepInput
-from layouts import LAYOUTS
-from report import Stopwatch
-from request import Request, Sampling
-from rotary import RopeScaling
-from samples import Piece, Sample, rank
+from cli.console import Stopwatch
+from engine import engine as road
+from engine.batch import Prompt, generate_many
+from engine.chat import Conversation, Dialogue
+from engine.engine import Engine, Monitor, bucket, rows_to_keep
+from engine.graphs import StepInput
+from engine.layouts import LAYOUTS
+from engine.request import Request, Sampling
+from engine.samples import Piece, Sample, rank
+from layers.rope import RopeScaling
 from sampling import draw, uniform
 
 TWO = replace(GQA, n_layer=2)

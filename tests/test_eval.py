@@ -24,19 +24,19 @@ from test_cli import run as run_generate
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import engine as road
 import eval as evaluation
 import quantize
-import scoring
-from batch import seed_of
-from checkpoint import read_checkpoint, read_weights
-from engine import Engine
+from cli.system import Stream
+from engine import engine as road
+from engine import scoring
+from engine.batch import seed_of
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from engine.scoring import Scored, Scorer
 from eval import Drawing, Evaluator, Texts, main, pass_at, windows
-from families import args_from_config
-from request import Request, Sampling
-from rotary import RopeScaling
-from scoring import Scored, Scorer
-from system import Stream
+from layers.rope import RopeScaling
+from loading.checkpoint import read_checkpoint, read_weights
+from loading.families import args_from_config
 
 LIMIT = 48
 TEXTS = ["Äpfel und Birnen, 3 € das Stück.", "naïve 😀 smile\n", "The cat sat on the mat. " * 9, "x", "", "<s>begun"]

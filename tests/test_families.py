@@ -14,16 +14,16 @@ from conftest import full, positions, prefilled, random_tokens
 from safetensors.torch import load_file, save_file
 from test_cache import LAYOUTS
 
-import checkpoint
 from cache import NoCache
-from checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
 from convert_hf_checkpoint import convert
-from engine import Engine
-from families import args_from_config
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from layers.rope import all_frequencies
+from loading import checkpoint
+from loading.checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
+from loading.families import args_from_config
 from model import Transformer
 from quantize import main as quantise
-from request import Request, Sampling
-from rotary import all_frequencies
 from tp import Shard
 
 # Odd on purpose. The context of 64 is what rope scaling starts from; windows are shorter than any test's context.

@@ -32,8 +32,8 @@ from tokenizers import models as models_of
 import eval as evaluation
 import generate
 import quantize
-from families import FAMILIES
-from system import finish, start
+from cli.system import finish, start
+from loading.families import FAMILIES
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

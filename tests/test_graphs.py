@@ -7,12 +7,12 @@ import torch
 from conftest import GQA, PROMPT, draws, random_model, random_tokens, request
 from torch import Tensor
 
-import engine as road
 from cache import KVCache
-from engine import Engine
-from graphs import RecordedStep, Recording, Step, StepInput
-from layouts import SDPACache
-from request import Sampling
+from engine import engine as road
+from engine.engine import Engine
+from engine.graphs import RecordedStep, Recording, Step, StepInput
+from engine.layouts import SDPACache
+from engine.request import Sampling
 from sampling import draw, uniform
 
 Drawn = tuple[Tensor, Tensor]

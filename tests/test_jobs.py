@@ -15,14 +15,14 @@ from conftest import GQA, ROOT, TINY
 from test_cli import ENVIRONMENT, lines_of, run
 
 import generate
-import jobs
-from batch import Outcome, Prompt, generate_many
-from chat import Chat, Dialogue
-from checkpoint import Checkpoint
-from jobs import Begun, Output, block_of, encode, fingerprint, read_begun, read_records
-from samples import Sample
-from system import check_new, replica_file, replica_files
-from tokenizer import load_tokenizer
+from cli import jobs
+from cli.jobs import Begun, Output, block_of, encode, fingerprint, read_begun, read_records
+from cli.system import check_new, replica_file, replica_files
+from engine.batch import Outcome, Prompt, generate_many
+from engine.chat import Chat, Dialogue
+from engine.samples import Sample
+from loading.checkpoint import Checkpoint
+from loading.tokenizer import load_tokenizer
 
 TEXTS = ["Once upon a time", "The cat sat", "Once upon a time there was a dog", "Tom"]
 FLAGS = ["--max_new_tokens", 12, "--seed", 5, "--dtype", "float32", "--quiet"]

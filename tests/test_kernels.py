@@ -31,18 +31,18 @@ from test_bifurcated_attention import SHAPES, assert_error_at_most_twice, draw, 
 from torch import Tensor
 
 import cache as caches
-import kernels
-import packed
 from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_kernel, attend_by_torch
-from engine import Engine
-from experts import ExpertLinear
-from kernels import Part, attend
-from layouts import Int8Context
-from notices import Notice
-from packed import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
-from request import Request, Sampling
-from rotary import alibi_slopes
+from engine.engine import Engine
+from engine.layouts import Int8Context
+from engine.request import Request, Sampling
+from layers import kernels
+from layers import linear as packed
+from layers.kernels import Part, attend
+from layers.linear import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
+from layers.moe import ExpertLinear
+from layers.notices import Notice
+from layers.rope import alibi_slopes
 
 pytestmark = pytest.mark.skipif(kernels.library().note == "no C++ compiler", reason="no C++ compiler")
 
@@ -117,7 +117,8 @@ def test_clang_builds_it_too(tmp_path):
             raise
         pytest.skip("clang++ without OpenMP")
     code = f"""if True:
-        import torch, kernels, packed
+        import torch
+        from layers import kernels, linear as packed
         from pathlib import Path
         library = kernels.load(Path({str(target)!r}))
         kernels.library = lambda: library
@@ -327,7 +328,7 @@ def test_one_or_two_rows_stream_a_plain_weight(dtype, most, threads):
 
 def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
     """Tied ones and experts too; hooks and numbers stay, and parameters are the same."""
-    monkeypatch.setattr("packed.SMALLEST", 1)
+    monkeypatch.setattr("layers.linear.SMALLEST", 1)
     args = replace(GQA, dim=32, hidden_dim=64, tied_output=True)
     model, plain = (random_model(args, torch.float32) for _ in range(2))
     names, told = dict(model.named_parameters()), []
@@ -389,7 +390,7 @@ def test_gradients_flow_through_a_chain(trained, mod):
 @pytest.mark.parametrize("args", [GQA, ALIBI], ids=["GQA", "ALiBi, window"])
 def test_a_model_is_trained_through_its_caches(args, monkeypatch):
     """All weights, in fp32, by N = 3 rows behind a context of 70 tokens. Oracle: one full pass of each row, in fp64."""
-    monkeypatch.setattr("packed.SMALLEST", 1)
+    monkeypatch.setattr("layers.linear.SMALLEST", 1)
     model = random_model(replace(args, n_layer=2, windows=args.windows[:2]), torch.float32)
     exact = deepcopy(model).double()
     stream_linears(model)
@@ -583,7 +584,7 @@ def test_the_compiled_step_holds_it_as_one_graph(monkeypatch):
 
 
 def graphs_marked(tokens: Tensor, input_pos: Tensor, cache: KVCache) -> None:
-    from graphs import StepInput, mark_dynamic
+    from engine.graphs import StepInput, mark_dynamic
 
     mark_dynamic(StepInput(tokens, input_pos, torch.arange(len(tokens)), torch.tensor(0)), cache)
 
@@ -673,7 +674,7 @@ def test_a_cache_folder_may_be_shared(anew, monkeypatch):
     assert "54321" in kernels.cache_folder().name and kernels.cache_folder() != mine
 
 
-@pytest.mark.filterwarnings("ignore::notices.Notice")
+@pytest.mark.filterwarnings("ignore::layers.notices.Notice")
 @pytest.mark.parametrize(
     "name,value,note",
     [("PATH", "", "no C++ compiler"), ("CXX", "/bin/false", "not built: /bin/false ends with status 1")],
@@ -700,7 +701,7 @@ def test_what_it_does_not_take():
 def test_processes_that_build_at_once_find_one_library(tmp_path):
     """By a compiler that takes its time and hands out the library of this process; a third process does not call it."""
     slow = compiler(tmp_path, f'sleep 1\ncp {built()} "$target"')
-    code = "import kernels; print(kernels.library().note)"
+    code = "from layers import kernels; print(kernels.library().note)"
     environment = os.environ | {"CXX": slow, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-c", code]
     running = [

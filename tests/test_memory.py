@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kernels import library
+from layers.kernels import library
 
 SCRIPT = """
 import re, sys
@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {scripts!r})
 from benchmark import SHAPES, random_model
-from engine import Engine, Monitor
-from plan import release_freed_memory
-from request import Request, Sampling
+from engine.engine import Engine, Monitor
+from engine.plan import release_freed_memory
+from engine.request import Request, Sampling
 
 CPU = torch.device("cpu")
 
@@ -65,12 +65,12 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-import kernels
+from layers import kernels
 from cache import KVCache
-from engine import Engine, Monitor, Run
+from engine.engine import Engine, Monitor, Run
 from model import ModelArgs, Transformer
-from plan import peak_memory, release_freed_memory
-from request import Request, Sampling
+from engine.plan import peak_memory, release_freed_memory
+from engine.request import Request, Sampling
 
 CPU, library = torch.device("cpu"), kernels.library()
 
@@ -155,8 +155,8 @@ WIDENED = """
 import re, sys
 from pathlib import Path
 import torch
-from checkpoint import load_model, read_checkpoint
-from plan import peak_memory
+from loading.checkpoint import load_model, read_checkpoint
+from engine.plan import peak_memory
 
 def resident(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -8,13 +8,13 @@ from conftest import GQA, full, positions, prefilled, random_model, random_token
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache import KVCache, NoCache
-from checkpoint import load_model, read_checkpoint
-from engine import Engine
-from families import args_from_config, our_tensors
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from layers.rope import RopeScaling, rotary_frequencies
+from loading.checkpoint import load_model, read_checkpoint
+from loading.families import args_from_config, our_tensors
+from loading.tokenizer import load_tokenizer
 from model import Transformer
-from request import Request, Sampling
-from rotary import RopeScaling, rotary_frequencies
-from tokenizer import load_tokenizer
 
 
 def test_angles_stay_fp32_in_a_bfloat16_model():

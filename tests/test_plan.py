@@ -8,11 +8,9 @@ import torch
 from conftest import ASKED, GQA, MHA, both_kinds, random_model
 
 from cache import KVCache
-from experts import Mixture
-from layouts import copied
-from model import ModelArgs, empty_model
-from packed import IS_X86, can_pack
-from plan import (
+from cli.console import Stopwatch, measure
+from engine.layouts import copied
+from engine.plan import (
     Plan,
     choose_compile,
     choose_device,
@@ -24,10 +22,12 @@ from plan import (
     plan_run,
     weigh,
 )
-from report import Stopwatch, measure
-from request import Sampling, Workload
-from rotary import RopeScaling
-from workspace import Workspace
+from engine.request import Sampling, Workload
+from engine.workspace import Workspace
+from layers.linear import IS_X86, can_pack
+from layers.moe import Mixture
+from layers.rope import RopeScaling
+from model import ModelArgs, empty_model
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def by_torch(monkeypatch) -> None:
     """Attention that holds scores."""
-    monkeypatch.setattr("workspace.takes", lambda *_: False)
+    monkeypatch.setattr("engine.workspace.takes", lambda *_: False)
 
 
 def plan(
@@ -104,10 +104,10 @@ def test_scores_are_planned_where_they_are_held(by_torch, monkeypatch):
     assert attention() == 4 * scores
     assert attention(drafted=2) == 3 * 4 * scores
     assert attention(torch.bfloat16) == 10 * scores
-    monkeypatch.setattr("plan.has_compiler", lambda: True)
+    monkeypatch.setattr("engine.plan.has_compiler", lambda: True)
     assert attention(compile=True) == 2 * 4 * scores + 4 * 20_000 * 2 * 10
     assert attention(attention="contiguous") == 64 * 20_016 * 5  # what is visible: bool, and in fp32
-    monkeypatch.setattr("workspace.takes", lambda *_: True)
+    monkeypatch.setattr("engine.workspace.takes", lambda *_: True)
     assert attention() == 0
 
 
@@ -165,7 +165,7 @@ def test_bfloat16_needs_instructions_for_it(monkeypatch):
 
 @pytest.fixture
 def streaming(monkeypatch) -> None:
-    monkeypatch.setattr("plan.streams", lambda *_: True)
+    monkeypatch.setattr("engine.plan.streams", lambda *_: True)
 
 
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
@@ -201,7 +201,7 @@ MEASURED = [
 
 @pytest.mark.parametrize("args,dtype,context,rows,ms", MEASURED)
 def test_the_estimate_of_a_step_is_within_twice_what_was_measured(args, dtype, context, rows, ms, monkeypatch):
-    monkeypatch.setattr("plan.multiplies_bfloat16", lambda: True)  # as the machine of the last one does
+    monkeypatch.setattr("engine.plan.multiplies_bfloat16", lambda: True)  # as the machine of the last one does
     size = weigh(empty_model(args).to(dtype)).per_step + context * args.kv_values_per_token * dtype.itemsize
     assert 0.5 < 1000 * estimate_step(args, CPU, dtype, context, rows, size) / ms < 2
 
@@ -249,7 +249,7 @@ def test_what_is_read_anew_is_held_twice_meanwhile(context, times):
 
 def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(monkeypatch):
     """On a GPU of bfloat16: windows are masks, soft caps scores, of what a chunk of 512 sees. By hand."""
-    monkeypatch.setattr("workspace.has_fused", lambda *_: True)
+    monkeypatch.setattr("engine.workspace.has_fused", lambda *_: True)
     gpu = Workload(8000, 1, 20), torch.device("cuda"), torch.bfloat16, False
     plain, near, capped = (
         Workspace(replace(GQA, head_dim=64, **fields), *gpu).reading()
@@ -299,7 +299,7 @@ def test_packing_follows_the_rows_and_steps_that_run(streaming, monkeypatch):
     assert (waves.rows_at_once, waves.packed) == (2, False)
     assert not plan(large, Workload(50, 4, 1, runs=19)).packed
     assert plan(large, Workload(50, 4, 1, runs=20)).packed
-    monkeypatch.setattr("plan.streams", lambda *_: False)
+    monkeypatch.setattr("engine.plan.streams", lambda *_: False)
     assert plan(large, Workload(50, 1, 200)).packed
 
 

@@ -18,11 +18,11 @@ from test_checkpoint import CONFIG
 import quantize
 import train_medusa
 from cache import NoCache
-from checkpoint import load_model, read_checkpoint, read_weights, save_model
-from gptq import gptq, inverse_factor, quantise_int4, quantise_int8
-from packed import dequantise, kernels
+from layers.gptq import gptq, inverse_factor, quantise_int4, quantise_int8
+from layers.linear import dequantise, kernels
+from loading.checkpoint import load_model, read_checkpoint, read_weights, save_model
+from loading.tokenizer import load_tokenizer
 from quantize import inputs_of, main
-from tokenizer import load_tokenizer
 
 CPU, FP64 = torch.device("cpu"), torch.float64
 TEXT = SHARED / "text" / "tinystories_sample.txt"
@@ -302,7 +302,7 @@ def test_gptq_tells_its_text_and_sees_quantised_inputs(calibrated, folder, capsy
     assert path.name == "model_int4-gptq.g32.pth"
     assert (recipe.calibration_file, recipe.calibration_sequences, recipe.calibration_seq_length) == ("text", 5, 17)
     assert re.fullmatch("[0-9a-f]{64}", recipe.calibration_sha256)
-    monkeypatch.setattr("packed.multiplies", lambda *_: False)  # a layer then shows its weight
+    monkeypatch.setattr("layers.linear.multiplies", lambda *_: False)  # a layer then shows its weight
     model = load_model(read_checkpoint(path), "cpu", torch.float32)
     options = type("O", (), {"calibration_sequences": 5, "calibration_seq_length": 17})()
     options.calibration_file = folder / "text"

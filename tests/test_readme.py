@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import warm
-from conftest import ROOT
+from conftest import FOLDERS, ROOT
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
@@ -31,7 +31,7 @@ def checkout(tmp_path):
     """What a user has: the sources, in a folder of their own, so that nothing is written into the repository."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    for name in ("scripts", "examples", "checkpoints"):
+    for name in (*FOLDERS, "scripts", "examples", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -142,6 +142,8 @@ def test_python_examples(code, checkout):
         for path in checkout.glob("*.py"):
             if path.name != "bifurcated_attention.py":
                 path.unlink()
+        for folder in FOLDERS:
+            shutil.rmtree(checkout / folder)
     (checkout / "example.py").write_text(code, "utf-8")
     result = run("python example.py", checkout)
     assert result.returncode == 0, result.stderr

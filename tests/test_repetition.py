@@ -9,13 +9,13 @@ import torch
 from conftest import GQA, PROMPT, full, random_model, request
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from drafts import LayersDraft, ModelDraft
-from engine import Engine
-from layouts import LAYOUTS
+from engine.drafts import LayersDraft, ModelDraft
+from engine.engine import Engine
+from engine.layouts import LAYOUTS
+from engine.request import Sampling
+from engine.speculate import Speculation
 from model import Transformer
-from request import Sampling
 from sampling import along, draw, penalised, seen_in, uniform
-from speculate import Speculation
 
 PENALTY, EOS, LENGTH = 1.7, frozenset(range(3, 97, 19)), 24
 SAMPLINGS = {"greedy": Sampling(0, repetition_penalty=PENALTY), "drawn": Sampling(0.9, 20, 0.95, None, PENALTY)}

@@ -29,23 +29,23 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Letters, both_kinds, interruptible
+from conftest import ROOT, SOURCES, TINY, Letters, both_kinds, interruptible
 from test_cli import PROMPT, assert_refused, lines_of, run
 from test_tokenizer import byte_level
 
-import engine as road
 import eval as evaluate
 import generate
 import quantize
-from checkpoint import read_checkpoint
-from engine import Engine
-from options import build_parser
-from report import Console
-from request import Request
-from samples import Ending, Row
-from system import Notes, cache_folder, finish, start
-from talk import COMMANDS as COMMANDS_OF_TALK
-from tokenizer import Guarded
+from cli.console import Console
+from cli.options import build_parser
+from cli.repl import COMMANDS as COMMANDS_OF_TALK
+from cli.system import Notes, cache_folder, finish, start
+from engine import engine as road
+from engine.engine import Engine
+from engine.request import Request
+from engine.samples import Ending, Row
+from loading.checkpoint import read_checkpoint
+from loading.tokenizer import Guarded
 
 SHORT = [*PROMPT, "--max_new_tokens", 9]
 
@@ -581,7 +581,7 @@ def test_a_conversation_is_planned_for_all_that_it_may_hold():
 
 
 def test_a_line_that_is_not_utf8_is_refused_and_the_conversation_goes_on():
-    with mock.patch("talk.ask", side_effect=[os.fsdecode(b"caf\xe9"), "Once", None]):
+    with mock.patch("cli.repl.ask", side_effect=[os.fsdecode(b"caf\xe9"), "Once", None]):
         result = run(*TALK)
     assert len(lines_of(result)) == 1 and "error: the text is not UTF-8 (character 3): convert it" in result.stderr
 
@@ -773,7 +773,7 @@ def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():
     ],
     ids=["CPU", "Python", "CUDA"],
 )
-@pytest.mark.parametrize("where", ["generate.load_model", "engine.KVCache.empty"])
+@pytest.mark.parametrize("where", ["generate.load_model", "engine.engine.KVCache.empty"])
 def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
     with mock.patch(where, side_effect=fail):
         result = run(*SHORT, "-n", 3)
@@ -800,6 +800,6 @@ def test_a_system_that_lacks_what_linux_has_runs_all_the_same(tmp_path, monkeypa
 
 def test_what_some_systems_lack_is_imported_where_it_is_used():
     """Windows has none of these modules of Python."""
-    for path in ROOT.glob("*.py"):
+    for path in SOURCES:
         first = re.findall(r"^(?:import|from) (\w+)", path.read_text("utf-8"), re.MULTILINE)
         assert not {"resource", "readline", "fcntl", "termios", "pwd"} & set(first), path.name

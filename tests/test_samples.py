@@ -9,12 +9,12 @@ import shutil
 import pytest
 from conftest import TINY, request
 
-from batch import Prompt, generate_many
-from chat import Conversation
-from engine import Engine
-from request import Sampling
-from samples import Ending, Row
-from tokenizer import Tokenizer, load_tokenizer
+from engine.batch import Prompt, generate_many
+from engine.chat import Conversation
+from engine.engine import Engine
+from engine.request import Sampling
+from engine.samples import Ending, Row
+from loading.tokenizer import Tokenizer, load_tokenizer
 
 NAMES = {"<|turn|>": 2048, "<|call|>": 2049, "<|end|>": 2050}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import of_tokens
-from request import Sampling
+from engine.request import Sampling
+from layers import kernels
+from layers.kernels import of_tokens
 from sampling import (
     LOGITS_AT_ONCE,
     UniformBlocks,

@@ -18,21 +18,21 @@ from conftest import GQA, PROMPT, STORIES, TINY, Letters, draws, full, needs_sto
 from test_sampling import chi_square
 from torch import Tensor
 
-import engine as road
 import sampling
-from chat import Conversation
-from checkpoint import read_checkpoint
-from drafts import LayersDraft, MedusaDraft, ModelDraft, PromptDraft, choose_draft
-from engine import Engine
+from engine import engine as road
+from engine.chat import Conversation
+from engine.drafts import LayersDraft, MedusaDraft, ModelDraft, PromptDraft, choose_draft
+from engine.engine import Engine
+from engine.request import Sampling
+from engine.samples import Sample
+from engine.speculate import Draft, Pace, Speculating, Speculation
+from layers.linear import dequantise
+from layers.rope import RopeScaling
+from loading.checkpoint import read_checkpoint
+from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
-from packed import dequantise
 from quantize import quantise_int4, quantise_int8
-from request import Sampling
-from rotary import RopeScaling
-from samples import Sample
 from sampling import candidates
-from speculate import Draft, Pace, Speculating, Speculation
-from tokenizer import load_tokenizer
 
 TWO = replace(GQA, n_layer=2)
 EOS = frozenset(range(3, 97, 9))

@@ -16,11 +16,11 @@ import pytest
 import torch
 from conftest import GQA, PROMPT, ROOT, random_model, request
 
-import kernels
-from engine import Engine
-from graphs import notify
-from notices import Notice, showing
-from system import Notes, Stream, begin, start
+from cli.system import Notes, Stream, begin, start
+from engine.engine import Engine
+from engine.graphs import notify
+from layers import kernels
+from layers.notices import Notice, showing
 
 
 class Terminal(io.StringIO):
@@ -135,7 +135,8 @@ def read(terminal: int) -> bytes:
 
 
 def test_an_interrupt_while_loading_leaves_a_clean_line(tmp_path: Path):
-    code = "import os, signal, system; system.start(); system.begin(False); os.kill(os.getpid(), signal.SIGINT)"
+    code = "import os, signal; from cli import system; system.start(); system.begin(False)"
+    code += "; os.kill(os.getpid(), signal.SIGINT)"
     master, slave = pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=slave, stderr=slave)
     os.close(slave)

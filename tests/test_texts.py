@@ -16,17 +16,17 @@ import pytest
 from conftest import ROOT, TINY, interruptible
 from test_tokenizer import llama_reference
 
-import system
-from chat import read_chat
+from cli import system
+from cli.jobs import read_records
+from cli.options import STORY, build_parser, read_prompt, read_prompts
+from cli.system import read_bytes
+from engine.chat import read_chat
 from eval import main as evaluate
 from eval import read_lines
-from files import decode_text, read_json, read_text
-from jobs import read_records
-from options import STORY, build_parser, read_prompt, read_prompts
-from system import read_bytes
-from tokenizer import interruptible as interrupt
-from tokenizer import load_tokenizer
-from vocabulary import read_metadata
+from loading.files import decode_text, read_json, read_text
+from loading.tokenizer import interruptible as interrupt
+from loading.tokenizer import load_tokenizer
+from loading.vocabulary import read_metadata
 
 MARK = b"\xef\xbb\xbf"
 WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
@@ -189,11 +189,11 @@ ENCODE = """
 import sys
 import time
 sys.path.insert(0, sys.argv[1])
-from system import INTERRUPTED, finish, start
+from cli.system import INTERRUPTED, finish, start
 start()
 from pathlib import Path
-from tokenizer import interruptible as interrupt
-from tokenizer import load_tokenizer
+from loading.tokenizer import interruptible as interrupt
+from loading.tokenizer import load_tokenizer
 def main():
     tokenizer, text = load_tokenizer(Path(sys.argv[2])), "Once upon a time there was a cat. " * 620_000
     print("go", flush=True)
@@ -226,7 +226,7 @@ def test_a_long_text_has_the_same_tokens_and_errors(monkeypatch):
     tokenizer = load_tokenizer(TINY)
     text = "Once upon a time, there was a cat.\n" * 130
     expected = tokenizer.encode(text)
-    monkeypatch.setattr("tokenizer.LONG_CALL", 1000)
+    monkeypatch.setattr("loading.tokenizer.LONG_CALL", 1000)
     assert tokenizer.encode(text) == expected
     with pytest.raises(ZeroDivisionError):
         interrupt(lambda text: 1 // 0, text)

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
-from samples import TextStream, continuation_text
-from tokenizer import JSONTokenizer, SentencePieceTokenizer, load_tokenizer
+from engine.samples import TextStream, continuation_text
+from loading.tokenizer import JSONTokenizer, SentencePieceTokenizer, load_tokenizer
 
 TEXTS = [
     "Once upon a time, there was a cat. It's 3.14159 o'clock, SHE'LL say!",

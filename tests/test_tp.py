@@ -24,14 +24,14 @@ from tp_worker import collectives, tokens_of
 
 import generate
 from cache import KVCache, NoCache
-from checkpoint import Checkpoint, Recipe, load_model, weight_sizes
-from engine import Engine
-from experts import Mixture
+from cli.ranks import Ranks
+from engine.engine import Engine
+from engine.request import Request, Sampling
+from layers.moe import Mixture
+from layers.rope import Turning
+from loading.checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
-from ranks import Ranks
-from request import Request, Sampling
-from rotary import Turning
 from tp import WHOLE, Shard
 
 BASE = ModelArgs(

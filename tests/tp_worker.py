@@ -26,19 +26,19 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine as engine_module
 import generate
-import speculate
-from batch import Prompt, generate_many
 from cache import KVCache
-from chat import Conversation
-from checkpoint import load_model
-from drafts import LayersDraft, ModelDraft, PromptDraft
-from engine import Engine, Run
-from jobs import Output
-from ranks import join, leave
-from request import Request
-from speculate import Draft, Pace, Speculating, Speculation
+from cli.jobs import Output
+from cli.ranks import join, leave
+from engine import engine as engine_module
+from engine import speculate
+from engine.batch import Prompt, generate_many
+from engine.chat import Conversation
+from engine.drafts import LayersDraft, ModelDraft, PromptDraft
+from engine.engine import Engine, Run
+from engine.request import Request
+from engine.speculate import Draft, Pace, Speculating, Speculation
+from loading.checkpoint import load_model
 
 
 def die_while_decoding(flags: list[str]) -> int:

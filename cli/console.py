@@ -1,0 +1,381 @@
+"""What comes of a run, and how it is told: the stopwatch, the console, the ranking as it is shown, the report."""
+
+import argparse
+import gzip
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from engine.engine import Engine, Monitor
+from engine.plan import Plan, extends_context, human, peak_memory, release_freed_memory
+from engine.request import Request
+from engine.samples import Piece, Ranked, Row, Sample, rank
+from layers.kernels import attention_kernel
+from layers.linear import kernels
+from loading.files import counted, write_file
+from loading.tokenizer import Tokenizer
+
+
+def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+    """Tells which names of control tokens stand in prompts, since some models read them as such tokens (for code to be
+    filled in)."""
+    names = list(dict.fromkeys(name for prompt in prompts for name in tokenizer.names.cut(prompt)[1::2]))
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        told = f"{', '.join(names[:3])}{more} in a prompt is text here, not a control token"
+        print(f"note: {told}: give such tokens by their ids, from Python", file=sys.stderr)
+
+
+# The flags that decide the samples of a prompt, besides --seed.
+DECIDING = (
+    "checkpoint_path",
+    "dtype",
+    "kv_dtype",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop",
+    "ignore_eos",
+)
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of DECIDING that a command has."""
+    return {name: getattr(options, name) for name in DECIDING if hasattr(options, name)}
+
+
+class Stopwatch(Monitor):
+    """Times a run."""
+
+    def __init__(self) -> None:
+        self.begin = self.last = time.perf_counter()
+        self.prefill_s = self.first_token_s = 0.0
+        self.step_s: list[float] = []
+        self.decode_tokens = self.waves = 0
+        self.interrupted = False
+        self.finished: list[Sample] = []
+
+    def lap(self) -> float:
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
+
+    def prefilled(self) -> None:
+        self.prefill_s = self.lap()
+
+    def wave(self, rows: Sequence[Row]) -> None:
+        self.waves += 1
+        self.lap()
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        seconds = self.lap()
+        if steps:
+            self.step_s += [seconds / steps] * steps
+            self.decode_tokens += tokens
+        elif not self.first_token_s:
+            self.first_token_s = self.last - self.begin
+
+    def done(self, sample: Sample) -> None:
+        self.finished.append(sample)
+
+
+class Bar:
+    """A progress bar on stderr, where that is a terminal."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.shown = not quiet and sys.stderr.isatty()
+        self.stands = False  # on the screen
+
+    def show(self, share: float, note: str, seconds: float) -> None:
+        if self.shown:
+            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
+            print(bar, end="", file=sys.stderr, flush=True)
+            self.stands = True
+
+    def clear(self) -> None:
+        if self.stands:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self.stands = False
+
+
+class Console(Stopwatch):
+    """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
+
+    Used as a context manager around a run: where it is interrupted, what is finished is printed, and the best of what
+    is not.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        plan: Plan,
+        device: torch.device,
+        prompt: str | None,
+        earlier: Sequence[Sample] = (),
+        turn: int | None = None,
+    ) -> None:
+        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before. turn:
+        of a conversation, from 1 on."""
+        super().__init__()
+        self.options, self.plan, self.device = options, plan, device
+        self.prompt, self.earlier = prompt or "", earlier
+        self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
+        self.marks: dict[str, Any] = {"settings": settings_of(options)} | ({} if turn is None else {"turn": turn})
+        self.told: set[int] = set()  # the samples that are printed
+        self.bar = Bar(self.options.quiet)
+        self.begun = 0  # steps before this wave
+        self.rows: Sequence[Row] = ()  # of this wave
+        self.ranked: list[Ranked] = []  # what an interrupted run leaves
+
+    def hold(self) -> None:
+        """Shows nothing as it comes: the run will be repeated."""
+        self.streams = self.unranked = False
+
+    def done(self, sample: Sample) -> None:
+        super().done(sample)
+        if self.unranked:
+            self.bar.clear()
+            self.tell(sample)
+
+    def tell(self, sample: Sample) -> None:
+        """Prints a sample as one object, without a rank."""
+        self.told.add(sample.index)
+        line = sample_fields({"sample": sample.index}, sample, self.marks)
+        print(json.dumps(line, ensure_ascii=False), flush=True)
+
+    def prefilling(self, tokens: int, total: int) -> None:
+        left = (time.perf_counter() - self.begin) * (total / tokens - 1)
+        self.bar.show(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
+
+    def prefilled(self) -> None:
+        release_freed_memory(self.device)  # decoding needs blocks of other sizes
+        super().prefilled()
+
+    def wave(self, rows: Sequence[Row]) -> None:
+        self.begun, self.rows = len(self.step_s), rows
+        super().wave(rows)
+
+    def stepped(self, steps: int, tokens: int) -> None:
+        super().stepped(steps, tokens)
+        if self.step_s and not self.streams:
+            finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
+            in_wave = len(self.step_s) - self.begun
+            left = length - in_wave + length * (self.plan.waves - self.waves)
+            note = f"{counted(in_wave, 'step')}, {finished}/{total} samples finished"
+            self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
+
+    def show_live(self, pieces: Generator[Piece]) -> None:
+        """Runs to the end, and prints the text as it comes where there is one sample; of a compiled run from its first
+        step on, which may take long: inside a line nothing could tell."""
+        text = self.prompt if self.streams and self.options.echo else ""
+        if not self.plan.compiled:
+            print(text, end="", flush=True)
+            text = ""
+        try:
+            with closing(pieces):  # now, and not when an interrupt has been forgotten
+                for piece in pieces:
+                    text += piece.text * self.streams
+                    if self.step_s or not self.plan.compiled:
+                        self.bar.clear()
+                        print(text, end="", flush=True)
+                        text = ""
+        finally:
+            self.bar.clear()
+            print(text, end="", flush=True)
+
+    def show(self, samples: Sequence[Sample]) -> list[Ranked]:
+        """Prints these samples, unless they were shown live; returns their ranking as far as --top."""
+        ranked = rank(samples, self.options.rank)[: self.options.top]
+        self.put(ranked, samples)
+        return ranked
+
+    def put(self, ranked: Sequence[Ranked], samples: Sequence[Sample]) -> None:
+        if self.options.unranked:
+            for sample in samples:
+                if sample.index not in self.told:  # another replica's, or one that was stopped
+                    self.tell(sample)
+        elif not self.streams:
+            print_samples(ranked, self.options, self.prompt, self.marks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.bar.clear()
+        if self.streams and kind in (None, KeyboardInterrupt):
+            print(flush=True)
+        self.interrupted = kind is not None
+        if kind is KeyboardInterrupt:
+            finished = rank(self.earlier or self.finished, self.options.rank)
+            begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
+            best = rank([sample for sample in begun if sample.tokens])[:1]
+            best = [replace(each, rank=len(finished) + 1) for each in best]
+            self.ranked = finished[: self.options.top] + best
+            self.put(self.ranked, [each.sample for each in self.ranked])
+
+
+def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, Any]) -> dict[str, object]:
+    """A sample as one JSON object. place: its number and rank. marks: the flags that decide it, and in a conversation
+    the turn."""
+    fields = asdict(sample)
+    del fields["index"]
+    return place | {"seed": fields.pop("seed")} | marks | fields | {"mean_logprob": sample.mean_logprob}
+
+
+def placed(each: Ranked) -> dict[str, int]:
+    return {"rank": each.rank, "sample": each.sample.index, "count": each.count}
+
+
+def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, Any]) -> None:
+    """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
+    before = prompt if options.echo else ""
+    for each in ranked:
+        drawn = each.sample
+        if options.format == "jsonl":
+            print(json.dumps(sample_fields(placed(each), drawn, marks), ensure_ascii=False))
+        elif options.num_samples == 1:
+            print(f"{before}{drawn.text}")
+        else:
+            times = f", {each.count} times" if each.count > 1 else ""
+            print(f"[{each.rank}] mean log-probability {drawn.mean_logprob:.3f}, {drawn.finish_reason}{times}")
+            print(f"{before}{drawn.text}", end="\n\n")
+    sys.stdout.flush()
+
+
+def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
+    """The part of the report that was decided before the run. quantised: the mode, None where weights are plain."""
+    single = extends_context(engine.args, plan.workload, engine.device, engine.dtype, plan.rows_at_once)
+    return {
+        "attention": request.attention,
+        "attention_path": "one row: the context's own cache goes on" if single else PATHS[request.attention],
+        "attention_kernel": attention_kernel(engine.device, engine.dtype, engine.args.head_dim),
+        "compiled": plan.compiled,
+        "compile_reason": plan.compile_reason,
+        "packed_weights": plan.packed,
+        "quantised": quantised,
+        "linear_kernels": ", ".join(f"{count} {name}" for name, count in kernels(engine.model).items()),
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu",
+        "kv_dtype": "int8" if request.kv_dtype == "int8" else str(engine.dtype).removeprefix("torch."),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "seed": request.seed,
+        "context_tokens": plan.workload.context,
+        "num_samples": request.num_samples,
+    }
+
+
+PATHS = {
+    "bifurcated": "the context is held once and read once per step",
+    "contiguous": "a copy of the context for each sample",
+    "expanded": "the context is held once and copied for each sample at each step",
+}
+
+
+def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compiled_prefill: bool) -> dict[str, object]:
+    """The measured part of the report: medians over the steps of all runs. Values that do not apply are None, as are
+    the times of a prompt whose reading was compiled on the way."""
+    steps = [second for run in runs for second in run.step_s]
+    first, steps = (steps[:1], steps[1:]) if plan.compiled else ([], steps)
+    step = statistics.median(steps) if steps else None
+    drawn = sum(run.decode_tokens for run in runs)
+    rate = drawn / (sum(steps) + step * len(first)) if step else None
+    reads = [run for run in (runs[1:] if compiled_prefill else runs) if run.first_token_s]  # not interrupted before
+    prefill_s = statistics.median(run.prefill_s for run in reads) if reads else None
+    peak, mapped = peak_memory(device)
+    return {
+        "interrupted": any(run.interrupted for run in runs),
+        "waves": plan.waves,
+        "prefill_s": prefill_s,
+        "prefill_tokens_per_s": prefill_s and plan.workload.context / prefill_s,
+        "first_token_s": statistics.median(run.first_token_s for run in reads) if reads else None,
+        "decode_ms_per_step": step and 1000 * step,
+        "tokens_per_s_per_sample": rate and rate / plan.rows_at_once,
+        "tokens_per_s": rate,
+        # The first compiled call compiles: what it took beyond a step.
+        "compile_s": first[0] - (step or 0.0) if first else None,
+        "kv_context_bytes": plan.context,
+        "kv_decoded_bytes": plan.decoded,
+        "kv_unshared_bytes": plan.unshared,
+        "bytes_per_step": plan.per_step,
+        "bandwidth_gb_s": step and plan.per_step / step / 1e9,
+        "peak_memory_bytes": peak,
+        "mapped_file_bytes": mapped,
+    }
+
+
+def summary(report: dict, plan: Plan) -> str:
+    """Three lines: what ran, how fast, in how much memory."""
+
+    def number(name: str, form: str = ".3g") -> str:
+        return "-" if report[name] is None else format(report[name], form)
+
+    how = "compiled" if report["compiled"] else "eager"
+    held = report["quantised"] or "packed" * report["packed_weights"]
+    packed = f", {held} weights" if held else ""
+    waves = f" in {plan.waves} waves" * (plan.waves > 1)
+    replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
+    processes = f", {replicas}{counted(report['tp'], 'process')}" * (report["tp"] * report["replicas"] > 1)
+    drafted = ""
+    if report.get("mean_accepted") is not None:
+        off = f", switched off {counted(report['draft_switched_off'], 'time')}" * bool(report["draft_switched_off"])
+        gain = f"{number('speedup_over_plain')} times plain decoding"
+        drafted = f"; draft {report['draft']}: {number('mean_accepted')} accepted per step, {gain}{off}"
+    copies = f", {human(plan.unshared)} if each sample held its own" * (plan.workload.num_samples > 1)
+    mapped = report["mapped_file_bytes"]
+    files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
+    samples, context = counted(report["num_samples"], "sample"), counted(report["context_tokens"], "token")
+    return (
+        f"{samples}{waves} after {context}, seed {report['seed']}: "
+        f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
+        f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
+        f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"
+        f"weights {human(plan.weights.total)}, context K/V {human(plan.context)}, decoded K/V {human(plan.decoded)}"
+        f"{copies}; peak {human(report['peak_memory_bytes'])}{files}"
+    )
+
+
+def print_report(report: dict[str, object]) -> None:
+    for name, value in report.items():
+        text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        size = f" ({human(value)})" if name.endswith("_bytes") and isinstance(value, int) else ""
+        print(f"{name:>24}  {text}{size}", file=sys.stderr)
+
+
+@contextmanager
+def profiled(path: Path) -> Iterator[None]:
+    """Write a trace of what runs inside, also where it is interrupted."""
+    profile = torch.profiler.profile()
+    try:
+        with profile:
+            yield
+    finally:
+        write_file(path, partial(export, profile))
+
+
+def export(profile: torch.profiler.profile, path: Path) -> None:
+    """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
+    nothing more can be written to that file."""
+    trace = path.with_name("trace")  # one that ends in .gz PyTorch would write elsewhere first
+    profile.export_chrome_trace(str(trace))
+    with trace.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.write(bytes(1 << 16))
+        file.truncate(size)
+    if path.suffix == ".gz":
+        with trace.open("rb") as file, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(file, packed)
+    else:
+        trace.replace(path)

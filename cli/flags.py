@@ -1,0 +1,49 @@
+"""Flags of a command, refused in one line. PyTorch is not needed."""
+
+import argparse
+import difflib
+import os
+import re
+from typing import Any, NoReturn
+
+from cli.system import complain, finish
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, without the usage. Its flags stand in sections, and tell their defaults."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.synonyms: dict[str, str] = {}
+
+    def section(self, title: str) -> None:
+        """What the flags that follow are about."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, name: str, help: str, *aliases: str, elsewhere: str = "", **settings: Any) -> None:
+        """elsewhere: what other programs call it, each by its name."""
+        self.synonyms |= dict.fromkeys(elsewhere.split(), name)
+        default = settings.get("default")
+        shown = f" (default: {default})" if isinstance(default, int | float | str) else ""
+        self.group.add_argument(name, *aliases, help=help + shown, **settings)
+
+    def print_help(self, file: Any = None) -> NoReturn:
+        finish(lambda: print(self.format_help(), end="", file=file))
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"(?<= )--[\w-]+", message.partition("unrecognized arguments:")[2])
+        meant = dict.fromkeys(known for name in unknown if (known := self.closest(name)))
+        self.refuse(f"{message}; did you mean {', '.join(meant)}?" if meant else f"{message}; see --help")
+
+    def closest(self, name: str) -> str | None:
+        """The flag that a mistyped one, or one of another program, may stand for."""
+        name = name[2:].replace("-", "_")
+        known = [each[2:] for each in self._option_string_actions if each.startswith("--")]
+        close = [f"--{each}" for each in difflib.get_close_matches(name, known, 1, 0.7)]
+        return self.synonyms.get(f"--{name}") or next(iter(close), None)
+
+    def refuse(self, error: object) -> NoReturn:
+        """Ends the process with one line, under torchrun that of one process."""
+        if os.environ.get("RANK", "0") == "0":
+            complain(error)
+        self.exit(2)

@@ -1,0 +1,494 @@
+"""A batch as a job: prompts from a file, samples to a file, and where a run that was killed goes on.
+
+The output is JSON lines. The first is a header: all that decides the samples. Then the lines of each prompt when it is
+finished, at once and at the end, so that what a kill leaves is whole prompts, and at most one that is not: it is told
+by its ranks, which are not all there, and drawn again. A file has one writer: each replica of a run has its own, which
+the first one takes into the output at the end, or the next run that goes on.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from cli.console import Bar, placed, sample_fields, settings_of
+from cli.ranks import Ranks
+from cli.system import replica_files, without_newline
+from engine.batch import Outcome, Prompt, Tally
+from engine.chat import Dialogue, Messages, parse_messages
+from engine.plan import human
+from engine.samples import rank
+from loading.checkpoint import Checkpoint
+from loading.files import companions, counted, decode_text, write_file
+from sampling import RULE
+
+Id = str | int
+OWN = frozenset(
+    "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
+)
+CONFIGS = ("config.json", "generation_config.json")  # what they decide is told from what was read of them
+DEEPEST = 100  # levels of a line of JSON
+# Bytes of a block, and blocks of all files of a model, that tell it from others of its size.
+BLOCK, BLOCKS = 1 << 12, 1 << 12
+
+
+@dataclass(frozen=True)
+class Record:
+    """A prompt as its file has it. number: of its line, from 1. said: a text, or the messages of a conversation.
+    fields: what is carried over."""
+
+    number: int
+    id: Id
+    said: str | Messages
+    fields: dict[str, Any]
+
+
+def nests(value: object, levels: int) -> bool:
+    """Whether lists and objects lie in each other for more than so many levels."""
+    layer = [value]
+    for _ in range(levels):
+        held = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)]
+        layer = [part for parts in held for part in parts]
+    return any(isinstance(each, dict | list) for each in layer)
+
+
+def parse_json(line: str) -> Any:
+    """What a line of JSON says, which can be written again. Raises ValueError where it is none, UnicodeError where an
+    escape is half of a character."""
+    try:
+        value = json.loads(line)
+        if nests(value, DEEPEST):
+            raise RecursionError
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    except RecursionError:
+        raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
+    text.encode()
+    return value
+
+
+MEANT = {"[": "write each part of the array on its own line", "{": "write each object on one line"}
+
+
+def parse_prompt(line: str) -> Any:
+    """`parse_json` of a line of prompts. Where it is none the error says what to do with what it may be."""
+    try:
+        return parse_json(line)
+    except UnicodeError:
+        raise
+    except ValueError as error:
+        plain = r"of a plain text give the --prompt_separator, such as '\n'"
+        raise ValueError(f"{error}; {MEANT.get(line.strip()[:1], plain)}") from error
+
+
+def parse(number: int, line: str) -> Record:
+    """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
+    value = parse_prompt(line)
+    if isinstance(value, list):
+        raise ValueError(f"a whole array; {MEANT['[']}")
+    value = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
+        raise ValueError("neither a text nor an object with one of prompt and messages")
+    said = value.get("prompt", value.get("messages"))
+    if "prompt" in value and not isinstance(said, str):
+        raise ValueError("the prompt is not a text")
+    if not said:
+        raise ValueError("the prompt is empty: give some text")
+    if "messages" in value:
+        said = parse_messages(said, value.get("tools"))
+    id = value.get("id", number)
+    if isinstance(id, bool) or not isinstance(id, str | int):
+        raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
+    fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
+    if taken := sorted(fields.keys() & OWN):
+        raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
+    return Record(number, id, said, fields)
+
+
+def parts_of(data: bytes, separator: str | None) -> list[bytes]:
+    """The lines of a file, or what stands between separators. A newline of a separator is a line end of either form."""
+    if separator is None:
+        return data.split(b"\n")
+    between = re.escape(separator.replace("\r\n", "\n").encode()).replace(b"\\\n", b"\r?\n")
+    # The last line may lack its end, with which a separator may end too.
+    *parts, last = re.split(between, data if data.endswith(b"\n") else data + b"\n")
+    return [*parts, without_newline(last)]
+
+
+def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:
+    """The prompts of a file, and what is wrong with the lines that are none. separator: of plain texts; None: the file
+    is JSON lines. Empty lines, and empty texts between separators, are none."""
+    found: dict[str, Record] = {}
+    bad = []
+    for number, part in enumerate(parts_of(data, separator), 1):
+        if not part.strip():
+            continue
+        try:
+            text = decode_text(part)
+            record = parse(number, text) if separator is None else Record(number, number, text, {})
+            if (key := json.dumps(record.id)) in found:
+                raise ValueError(f"id {key} is also that of line {found[key].number}: give each its own")
+        except UnicodeError as error:
+            bad.append(f"line {number}: not UTF-8 ({error.reason})")  # type: ignore[attr-defined]
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+        else:
+            found[key] = record
+    return list(found.values()), bad
+
+
+def encode(records: Sequence[Record], spoken: Dialogue, plain: Dialogue) -> tuple[list[Prompt], list[str]]:
+    """The tokens of each prompt, messages by `spoken`, and what is wrong with those that have none."""
+    prompts, bad = [], []
+    for record in records:
+        try:
+            said = record.said
+            tokens = plain.encode_turn(said) if isinstance(said, str) else spoken.encode_messages(said)
+            prompts.append(Prompt(record.id, tokens))
+        except ValueError as error:
+            bad.append(f"line {record.number}: {error}")
+    return prompts, bad
+
+
+def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
+    """Names the lines that cannot be used, where they may be left out. Raises ValueError where not."""
+    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+    if bad and not options.skip_bad:
+        raise ValueError(f"{options.prompts}, {bad[0]}{more}: mend it, or --skip_bad")
+    for each in bad:
+        if not options.quiet:
+            print(f"warning: {options.prompts}, {each}: skipped", file=sys.stderr)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tells a model from others: by shape, recipe and end tokens, and by sizes and blocks of its weights and tokenizer,
+    from beginning to end."""
+    digest = hashlib.sha256(repr((checkpoint.args, checkpoint.recipe, sorted(checkpoint.eos_ids))).encode())
+    tokenizer = [path for path in companions(checkpoint.folder) if path.name not in CONFIGS]
+    paths = [*sorted(checkpoint.weights), *tokenizer]
+    blocks = max(64, BLOCKS // len(paths))
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            if size <= blocks * BLOCK:
+                digest.update(file.read())
+                continue
+            for at in range(blocks):
+                file.seek(at * (size - BLOCK) // (blocks - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
+    """Hash the id and the content of each prompt, given as plain values."""
+    digest = hashlib.sha256()
+    for each in prompts:
+        digest.update(json.dumps(each).encode())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Begun:
+    """State of an output to resume. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
+    in a file than those."""
+
+    header: dict[str, Any] | None = None
+    done: set[str] = field(default_factory=set)
+    torn: bool = False
+
+
+class Place(NamedTuple):
+    """Place of a line in an output: the prompt's id as JSON, the line's number within the prompt, and their total."""
+
+    id: str
+    number: int
+    total: int
+
+
+def place_of(value: object) -> Place | None:
+    """Read the place of a line of --prompts or eval.py --samples. Returns None for any other line."""
+    if not isinstance(value, dict):
+        return None
+    id, number, total = value.get("id", value.get("task_id")), value.get("rank", value.get("sample")), value.get("of")
+    if isinstance(id, str | int) and isinstance(number, int) and isinstance(total, int):
+        return Place(json.dumps(id), number, total)
+    return None
+
+
+def lines_of(path: Path) -> Iterator[tuple[bytes, Place | None]]:
+    """Each line of an output file, but for a header by itself, and where it belongs; None: it was cut."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            try:
+                value = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                value = None
+            if number or not isinstance(value, dict) or value.keys() != {"header"}:
+                yield line, place_of(value)
+
+
+def whole_lines(path: Path, done: set[str]) -> Iterator[bytes]:
+    """The lines of an output file that belong to these prompts."""
+    return (line for line, place in lines_of(path) if place is not None and place.id in done)
+
+
+def read_file(path: Path) -> Begun:
+    """Read the state of one file. Raises ValueError where it was not begun by a job."""
+    if not path.exists():
+        return Begun()
+    with path.open("rb") as file:
+        first = file.readline()
+    if not first.endswith(b"\n") and b'{"header": '.startswith(first[:11]):
+        return Begun(torn=bool(first))  # killed before the header was written
+    try:
+        header = parse_json(first.decode("utf-8"))["header"]
+        seed = header["seed"]
+    except (ValueError, KeyError, TypeError):
+        seed = None
+    if not isinstance(seed, int):
+        raise ValueError(f"{path} has no header of a batch: give another --output")
+    seen: dict[str, set[int]] = {}
+    totals: dict[str, int] = {}
+    torn = False
+    for _, place in lines_of(path):
+        if place is None:
+            torn = True
+            continue
+        seen.setdefault(place.id, set()).add(place.number)
+        totals[place.id] = place.total
+    done = {id for id, numbers in seen.items() if len(numbers) == totals[id]}
+    return Begun(header, done, torn or len(done) < len(seen))
+
+
+def read_begun(path: Path) -> Begun:
+    """Read the state of an output and its replicas' files. Raises ValueError where they were not begun by one job."""
+    begun = read_file(path)
+    for each in replica_files(path):
+        other = read_file(each)
+        if begun.header is not None and other.header is not None:
+            check_header(each, other, begun.header)
+        begun = Begun(begun.header or other.header, begun.done | other.done, begun.torn)
+    return begun
+
+
+def check_header(path: Path, begun: Begun, header: dict[str, Any]) -> None:
+    """Raises ValueError where a file was begun by another command."""
+    if begun.header is None:
+        return
+    for name, value in header.items():
+        if begun.header.get(name) != value:
+            old = json.dumps(begun.header.get(name))
+            raise ValueError(
+                f"{path} was begun with {name} {old}, not {json.dumps(value)}: give the same command, or another file"
+            )
+
+
+@dataclass(frozen=True)
+class Job:
+    """prompts: those that this replica is to draw; left: of all replicas. fields: what is carried over, by the id as
+    JSON. begun: what an earlier run has finished."""
+
+    prompts: list[Prompt]
+    left: int
+    fields: dict[str, dict[str, Any]]
+    header: dict[str, Any]
+    begun: Begun
+
+
+def make_header(
+    checkpoint: Checkpoint, seed: int, ends: Iterable[int], prompts: str, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """All that decides the samples of a job. prompts: their digest. settings: flags, but for where the model lies."""
+    known = {"model": fingerprint(checkpoint), "seed": seed, "draw": RULE, "ends": sorted(ends), "prompts": prompts}
+    return known | {name: value for name, value in settings.items() if name != "checkpoint_path"}
+
+
+def set_up_job(
+    options: argparse.Namespace,
+    ranks: Ranks,
+    records: Sequence[Record],
+    begun: Begun,
+    checkpoint: Checkpoint,
+    dialogue: Dialogue,
+) -> Job:
+    """Make this replica's share of the prompts that are still to be drawn. Raises ValueError where a line cannot
+    be used, or the output was begun by another command."""
+    if ranks.replicas > 1 and options.output is None:
+        raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
+    ends = [] if options.ignore_eos else dialogue.eos_ids
+    digest = digest_of((each.id, each.said if isinstance(each.said, str) else asdict(each.said)) for each in records)
+    how = {name: getattr(options, name) for name in ("num_samples", "top", "rank", "chat", "system")}
+    header = make_header(checkpoint, options.seed, ends, digest, how | settings_of(options))
+    if options.output is not None:
+        check_header(options.output, begun, header)
+    plain = dialogue if options.chat else Dialogue(dialogue.tokenizer, dialogue.vocab_size, None, None)
+    prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain)
+    skip_bad(bad, options)
+    if not prompts and not begun.done:
+        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
+    fields = {json.dumps(record.id): record.fields for record in records if record.fields}
+    return Job(prompts[ranks.replica :: ranks.replicas], len(prompts), fields, header, begun)
+
+
+class Output:
+    """The file that a job appends to, which has no other writer meanwhile.
+
+    apart: the header is a line by itself. Else it is a field of the first line, for readers that know no header.
+    """
+
+    def __init__(self, path: Path, apart: bool = True) -> None:
+        self.path, self.apart = Path(os.path.realpath(path)), apart  # a link stays one
+        self.held = ExitStack()
+        self.file: BinaryIO | None = None
+        self.header: dict[str, Any] | None = None  # that is not yet in the file
+
+    def begin(self, begun: Begun, header: dict[str, Any]) -> None:
+        """Opens the file for this run alone, with its header, without what a kill has left of a prompt, and with what
+        replicas have finished. Raises ValueError where another run holds it, or one of theirs."""
+        others = replica_files(self.path)
+        with ExitStack() as stack:
+            self.file, *_ = [stack.enter_context(hold(path)) for path in (self.path, *others)]
+            if read_begun(self.path) != begun:
+                raise ValueError(f"another run has written to {self.path} meanwhile: give the same command again")
+            own = read_file(self.path)
+            if own.header is None or own.torn:
+                self.rewrite(own.done, header)
+                self.file = stack.enter_context(hold(self.path))  # which is another file by now
+            self.merge(others, own.done)
+            self.held = stack.pop_all()
+
+    def rewrite(self, done: set[str], header: dict[str, Any]) -> None:
+        """The file with its header and the lines of these prompts alone."""
+        lines = whole_lines(self.path, done)
+        if self.apart:
+            lines = chain([json.dumps({"header": header}).encode() + b"\n"], lines)
+        elif done:
+            lines = headed(lines, header)
+        else:
+            self.header = header
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                file.writelines(lines)
+
+        write_file(self.path, write)
+
+    def append(self, block: bytes) -> None:
+        """The lines of a prompt, in one write. Raises OSError."""
+        assert self.file is not None, "an output is begun first"
+        if self.header is not None:
+            block, self.header = b"".join(headed(block.splitlines(True), self.header)), None
+        try:
+            while block:
+                block = block[self.file.write(block) :]
+        except OSError as error:
+            why = f"{self.path} cannot be written ({error.strerror}): make room, then go on with --resume"
+            raise OSError(why) from error
+
+    def merge(self, others: Iterable[Path], done: set[str]) -> None:
+        """Append the prompts that replicas have finished, except `done`, and remove their files. Raises OSError."""
+        for path in others:
+            if not path.exists():
+                raise OSError(f"{path} is gone: --output must lie where every machine of the run sees it")
+            for line in whole_lines(path, read_file(path).done - done):
+                self.append(line)
+            assert self.file is not None
+            os.fsync(self.file.fileno())
+            path.unlink()
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+        self.held.close()
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[BinaryIO]:
+    """A file to append to, which no other process holds meanwhile. Raises ValueError where one does."""
+    with path.open("ab", buffering=0) as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on every system: there nothing keeps two runs apart
+            pass
+        except BlockingIOError:
+            raise ValueError(f"another run writes to {path}: wait for it, or give another --output") from None
+        yield file  # type: ignore[misc]
+
+
+def headed(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
+    """Lines of JSON objects, of which the first has the header."""
+    for number, line in enumerate(lines):
+        yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
+
+
+class Progress:
+    """What a person sees of a batch: a bar while it runs, a report at its end."""
+
+    def __init__(self, quiet: bool, total: int, tally: Tally) -> None:
+        self.bar, self.total, self.tally = Bar(quiet), total, tally
+        self.begin, self.done, self.errors = time.perf_counter(), 0, 0
+
+    def show(self, outcome: Outcome) -> None:
+        self.done, self.errors = self.done + 1, self.errors + (outcome.error is not None)
+        seconds = time.perf_counter() - self.begin
+        note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
+        self.bar.show(self.done / self.total, note, seconds * (self.total / self.done - 1))
+
+    def report(self, replicas: Sequence[tuple[Tally, int]]) -> dict[str, Any]:
+        """replicas: the tally of each, and how many of its prompts could not be run."""
+        tally, seconds = Tally(), time.perf_counter() - self.begin
+        for each, _ in replicas:
+            tally.add(each)
+        return {
+            "rows": tally.rows,
+            "prompts": tally.prompts,
+            "prompts_refused": sum(errors for _, errors in replicas),
+            "seconds": seconds,
+            "tokens": tally.drawn,
+            "tokens_per_s": tally.drawn / seconds,
+            "steps": tally.steps,
+            "rows_busy": tally.busy / max(1, tally.capacity),
+            "context_tokens": tally.asked,
+            "context_tokens_read": tally.read,
+            "kv_spared_bytes": tally.spared,
+        }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Three lines: what ran, how fast, what sharing saved."""
+    refused, before = report["prompts_refused"], report["prompts_done_before"]
+    notes = f", {refused} could not be run" * bool(refused) + f", {before} done before" * bool(before)
+    how = "compiled" if report["compiled"] else "eager"
+    samples = counted(report["num_samples"], "sample")
+    return (
+        f"{counted(report['prompts'], 'prompt')}, {samples} of each, seed {report['seed']}{notes}: {how}, "
+        f"{report['dtype']} on {report['device']}\n"
+        f"{counted(report['tokens'], 'token')} in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
+        f"{counted(report['rows'], 'row')} at once, {report['rows_busy']:.0%} of them busy\n"
+        f"{counted(report['context_tokens_read'], 'token')} of context read, not {report['context_tokens']}; "
+        f"{human(report['kv_spared_bytes'])} of their keys and values not held again; "
+        f"peak {human(report['peak_memory_bytes'])}"
+    )
+
+
+def block_of(outcome: Outcome, fields: dict[str, Any], options: argparse.Namespace) -> str:
+    """The lines of a prompt: its best samples, or why there are none."""
+    begin = {"id": outcome.prompt.id, **fields}
+    if outcome.error is not None:
+        return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"
+    ranked = rank(outcome.samples, options.rank)[: options.top]
+    lines = (begin | sample_fields(placed(each) | {"of": len(ranked)}, each.sample, {}) for each in ranked)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

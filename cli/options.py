@@ -1,0 +1,248 @@
+"""The flags of the command line, every default once, and the checks that need nothing but them: not even PyTorch."""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cli.flags import OneLineParser
+from cli.system import check_new, check_writable, read_bytes, without_newline
+from engine.request import LAYOUT_NAMES, Request, Sampling
+from loading.files import decode_text, identity
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "checkpoints" / "tiny" / "model.pth"
+STORY = "Once upon a time"
+
+
+def size(text: str) -> int:
+    """Bytes of "4GB", "512MiB", "1.5e9". Raises argparse.ArgumentTypeError where it is no size."""
+    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("KMGTIBkmgtib ")
+    try:
+        size = int(float(number) * units[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return size
+
+
+def unescaped(text: str) -> str:
+    r"""The text with \n, \t, \r and \\ as the characters that they stand for."""
+    return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
+
+
+def add_batch(flag: Callable[..., None]) -> None:
+    """The flags of --prompts."""
+    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    flag("--prompts", help=lines, metavar="FILE")
+    flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
+    flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
+    flag("--output", help="append each prompt's samples to this file; default: stdout", type=Path)
+    flag("--resume", help="go on where a killed run has stopped writing --output", action="store_true")
+
+
+def build_parser() -> OneLineParser:
+    """Every flag and every default of the command line."""
+    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
+    flag = parser.flag
+    parser.section("model")
+    where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
+    flag("--checkpoint_path", where, default=str(TINY), elsewhere="--model --model_path --model_id")
+    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
+    parser.section("prompt")
+    flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
+    flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
+    flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
+    flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
+    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
+    chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
+    flag("--chat", chat, action=argparse.BooleanOptionalAction)
+    flag("--system", "in a chat, what precedes the first message", metavar="TEXT", elsewhere="--system_prompt")
+    flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
+    parser.section("many prompts")
+    add_batch(flag)
+    parser.section("sampling")
+    drawn, others = Request(), "--num_return_sequences --num_sequences"
+    names = "--num_samples", "--parallel_samples"
+    flag("-n", "samples drawn in parallel", *names, type=int, default=drawn.num_samples, elsewhere=others)
+    flag("--top", "print the so many best; default: all", type=int)
+    others = "--max_tokens --max_length --n_predict"
+    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens, elsewhere=others)
+    ranks = "ended: what ended by itself before what its length cut; mean: by mean log-probability alone"
+    flag("--rank", ranks, choices=("ended", "mean"), default="ended")
+    flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
+    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
+    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
+    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
+    penalty = "of tokens that the text or its prompt has already; above 1 they become less likely"
+    flag("--repetition_penalty", penalty, type=float, default=drawn.sampling.repetition_penalty)
+    flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
+    stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
+    flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped, elsewhere="--stop_strings")
+    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
+    parser.section("execution")
+    flag("--attention", "how the samples hold the context", choices=LAYOUT_NAMES, default=drawn.attention)
+    flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
+    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
+    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
+    flag("--draft", "prompt, layers:K or medusa PATH proposes tokens", nargs="+", default=[], metavar=("KIND", "PATH"))
+    flag("--draft_checkpoint_path", "a model of the same vocabulary that proposes tokens", metavar="PATH")
+    flag("--speculate_k", "tokens that a draft proposes for a step, or auto; default: 4")
+    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
+    flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
+    parts = "under torchrun, processes that hold one network; default: those of a machine"
+    flag("--tp", parts, type=int, elsewhere="--tensor_parallel_size")
+    flag("--plan", "print the memory plan and run nothing", action="store_true")
+    parser.section("output")
+    output_flags(flag)
+    return parser
+
+
+def output_flags(flag: Callable[..., None]) -> None:
+    """Those of the group "output"."""
+    form = "jsonl is one object a line, best first; default: text, with --prompts jsonl"
+    flag("--format", form, choices=("text", "jsonl"))
+    flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
+    flag("--echo", "print the prompt before each sample", action="store_true")
+    flag("--report", "write the report as JSON to this file", type=Path)
+    flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
+    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
+    flag("--profile", "write a chrome trace of the run to this file", type=Path)
+    flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
+    flag("--quiet", "no progress and no report on stderr", action="store_true")
+
+
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with every check that needs nothing else. What does not pass ends the process with one line and
+    status 2."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        check_options(options)
+    except ValueError as error:
+        parser.refuse(error)
+    return options
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """Build the Request from the flags. Raises ValueError."""
+    filters = options.top_k or None, options.top_p, options.min_p
+    return Request(
+        options.num_samples,
+        options.max_new_tokens,
+        Sampling(options.temperature, *filters, options.repetition_penalty),
+        options.seed,
+        options.attention,
+        stop=tuple(options.stop),
+        prefill_chunk=options.prefill_chunk,
+        kv_dtype=options.kv_dtype,
+    )
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raises ValueError where a value is out of range, or flags do not go together."""
+    request_of(options)
+    for name in ("num_runs", "top", "synthetic_prompt", "tp"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
+    if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
+        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+    if options.kv_dtype == "int8" and options.interactive:
+        raise ValueError("--kv_dtype int8 is for one prompt: leave it out of --interactive")
+    if options.pick and not options.interactive:
+        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
+    if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
+        raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
+    if options.unranked and (options.format != "jsonl" or options.top or options.pick):
+        raise ValueError("--unranked prints objects as they come: add --format jsonl, leave out --top and --pick")
+    if options.interactive and options.verbose:
+        raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
+    if options.synthetic_prompt and (options.chat or options.interactive):
+        raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
+    given = [
+        name for name in ("prompt", "prompt_file", "prompts", "synthetic_prompt") if getattr(options, name) is not None
+    ]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+    if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
+        raise ValueError("--keep_newline is for a prompt from stdin: leave it out")
+    check_batch(options)
+
+
+def check_batch(options: argparse.Namespace) -> None:
+    """Raises ValueError where flags do not go with --prompts, or ask for it."""
+    alone = {
+        "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
+        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None, "repetition_penalty": 1.0, "unranked": False,
+    }  # fmt: skip
+    many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
+    for name, default in alone.items() if options.prompts is not None else many.items():
+        if getattr(options, name) != default:
+            way = "is for one prompt: leave out" if name in alone else "is for many prompts: give"
+            raise ValueError(f"--{name} {way} --prompts")
+    if options.prompts is not None and options.format == "text":
+        raise ValueError("--format text is for one prompt: leave it out, --prompts writes jsonl")
+    if options.prompt_separator == "":
+        raise ValueError("--prompt_separator is empty: give what stands between two prompts")
+    if options.resume and options.output is None:
+        raise ValueError("--resume goes on with a file: add --output")
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError where --report, --profile or --output cannot be written."""
+    if options.output is not None and not options.resume:
+        check_new(options.output)
+    outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
+    for path in outputs:
+        check_writable(path)
+    names = [identity(path) or path.resolve() for path in outputs]
+    for path, name in zip(outputs, names, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"two of --report, --profile and --output are {path}: give two files")
+
+
+def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
+    """Raises ValueError where what is written would replace the prompts, the heads of a draft, or a file of a model,
+    under whatever name."""
+    read = [options.prompt_file, options.prompts, *options.draft[1:], *models]
+    files = {identity(Path(path)) for path in read if path is not None}
+    for path in (options.report, options.profile, options.output):
+        if path is not None and (found := identity(path)) is not None and found in files:
+            raise ValueError(f"{path} is the prompt, or belongs to the model: it would be replaced, give another file")
+
+
+def read_prompts(options: argparse.Namespace) -> bytes:
+    """What --prompts names. Raises ValueError where it cannot be read."""
+    try:
+        return read_bytes(None if options.prompts == "-" else Path(options.prompts))
+    except OSError as error:
+        raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): give a file") from error
+
+
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """The prompt's text; None for a synthetic one, and in --interactive without one. Raises ValueError where it is
+    empty or not UTF-8."""
+    text, name = options.prompt, options.prompt_file
+    if name is None and (text is not None or options.synthetic_prompt or options.interactive):
+        if text == "":
+            raise ValueError("the prompt is empty: give some text")
+        return text
+    if name is None and sys.stdin.isatty():
+        return STORY
+    try:
+        piped = name in (None, "-")
+        data = read_bytes(None if piped else Path(name or ""))
+    except OSError as error:
+        raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
+    try:
+        text = decode_text(without_newline(data) if piped and not options.keep_newline else data)
+    except ValueError as error:
+        raise ValueError(f"the prompt in {'stdin' if piped else name} is {error}") from error
+    if text == "" and name is not None:
+        raise ValueError("the prompt is empty: give some text")
+    return text or STORY

@@ -1,0 +1,184 @@
+"""The processes of one run under torchrun: who is who, what they agree on, and how one of them fails.
+
+Consecutive ranks hold one network together (tp.py); where there are more, replicas of it divide the samples. What a run
+decides from a clock, a terminal, free memory or chance, rank 0 decides for all. Without torchrun a run is alone, and
+everything here gives back what it is given.
+
+There are three ways to wait. `share` broadcasts what rank 0 has, who may wait for a person or a pipe. `gather` and
+`wait` are for where some have more to do than others. `all` and `agree` are for what all do alike: they end a run whose
+ranks have lost each other. In each, a process that died is noticed at once.
+"""
+
+import atexit
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cli.system import Stream
+from tp import WHOLE, Shard
+
+T = TypeVar("T")
+
+SHORT = timedelta(minutes=10)  # as long as one may compile
+LONG = timedelta(days=30)  # a download, a batch, a person
+FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. shard: its part of the network. local: its place, and neighbours: how many there are, on
+    its machine. control: the group that speaks of the run itself, patient: the same with more time; None where this
+    process is alone."""
+
+    rank: int = 0
+    replica: int = 0
+    replicas: int = 1
+    shard: Shard = WHOLE
+    local: int = 0
+    neighbours: int = 1
+    control: dist.ProcessGroup | None = None
+    patient: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether it decides, and writes."""
+        return self.rank == 0
+
+    def all(self, value: T, patient: bool = False) -> list[T]:
+        """Every rank's value, in the order of the ranks."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self.patient if patient else self.control)
+        return values
+
+    def agree(self, make: Callable[[], T], patient: bool = False) -> T:
+        """What `make` gives on each rank. Where it fails on any, all end: rank 0 by a ValueError with the first's
+        reason, the others with status 2. patient: it may take one much longer than others."""
+        value, error = self.attempt(make)
+        self.end_if([each for each in self.all(error, patient) if each is not None])
+        return value  # type: ignore[return-value]
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Run `make` on rank 0 and broadcast its result, however long it takes. If it fails all end, as in `agree`."""
+        found = [self.attempt(make) if self.leads else (None, None)]
+        if self.control is not None:
+            dist.broadcast_object_list(found, 0, group=self.patient)
+        value, error = found[0]
+        self.end_if([] if error is None else [error])
+        return value  # type: ignore[return-value]
+
+    def attempt(self, make: Callable[[], T]) -> tuple[T | None, str | None]:
+        """Return the result of `make`, or its error as text. A single process raises it."""
+        try:
+            return make(), None
+        except FAILURES as failure:
+            if self.control is None:
+                raise
+            return None, f"rank {self.rank}: {failure}" if self.rank else str(failure)
+
+    def end_if(self, errors: Sequence[str]) -> None:
+        """Ends all ranks where there are errors."""
+        if errors and self.leads:
+            raise ValueError(errors[0])
+        if errors:
+            with suppress(RuntimeError):  # until rank 0 has said it and is gone: who ends first ends all
+                dist.barrier(self.control)
+            raise SystemExit(2)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every replica, on all ranks, however long one takes."""
+        return self.all(value, patient=True)[:: self.shard.world]
+
+    def wait(self) -> None:
+        """Until all are here, who may have had more to do than others."""
+        if self.patient is not None:
+            dist.barrier(self.patient)
+
+    def samples(self, total: int) -> range:
+        """The indices of the samples that this replica draws; the first draw the most. Raises ValueError where there is
+        not one for each."""
+        if 0 < total < self.replicas:
+            raise ValueError(f"-n {total} is less than one for each of {self.replicas} replicas: give a larger --tp")
+        begin, end = (-(-replica * total // self.replicas) for replica in (self.replica, self.replica + 1))
+        return range(begin, end)
+
+    def describe(self, report: dict[str, Any]) -> dict[str, Any]:
+        """What the report of rank 0 says of all."""
+        counts, rates = (self.gather(report[name]) for name in ("num_samples", "tokens_per_s"))
+        total = None if None in rates else sum(rates)
+        return {"num_samples": sum(counts), "tokens_per_s": total, "tp": self.shard.world, "replicas": self.replicas}
+
+
+class Listener(Stream):
+    """stdout of the one rank that writes. Where its reader has left, the run goes on, since others take part in it."""
+
+    def failed(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            raise error
+        self.stream = open(os.devnull, "w")
+
+
+def join(tp: int | None, device: torch.device) -> Ranks:
+    """Joins the processes that torchrun started. tp: ranks that hold one network; None: those of a machine. Raises
+    ValueError where they cannot be divided so, or where there are fewer devices on a machine."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if tp not in (None, 1):
+            raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
+        return Ranks()
+    rank, world, local, neighbours = (
+        int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
+    atexit.register(leave)
+    control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (SHORT, LONG))
+    alone = Ranks(rank, control=control)
+    machines = alone.all(neighbours)
+    each = alone.agree(lambda: group_size(tp, world, machines))
+    alone.agree(lambda: take_device(device, local))
+    group, _ = dist.new_subgroups(each, timeout=SHORT)
+    # A network that is whole needs no sums; where it is all there is, they are made all the same, as a check.
+    shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
+    return Ranks(rank, rank // each, world // each, shard, local, neighbours, control, patient)
+
+
+def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
+    """The ranks that hold one network: those of a machine, unless asked otherwise. machines: of each rank's."""
+    each = machines[0] if tp is None else tp
+    if world % each or (tp is None and len(set(machines)) > 1):
+        fits = " or ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+        raise ValueError(
+            f"{world} processes cannot be divided into groups of {each}: give --tp {fits} (1 makes replicas)"
+        )
+    return each
+
+
+def take_device(device: torch.device, local: int) -> None:
+    """On CUDA, each process of a machine takes a device of its own."""
+    if device.type != "cuda":
+        return
+    if device.index is not None or local >= torch.cuda.device_count():
+        raise ValueError(
+            f"{device} for process {local} of {torch.cuda.device_count()} devices: one each, --device cuda"
+        )
+    torch.cuda.set_device(local)
+
+
+def lost_rank(error: BaseException) -> str | None:
+    """What a failed collective means to the user; None where the error is another."""
+    known = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+    if not dist.is_initialized() or not known:
+        return None
+    return f"rank {dist.get_rank()} lost another, which has ended or cannot be reached"
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,217 @@
+"""A conversation on the command line: lines and commands, the replies that are kept, Ctrl-C."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from cli.console import Console
+from cli.ranks import Ranks
+from cli.system import complain
+from engine.chat import Conversation, Dialogue, Mark
+from engine.engine import Engine
+from engine.plan import Plan, out_of_memory
+from engine.request import Request
+from engine.samples import Ranked, Sample
+from loading.files import counted
+
+
+class Talk:
+    """--interactive. room: tokens that the conversation may come to hold, prompt and replies together."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        ranks: Ranks,
+        dialogue: Dialogue,
+        engine: Engine,
+        request: Request,
+        plan: Plan,
+        room: int,
+    ) -> None:
+        self.options, self.ranks, self.dialogue, self.engine = options, ranks, dialogue, engine
+        self.request, self.plan, self.room = request, plan, room
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all that was said; the system prompt stays."""
+        self.conversation = Conversation(self.engine, self.request)
+        self.dialogue.messages.clear()
+        self.turns: list[tuple[str, Mark, int]] = []  # of each its text, and how far all had come before it
+        self.again = 0  # how often the last turn was drawn anew
+
+    def say(self, text: str) -> None:
+        if not self.options.quiet:
+            print(text, file=sys.stderr)
+
+    def run(self, line: str | None) -> None:
+        """A turn for the line, if one is given, then one per line of stdin, until it ends or Ctrl-C comes twice."""
+        self.say(f"{self.options.checkpoint_path}, seed {self.request.seed}; /help lists the commands, /exit ends")
+        if self.room < self.engine.args.context_limit:
+            self.say(f"memory holds a conversation of {self.room} tokens, the model {self.engine.args.context_limit}")
+        goes_on, stopped = True, False
+        while goes_on:
+            try:
+                line = self.ranks.share(partial(ask, "> ")) if line is None else line
+                stopped = False
+                goes_on = line is not None and self.obey(line)
+            except KeyboardInterrupt:
+                if stopped or self.ranks.control is not None:
+                    raise
+                stopped = True
+                self.say("\nCtrl-C once more, or Ctrl-D, ends the conversation")
+            line = None
+
+    def obey(self, line: str) -> bool:
+        """A command, or else a turn; an empty line is neither. Returns whether the conversation goes on."""
+        if (command := COMMANDS.get(line.strip())) is not None:
+            return command(self)
+        self.again = 0
+        return not line or self.turn(line)
+
+    def turn(self, text: str) -> bool:
+        """A turn of which a reply is kept, or nothing changes: it is refused, or stopped before a word was said, or
+        while the reply was being picked. Returns whether the conversation goes on."""
+        before, kept = (self.conversation.mark(), len(self.dialogue.messages)), len(self.turns)
+        try:
+            return self.draw(text)
+        finally:
+            if len(self.turns) == kept:
+                self.back_to(*before)
+
+    def draw(self, text: str) -> bool:
+        """Draw replies, show them and keep one."""
+        mark, messages, interrupt = self.conversation.mark(), len(self.dialogue.messages), None
+        console = Console(self.options, self.plan, self.engine.device, None, turn=len(self.turns) + 1)
+        try:
+            tokens = self.dialogue.encode_turn(text)
+            self.conversation.request = self.fitting(len(tokens))
+            with console:
+                if console.streams:
+                    console.show_live(self.conversation.stream(tokens, console))
+                else:
+                    self.conversation.turn(tokens, console)
+            ranked = console.show([each for part in self.ranks.gather(console.finished) for each in part])
+        except KeyboardInterrupt as error:
+            if self.ranks.control is not None:
+                raise
+            ranked, interrupt = console.ranked, error
+        except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+            told = error if isinstance(error, ValueError | FloatingPointError) else out_of_memory(error)
+            if told is None or not (self.ranks.control is None or isinstance(error, ValueError)):
+                raise  # of several, the others may not have failed, and wait
+            if self.ranks.leads:
+                complain(f"{told}; /reset begins anew" if self.turns else told)
+            return True
+        if ranked:
+            reply = self.ranks.share(partial(pick, ranked)) if self.options.pick else ranked[0].sample
+            if reply is None:
+                return False
+            self.conversation.keep(reply)
+            self.dialogue.keep(text, reply.text or "")
+            self.turns.append((text, mark, messages))
+        if interrupt is not None:
+            raise interrupt
+        return True
+
+    def back_to(self, mark: Mark, messages: int) -> None:
+        """Forget what was said since."""
+        self.conversation.back_to(mark)
+        del self.dialogue.messages[messages:]
+
+    def fitting(self, tokens: int) -> Request:
+        """The request for a turn of so many tokens, its replies no longer than what is left."""
+        left = self.room - len(self.conversation.history) - tokens
+        length = min(self.request.max_new_tokens, max(1, left))
+        if 1 <= left < self.request.max_new_tokens:
+            self.say(f"{counted(left, 'token')} left of {self.room}: a reply ends there; /reset begins anew")
+        index = self.request.first_index + self.again * self.options.num_samples
+        return replace(self.request, max_new_tokens=length, first_index=index)
+
+    def take_back(self) -> str | None:
+        """Forgets the last turn, and returns its text; None where there is none."""
+        if not self.turns:
+            self.say("there is no turn to take back")
+            return None
+        text, mark, messages = self.turns.pop()
+        self.back_to(mark, messages)
+        return text
+
+    def redraw(self) -> bool:
+        """The last turn again, with the next samples of the same seed. Where no other reply is kept, the one that was
+        there is."""
+        turns, history, messages = list(self.turns), list(self.conversation.history), list(self.dialogue.messages)
+        if (text := self.take_back()) is None:
+            return True
+        self.again += 1
+        try:
+            return self.turn(text)
+        finally:
+            if len(self.turns) < len(turns):
+                self.again -= 1
+                self.conversation.go_on_from(history)
+                self.turns, self.dialogue.messages[:] = turns, messages
+
+
+def begin_anew(talk: Talk) -> bool:
+    talk.reset()
+    talk.say("the conversation is empty")
+    return True
+
+
+def undo(talk: Talk) -> bool:
+    if (text := talk.take_back()) is not None:
+        talk.say(f"taken back: {text}")
+    return True
+
+
+HELP = """\
+/regenerate  other replies to the last text
+/undo        takes back the last text and its reply
+/reset       begins anew
+/exit        ends the conversation
+/help        this
+Any other line is said to the model; several lines that are pasted are one text. Ctrl-C ends a reply, and what was said
+of it is kept; twice, or Ctrl-D, it ends the conversation."""
+
+
+def show_help(talk: Talk) -> bool:
+    print(HELP, file=sys.stderr)
+    return True
+
+
+COMMANDS: dict[str, Callable[[Talk], bool]] = {
+    "/reset": begin_anew,
+    "/undo": undo,
+    "/regenerate": Talk.redraw,
+    "/exit": lambda talk: False,
+    "/help": show_help,
+}
+
+
+def ask(question: str) -> str | None:
+    """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples; on a terminal there
+    is line editing, and a history, and with GNU readline lines that are pasted together come together."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):  # not on every system
+            import readline
+
+            readline.parse_and_bind("set enable-bracketed-paste on")
+        with suppress(EOFError):
+            return input(question)
+        return None
+    print(question, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.buffer.readline().decode("utf-8", "surrogateescape")
+    return line.rstrip("\r\n") if line else None
+
+
+def pick(ranked: Sequence[Ranked]) -> Sample | None:
+    """Asks which reply to keep, until a number answers; an empty answer keeps the best. None: the input has ended."""
+    numbers = {str(each): ranked[each - 1].sample for each in range(1, len(ranked) + 1)}
+    while (answer := ask(f"keep [1-{len(ranked)}]: ")) is not None:
+        if (answer.strip() or "1") in numbers:
+            return numbers[answer.strip() or "1"]
+        print(f"{answer[:20]!r} is not a number from 1 to {len(ranked)}", file=sys.stderr)
+    return None

@@ -1,0 +1,21 @@
+"""From prompts to samples: `from engine import Engine, Request, rank`.
+
+The names are imported when they are asked for: a command reads its flags before PyTorch, which takes seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.engine import Engine as Engine
+    from engine.request import Request as Request
+    from engine.request import Sampling as Sampling
+    from engine.samples import rank as rank
+
+HOMES = {"Engine": "engine.engine", "Request": "engine.request", "Sampling": "engine.request", "rank": "engine.samples"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

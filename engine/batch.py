@@ -1,0 +1,647 @@
+"""Many prompts, N samples of each: what they begin with alike is read once, and rows of all of them decode together.
+
+    prompts = [Prompt("a", engine.encode("Once upon a time")), Prompt("b", engine.encode("The cat"))]
+    for outcome in generate_many(engine, prompts, Request(num_samples=8)):
+        print(outcome.prompt.id, [sample.text for sample in outcome.samples])
+
+The chain: the root, which all prompts begin with, in one row; groups, which some begin with; the rest of each prompt;
+its samples. The rows of a cache are taken again when what they held is done: where a row begins, how much of it is
+written and which row it continues are tensors that change in place, so that prompts come and go within one compiled
+step.
+Shapes: N samples of a prompt, C rows that decode together, R prompts that are held, T tokens of all rows that are read,
+H query heads, G key/value heads, D head dimension, L slots, V vocabulary.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bifurcated_attention import ScoreMod
+from cache import KVCache, Link
+from engine.engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
+from engine.graphs import StepInput
+from engine.plan import Plan
+from engine.request import Request, Workload, as_tokens, check_tokens
+from engine.samples import Ending, Row, Sample
+from engine.scoring import SMALL, Node, Rows, batches, shared, tree
+from model import ModelArgs
+from sampling import uniform
+
+# Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (BENCHMARKS.md).
+ROWS = {"cpu": 64, "cuda": 512}
+# Tokens that a root and a group must have, since every step pays for a further link of the chain.
+ROOT, GROUP = 8, 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """id: unlike all others of a batch; it is a part of the random numbers."""
+
+    id: str | int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The samples of a prompt in order of their index, or why there are none."""
+
+    prompt: Prompt
+    samples: list[Sample]
+    error: str | None = None
+
+
+def seed_of(seed: int, id: str | int) -> int:
+    """The seed of a prompt's samples, of 53 bits: a run of that prompt alone with this seed draws the same."""
+    digest = hashlib.sha256(json.dumps([seed, id]).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 11
+
+
+@dataclass
+class Tally:
+    """What a batch has done so far. rows: that decode together. asked: tokens of its prompts. read: those that the
+    network has read for them. busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. spared:
+    the most bytes that copies of its context for each row would have taken beyond those that are held."""
+
+    rows: int = 0
+    prompts: int = 0
+    drawn: int = 0
+    asked: int = 0
+    read: int = 0
+    steps: int = 0
+    busy: int = 0
+    capacity: int = 0
+    spared: int = 0
+
+    def add(self, other: "Tally") -> None:
+        """What another replica has done."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts, by number, that begin alike. length: of what they share, the root included."""
+
+    length: int
+    members: tuple[int, ...]
+
+    @property
+    def saved(self) -> int:
+        """Tokens that are held once and not for every member."""
+        return self.length * (len(self.members) - 1)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What prompts begin with alike. root: tokens of what all share. lengths: of all prompts."""
+
+    root: int
+    groups: tuple[Group, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def among(cls, prompts: Sequence[Sequence[int]], share: bool = True) -> "Sharing":
+        """The last token of a prompt is shared with none, so that each has one whose logits it draws from. share:
+        whether anything may be."""
+        leaves = [Node(tuple(tokens), 2, (number,)) for number, tokens in enumerate(prompts)]
+        leaves.sort(key=lambda leaf: leaf.tokens)  # type: ignore[arg-type, return-value]
+        lengths = tuple(map(len, prompts))
+        if len(leaves) < 2 or not share:
+            return cls(0, (), lengths)
+        common = shared(leaves[0], leaves[-1])
+        root = common if common >= ROOT else 0
+        found = choose_groups(tree(leaves, GROUP, root), root)
+        return cls(root, tuple(sorted(found, key=lambda group: group.members)), lengths)
+
+    @property
+    def longest_group(self) -> int:
+        return max((group.length for group in self.groups), default=self.root) - self.root
+
+    @property
+    def longest_rest(self) -> int:
+        """Tokens of the longest rest of a prompt."""
+        return max(length - behind for length, (_, behind) in zip(self.lengths, self.places(), strict=True))
+
+    def places(self) -> list[tuple[int, int]]:
+        """For each prompt the number of its group, from 1, or 0, and the tokens that it shares."""
+        found = [(0, self.root)] * len(self.lengths)
+        for number, group in enumerate(self.groups, 1):
+            for member in group.members:
+                found[member] = number, group.length
+        return found
+
+    def order(self) -> list[int]:
+        """The prompts in the order in which they begin: as given, but the members of a group together."""
+        first = list(range(len(self.lengths)))
+        for group in self.groups:
+            for member in group.members:
+                first[member] = group.members[0]
+        return sorted(range(len(first)), key=first.__getitem__)
+
+
+def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
+    """The groups that save the most tokens, where a prompt is in one at most: each is a node, or some below it. above:
+    tokens that all have read."""
+    found: list[tuple[Node, int]] = []  # each node before those below it, and the tokens read at its end
+    todo = [(node, above) for node in roots]
+    while todo:
+        node, begin = todo.pop()
+        found.append((node, begin + len(node.tokens)))
+        todo += [(child, found[-1][1]) for child in node.children]
+    best: dict[int, tuple[int, int, list[tuple[Node, int]]]] = {}  # members at or below a node, what the best save
+    for node, length in reversed(found):
+        below = [best.pop(id(child)) for child in node.children]
+        members, saved = len(node.ends) + sum(each[0] for each in below), sum(each[1] for each in below)
+        chosen = [each for _, _, parts in below for each in parts]
+        if node.children and length * (members - 1) >= saved:
+            saved, chosen = length * (members - 1), [(node, length)]
+        best[id(node)] = members, saved, chosen
+    every = [each for _, _, parts in best.values() for each in parts]
+    return [Group(length, tuple(sorted(end for each in node.walk() for end in each.ends))) for node, length in every]
+
+
+def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:
+    """The rows that decode together, if memory holds them, after the longest prompt, as often as they are filled."""
+    total = len(lengths) * request.num_samples
+    rows = min(total, request.rows_at_once or ROWS[device.type])
+    return replace(request, num_samples=rows).workload(max(lengths), -(-total // rows))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is held at once: rows that decode, prompts, groups. bytes: with the weights."""
+
+    rows: int
+    prompts: int
+    groups: int
+    bytes: int
+
+    @classmethod
+    def of(cls, rows: int, plan: Plan, sharing: Sharing, n: int) -> "Room":
+        """The samples of a prompt end one by one while its keys and values stay: so up to twice the prompts that fill
+        the rows, or with one sample of each a quarter more, which are read together."""
+        fill = -(-rows // n)
+        prompts = min(len(sharing.lengths), fill + (fill if n > 1 else fill // 4))
+        groups = min(len(sharing.groups), prompts // 2 + 1)
+        token = plan.context // plan.workload.context
+        held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
+        held = held * token + rows * plan.decoded_per_sample
+        # Of a group any rows may be, and as many, as a power of two, are folded for each (Seats).
+        share = 1 << max(1, (rows - 1).bit_length())
+        folded = max(rows, prompts * n, (groups + 1) * share if sharing.groups else 0)
+        linked = bool(sharing.root or sharing.groups)
+        held += max(plan.space.reading(linked), plan.space.decoding(rows, prompts, folded))
+        return cls(rows, prompts, groups, plan.weights.total + held)
+
+    @classmethod
+    def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Room":
+        """The most that fits into the available memory; or one row, which may not, with as many prompts as it keeps."""
+        rows = plan.rows_at_once
+        while rows > 1 and cls.of(rows, plan, sharing, n).bytes > plan.available:
+            rows -= 1
+        return cls.of(rows, plan, sharing, n)
+
+
+class Seats(Link):
+    """An ancestor whose children change while they decode, a few of them at a time: all in place."""
+
+    def __init__(self, cache: KVCache, length: Tensor, children: int, share: int | None = None) -> None:
+        """length [R]. share: the most children of one row; None: as many as there are, as a power of two."""
+        self.cache, self.length, self.share = cache, length, share
+        self.place = torch.zeros(children, dtype=torch.long, device=length.device)
+        self.index = torch.zeros_like(self.place)
+        self.group = self.place.new_zeros(cache.rows * (share or 2))
+
+    def seat(self, parents: Sequence[int | None]) -> None:
+        """The ancestor's row that each child continues; None: none, and what it reads is not used."""
+        shares: list[list[int]] = [[] for _ in range(self.cache.rows)]
+        for child, parent in enumerate(parents):
+            if parent is not None:
+                shares[parent].append(child)
+        n = self.share or max(2, 1 << (max(map(len, shares)) - 1).bit_length())  # never 1: that would be another step
+        place = [0] * len(parents)
+        for parent, share in enumerate(shares):
+            for at, child in enumerate(share):
+                place[child] = parent * n + at
+        group = torch.tensor([child for share in shares for child in share + [0] * (n - len(share))])
+        assert self.place is not None and self.group is not None
+        self.place.copy_(torch.tensor(place))
+        self.index.copy_(torch.tensor([parent or 0 for parent in parents]))
+        self.group = self.group.copy_(group) if len(group) == len(self.group) else group.to(self.place.device)
+
+    def keep(self, rows: Sequence[int]) -> "Seats":
+        """For so many children, who are still to be seated."""
+        assert self.length is not None
+        return Seats(self.cache, self.length, len(rows), self.share)
+
+
+class Shelf:
+    """A cache of `rows` rows with room for `slots` slots, which are taken and given back one by one."""
+
+    def __init__(self, engine: Engine, rows: int, slots: int) -> None:
+        self.cache = KVCache.empty(engine.args.kv_shape, rows, 0, engine.model.norm.weight, slots)
+        self.length, self.slots = self.cache.start.clone(), slots
+        self.used = [0] * rows  # slots
+        self.free = list(range(rows))[::-1]
+
+    def take(self, start: int, length: int) -> int:
+        row = self.free.pop()
+        self.cache.start[row], self.length[row], self.used[row] = start, length, length
+        self.cache.resize(min(self.slots, bucket(max(self.used))))
+        return row
+
+    def give_back(self, row: int) -> None:
+        """Free the slots of a row and zero them: a masked slot has weight 0, and 0 * nan is nan."""
+        for each in self.cache.tensors:
+            each[row, :, : self.used[row]] = 0
+        self.free.append(row)
+        self.length[row], self.used[row] = 0, 0
+
+    @property
+    def tokens(self) -> int:
+        """Slots that are used."""
+        return sum(self.used)
+
+    def view(self, row: int, links: tuple[Link, ...] = ()) -> KVCache:
+        """One row by itself, of the slots that it uses."""
+        view = copy(self.cache)
+        part = slice(row, row + 1)
+        view.start, view.links = self.cache.start[part], links
+        view.k, view.v = ([each[part, :, : self.used[row]] for each in side] for side in (self.cache.k, self.cache.v))
+        return view
+
+
+class Reading(Rows):
+    """Prompts that are read together, end to end, and kept: each in a row of a shelf."""
+
+    def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], shelf: Shelf) -> None:
+        """nodes: one for each prompt, whose `ends` is its row."""
+        self.cache = shelf.cache
+        super().__init__(nodes, begin, links, self.cache.start.device)
+        lengths = torch.tensor([len(node.tokens) for node in nodes], device=self.tokens.device)
+        rows = torch.tensor([node.ends[0] for node in nodes], device=self.tokens.device)
+        self.last = lengths.cumsum(0) - 1  # [prompts]
+        self.row, self.slot = rows.repeat_interleave(lengths), self.input_pos[0] - begin  # [T] twice
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        """As Rows.attend."""
+        self.cache.k[layer][self.row, :, self.slot] = k[0].transpose(0, 1)  # [T,G,D]
+        self.cache.v[layer][self.row, :, self.slot] = v[0].transpose(0, 1)
+        return super().attend(layer, q, k, v, input_pos, mod)
+
+
+@dataclass
+class Held:
+    """A prompt that has been read, or is about to be. row, group: its own and its group's row, each on its shelf. left:
+    samples that are not finished. error: why there will be none."""
+
+    number: int
+    prompt: Prompt
+    seed: int
+    row: int
+    group: int
+    rows: list[Row]
+    left: int
+    error: str | None = None
+
+
+class Batch:
+    """The samples of many prompts, while they are drawn.
+
+    places: for each of the C rows that decode together, the prompt and the sample that it draws for; None: idle, at
+    position 0 of its own. moved: whether rows have become idle since samples were given any. ready: samples whose first
+    token is drawn and that wait for a row.
+    """
+
+    def __init__(
+        self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally, plan: Plan | None = None
+    ) -> None:
+        self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
+        self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
+        scaling = engine.args.rope_scaling
+        # With scaling by length a token is rotated by that of its whole sequence: nothing is shared.
+        self.shares = scaling is None or not scaling.by_length
+        sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
+        plan = plan or engine.plan_workload(workload(sharing.lengths, request, engine.device))
+        engine.prepare(plan)
+        self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
+        room = Room.within(plan, sharing, request.num_samples)
+        if room.bytes > plan.available:  # the plan has counted a row and its prompt alone
+            sharing = Sharing(0, (), sharing.lengths)
+            room = Room(1, 1, 0, plan.needed)
+        self.sharing, self.room = sharing, room
+        tally.rows = room.rows
+        self.waiting, self.at = deque(sharing.order()), sharing.places()
+        self.ready: deque[tuple[Held, Row]] = deque()
+        self.places: list[tuple[Held, Row] | None] = [None] * room.rows
+        self.moved = True
+        self.ended: list[Outcome] = []
+        self.token_bytes = plan.context // plan.workload.context
+        self.build()
+
+    def build(self) -> None:
+        """The chain, with nothing read."""
+        engine, room, sharing, like = self.engine, self.room, self.sharing, self.engine.model.norm.weight
+        self.root = KVCache.empty(engine.args.kv_shape, 1, sharing.root, like)
+        self.groups = Shelf(engine, room.groups + 1, sharing.longest_group)
+        self.groups.free.pop()  # row 0, of length 0, is for those that are in no group
+        self.resident: dict[int, int] = {0: 0}  # the row of each group that is held
+        self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # members that are not finished
+        self.shelf = Shelf(engine, room.prompts, sharing.longest_rest)
+        self.cache = KVCache.empty(engine.args.kv_shape, room.rows, 0, like, self.request.max_new_tokens)
+        self.cache.links = (Seats(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
+        if sharing.groups:
+            self.cache.links += (Seats(self.groups.cache, self.groups.length, room.rows),)
+        if sharing.root:
+            self.cache.links += (Link(self.root, [0] * room.rows, None),)
+        self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # of one row
+        self.token = torch.zeros(room.rows, 1, dtype=torch.long, device=like.device)
+        self.input_pos = self.token.clone()
+        self.samples, self.seeds = self.token[:, 0].clone(), self.token[:, 0].clone()
+
+    @torch.no_grad()
+    def outcomes(self) -> Iterator[Outcome]:
+        """Each prompt when its last sample is finished."""
+        if self.sharing.root:
+            tokens = self.prompts[0].tokens[: self.sharing.root]
+            self.engine.prefill(self.root, tokens, self.request.prefill_chunk, SILENT)
+            self.tally.read += self.sharing.root
+        while True:
+            self.admit()
+            yield from self.hand_out()
+            if not any(self.places):
+                if self.moved:
+                    continue
+                break
+            self.shrink()
+            self.advance()
+            yield from self.hand_out()
+        assert not self.waiting and not self.ready, "a prompt was left"
+
+    def hand_out(self) -> Iterator[Outcome]:
+        ended, self.ended = self.ended, []
+        yield from ended
+
+    def admit(self) -> None:
+        """Gives idle rows to samples that wait, and reads further prompts where there are too few."""
+        idle = [at for at, place in enumerate(self.places) if place is None] if self.moved else []
+        if not idle:
+            self.moved = False
+            return
+        while len(self.ready) < len(idle) and not self.ended and (held := self.next_prompts()):
+            self.read(held)
+        for at in idle[: len(self.ready)]:
+            self.places[at] = self.ready.popleft()
+        rows = torch.tensor(idle, device=self.token.device)
+        entries = [self.entry(self.places[at]) for at in idle]
+        token, start, sample, seed = torch.tensor(entries, device=self.token.device).T
+        self.token[rows, 0], self.input_pos[rows, 0] = token, start
+        self.cache.start[rows] = start
+        for each in self.cache.tensors:  # as Shelf.give_back
+            each[rows] = 0
+        self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
+        self.samples[rows], self.seeds[rows] = sample, seed
+        self.moved = bool(self.ended)  # by their first token: first they are handed out
+        self.seat()
+
+    def entry(self, place: tuple[Held, Row] | None) -> tuple[int, int, int, int]:
+        """Of a row: its last token, where that is, the sample's index, its seed. An idle one is before all others, as
+        ALiBi wants it, whose biases are relative to the last position of a step."""
+        if place is None:
+            return 0, 0, 0, 0
+        held, row = place
+        return row.sample.tokens[-1], len(held.prompt.tokens), row.sample.index, held.seed
+
+    def seat(self) -> None:
+        """Tells the links which row of theirs each row continues."""
+        parents = [None if place is None else (place[0].row, place[0].group) for place in self.places]
+        seats = [link for link in self.cache.links if isinstance(link, Seats)]
+        for link, each in zip(seats, zip(*((p or (None, None)) for p in parents), strict=True), strict=False):
+            link.seat(each)
+
+    def next_prompts(self) -> list[Held]:
+        """The waiting prompts that have room, in order."""
+        found: list[Held] = []
+        n = self.request.num_samples
+        while self.waiting and self.shelf.free:
+            number = self.waiting[0]
+            group, behind = self.at[number]
+            if group not in self.resident:
+                if not self.groups.free:
+                    break
+                self.read_group(group)
+            self.waiting.popleft()
+            prompt = self.prompts[number]
+            row = self.shelf.take(behind, len(prompt.tokens) - behind)
+            first = self.request.first_index
+            tokenizer = self.engine.tokenizer
+            assert self.request.seed is not None, "generate_many gives it one"
+            seed = seed_of(self.request.seed, prompt.id)
+            rows = [Row(first + each, self.ending, tokenizer, prompt.tokens, False, seed) for each in range(n)]
+            found.append(Held(number, prompt, seed, row, self.resident[group], rows, n))
+        return found
+
+    def read_group(self, number: int) -> None:
+        group, root = self.sharing.groups[number - 1], self.sharing.root
+        row = self.resident[number] = self.groups.take(root, group.length - root)
+        tokens = self.prompts[group.members[0]].tokens[root : group.length]
+        self.engine.prefill(self.groups.view(row, self.above), tokens, self.request.prefill_chunk, SILENT)
+        self.tally.read += len(tokens)
+
+    def read(self, found: Sequence[Held]) -> None:
+        """Reads the rest of each prompt, short ones of the same group together, and draws the first tokens."""
+        chunk, model = self.request.prefill_chunk, self.engine.model
+        for group, behind in sorted({self.at[held.number] for held in found}):
+            view = (Link(self.groups.view(self.resident[group]), [0], None),) if group else ()
+            links, short = (*view, *self.above), {}
+            for held in found:
+                if self.at[held.number][0] != group:
+                    continue
+                tokens = held.prompt.tokens[behind:]
+                self.tally.asked, self.tally.read = (
+                    self.tally.asked + behind + len(tokens),
+                    self.tally.read + len(tokens),
+                )
+                if len(tokens) <= SMALL and self.shares:
+                    short[held.row] = held, Node(tokens, 1, (held.row,))
+                else:
+                    self.start([held], self.engine.prefill(self.shelf.view(held.row, links), tokens, chunk, SILENT))
+            for nodes in batches([node for _, node in short.values()], chunk):
+                reading = Reading(nodes, behind, links, self.shelf)
+                hidden = model.hidden(reading.tokens, reading.input_pos, reading)  # [1,T,dim]
+                self.start([short[node.ends[0]][0] for node in nodes], model.logits(hidden[:, reading.last])[0])
+
+    def start(self, found: Sequence[Held], logits: Tensor) -> None:
+        """Draws the first token of every sample from the logits [prompts,V] before it."""
+        positions, seeds = (
+            torch.tensor(each, device=logits.device)[:, None]
+            for each in ([len(held.prompt.tokens) for held in found], [held.seed for held in found])
+        )
+        samples = torch.tensor([row.sample.index for row in found[0].rows], device=logits.device)
+        random = uniform(seeds, samples, positions)  # [prompts,N]
+        for each, held in enumerate(found):
+            drawn = self.engine.draw(
+                logits[each : each + 1].expand(len(samples), -1), random[each], self.request.sampling
+            )
+            self.record([(held, row) for row in held.rows], [self.agreed(drawn)])
+            if held.error is None:
+                self.ready.extend((held, row) for row in held.rows if row.sample.finish_reason is None)
+
+    def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities [C], the same for all ranks that hold a part of the network: they decide which
+        rows go on."""
+        if self.engine.shard.world == 1:
+            return drawn
+        both = self.engine.shard.agree(torch.stack([each.double() for each in drawn]))  # of which each token is one
+        return both[0].long(), both[1]
+
+    def record(self, places: Sequence[tuple[Held, Row] | None], drawn: Sequence[tuple[Tensor, Tensor]]) -> int:
+        """Brings what steps have drawn, [C] each, to the host, and ends what is done. Returns the tokens recorded."""
+        count = 0
+        tokens, logprobs = (torch.stack(part, 1).tolist() for part in zip(*drawn, strict=True))  # [C][steps] twice
+        for place, *new in zip(places, tokens, logprobs, strict=True):
+            if place is None:
+                continue
+            held, row = place
+            if held.error is not None:
+                continue
+            try:
+                for token, logprob in zip(*new, strict=True):
+                    if row.sample.finish_reason is None:
+                        row.record(token, logprob)
+                        count += 1
+            except FloatingPointError as error:
+                self.fail(held, str(error))
+            if row.sample.finish_reason is not None:
+                self.end(held)
+        self.tally.drawn += count
+        return count
+
+    def fail(self, held: Held, error: str) -> None:
+        """End a prompt that has no samples; its rows leave with those that are done."""
+        held.error, held.left = error, 0
+        self.ready = deque(each for each in self.ready if each[0] is not held)
+        self.release(held)
+
+    def end(self, held: Held) -> None:
+        """One more sample of a prompt is finished; with the last, what it held is free."""
+        held.left -= 1
+        if not held.left:
+            self.release(held)
+
+    def release(self, held: Held) -> None:
+        """Hand out a prompt, and give back what it held."""
+        self.shelf.give_back(held.row)
+        group = self.at[held.number][0]
+        self.remaining[group] -= 1
+        if group and not self.remaining[group]:
+            self.groups.give_back(self.resident.pop(group))
+        samples = [] if held.error is not None else [row.sample for row in held.rows]
+        self.ended.append(Outcome(held.prompt, samples, held.error))
+        self.tally.prompts += held.error is None
+
+    def shrink(self) -> None:
+        """Where nothing waits, rows that are done leave when half are."""
+        if self.waiting or self.ready:
+            return
+        kept = rows_to_keep([place is not None for place in self.places])
+        if len(kept) < len(self.places):
+            self.cache.keep(kept)
+            self.places = [self.places[at] for at in kept]
+            self.token, self.input_pos = self.token[kept], self.input_pos[kept]
+            self.samples, self.seeds = self.samples[kept], self.seeds[kept]
+            self.seat()
+
+    def advance(self) -> None:
+        """The steps to the next look at what they drew."""
+        longest = max(len(place[1].sample.tokens) for place in self.places if place is not None)
+        slots = min(self.request.max_new_tokens, bucket(longest + self.look - 1))
+        self.cache.resize(slots)
+        last, drawn = self.cache.start[:, None] + slots - 1, []
+        for _ in range(self.look):
+            where = self.input_pos.minimum(last)  # a row that is done may be further than the slots in view
+            inputs = StepInput(self.token, where, self.samples, self.seeds)
+            drawn.append(self.agreed(self.step(inputs, self.cache)))
+            self.token, self.input_pos = drawn[-1][0][:, None], self.input_pos + 1
+        tally, held = self.tally, self.shelf.tokens + self.groups.tokens + self.sharing.root
+        context = sum(len(place[0].prompt.tokens) for place in self.places if place is not None)
+        tally.spared = max(tally.spared, (context - held) * self.token_bytes)
+        tally.steps, tally.capacity = tally.steps + self.look, tally.capacity + self.look * len(self.places)
+        tally.busy += self.record(self.places, drawn)
+        for at, place in enumerate(self.places):
+            if place is not None and (place[1].sample.finish_reason is not None or place[0].error is not None):
+                self.places[at], self.moved = None, True
+
+
+def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
+    """Why a prompt cannot be run; None: it can."""
+    try:
+        request.check_length(args.context_limit, len(prompt.tokens))
+        check_tokens(prompt.tokens, args.vocab_size)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def generate_many(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    request: Request,
+    tally: Tally | None = None,
+    plan: Plan | None = None,
+) -> Iterator[Outcome]:
+    """Draws request.num_samples continuations of each prompt, and gives each prompt when it is finished; first those
+    that cannot be run, with the reason. A sample is a function of (request.seed, the prompt's id, its index), and in
+    fp32 that of the prompt alone, drawn with the seed `seed_of`. A prompt whose logits are not finite cannot be run, as
+    is noticed while it is. tally: is kept up to date. plan: of the `workload`, where it is made already.
+
+    Raises ValueError, before any kernel runs, where ids repeat, or the request is not for many prompts or does not fit.
+    """
+    if len({json.dumps(prompt.id) for prompt in prompts}) < len(prompts):
+        raise ValueError("two prompts have the same id: each needs one of its own")
+    if request.attention != "bifurcated" or request.kv_dtype != "auto" or engine.decoder is not None:
+        raise ValueError("many prompts run with attention bifurcated, kv_dtype auto and without a draft")
+    if request.sampling.repetition_penalty != 1:
+        raise ValueError("many prompts run without a repetition_penalty")
+    prompts, request = [replace(prompt, tokens=as_tokens(prompt.tokens)) for prompt in prompts], engine.seeded(request)
+    refused = [refusal(engine.args, request, prompt) for prompt in prompts]
+    sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
+    alone = [prompt for prompt in sound if is_read_anew(engine.args, request, prompt)]
+    together, tally = [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)], tally or Tally()
+    batch = Batch(engine, together, request, tally, plan) if together else None
+
+    def run() -> Iterator[Outcome]:
+        for prompt, reason in zip(prompts, refused, strict=True):
+            if reason is not None:
+                yield Outcome(prompt, [], reason)
+        for prompt in alone:
+            yield draw_alone(engine, prompt, request, tally)
+        if batch is not None:
+            yield from batch.outcomes()
+
+    return run()
+
+
+def is_read_anew(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
+    """Whether rows of the prompt may come to be read anew (RopeScaling.crosses), each when it has grown so long."""
+    scaling, length = args.rope_scaling, len(prompt.tokens)
+    return scaling is not None and scaling.crosses(length, length + request.max_new_tokens)
+
+
+def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: Tally) -> Outcome:
+    """A prompt by itself, as a request of its own."""
+    assert request.seed is not None
+    tokens, samples, error = len(prompt.tokens), list[Sample](), None
+    try:
+        samples = engine.generate(prompt.tokens, replace(request, seed=seed_of(request.seed, prompt.id)))
+    except (ValueError, FloatingPointError) as caught:
+        error = str(caught)
+    drawn = sum(len(sample.tokens) for sample in samples)
+    tally.add(Tally(prompts=1, drawn=drawn, asked=tokens, read=tokens))
+    return Outcome(prompt, samples, error)

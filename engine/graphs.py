@@ -1,0 +1,145 @@
+"""A decode step as one graph: compiled by torch.compile, and on CUDA recorded and replayed as one launch.
+
+PyTorch's own CUDA graphs (mode="reduce-overhead") would copy a cache that a step writes to; here a step keeps to its
+addresses. Without this file and the lines that call it all else works. Shapes: N rows, V vocabulary.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache import KVCache
+from layers.notices import Notice, showing
+from sampling import NOTHING
+
+LONGEST_CHAIN = 3  # links of a cache behind which a step is compiled: each length is a graph of its own
+
+
+class StepInput(NamedTuple):
+    """The rows of a decode step besides their cache: tokens [N,1] at input_pos [N,1], the index of each row's sample
+    [N], the seed, a scalar, or [N] where rows have their own, and for the draw the tokens that each row has already
+    (repetition.py)."""
+
+    tokens: Tensor
+    input_pos: Tensor
+    samples: Tensor
+    seed: Tensor
+    seen: Tensor = NOTHING
+
+
+Step = Callable[[StepInput, KVCache], tuple[Tensor, Tensor]]
+Recording = tuple[Callable[[], None], tuple[Tensor, Tensor]]
+
+
+def compiled(step: Step) -> Step:
+    """A step as one graph for every N >= 2, S >= 2, context and capacity, compiled at its first call. Eager behind a
+    long chain, and for forms of a chain beyond as many as torch.compile keeps graphs of a function."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # a second of imports, which compiling takes anyhow
+
+    def own(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+        return step(inputs, cache)
+
+    own.__code__ = own.__code__.replace()  # torch.compile keeps the graphs of all functions of one code object together
+    # Only what is marked varies: a second model in the process must not turn its other sizes into variables.
+    graph, first = torch.compile(own, fullgraph=True, dynamic=False), [showing("compiling")]
+
+    def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+        if len(cache.links) > LONGEST_CHAIN:
+            notify(f"a context of more than {LONGEST_CHAIN} parts: its steps run uncompiled")
+            return step(inputs, cache)
+        mark_dynamic(inputs, cache)
+        try:
+            with first.pop() if first else nullcontext():
+                return graph(inputs, cache)
+        except FailOnRecompileLimitHit:
+            notify("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
+            return step(inputs, cache)
+
+    return marked
+
+
+@functools.cache
+def notify(text: str) -> None:
+    """Warns of a thing once."""
+    warnings.warn(text, Notice, stacklevel=3)
+
+
+def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
+    """Marks the rows, positions and slots of a step's arguments as sizes that vary, so that no new value of them
+    recompiles.
+
+    A size of 1 cannot be marked: torch.compile always specialises on it.
+    """
+    marks = [(tensor, 0) for tensor in inputs[:4] if tensor.dim()]
+    marks += [(tensor, 1) for tensor in (inputs.tokens, inputs.input_pos)]
+    for each in (cache, *(link.cache for link in cache.links)):
+        marks += [(tensor, dim) for tensor in each.tensors for dim in (0, 2)] + [(each.start, 0)]
+    for link in cache.links:
+        marks += [(tensor, 0) for tensor in (link.index, link.length, link.group, link.place) if tensor is not None]
+    for tensor, dim in marks:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+def record(step: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> Recording:
+    """Runs `step`, which may compile, then records it. Returns what replays it, and the tensors that it then fills."""
+    with torch.cuda.device(device):
+        stream = side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = step()
+    return graph.replay, outputs
+
+
+class RecordedStep:
+    """A step that is recorded anew when an input changes its shape, or the cache its memory, as it does when rows leave
+    it or more slots come into view.
+
+    Recording runs the step; that it writes its keys and values more than once changes nothing, since a position's place
+    is fixed.
+    """
+
+    def __init__(self, step: Step, record: Callable[..., Recording] = record) -> None:
+        self.step, self.record = step, record
+        self.layout: list[tuple] = []
+        self.recording: Recording | None = None
+
+    def __call__(self, inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
+        layout = [(tensor.shape, tensor.dtype) for tensor in inputs] + layout_of(cache)
+        if layout != self.layout:
+            self.layout, self.recording = [], None  # what it holds is free for the next one
+            self.inputs = StepInput(*(tensor.clone() for tensor in inputs))
+            self.recording = self.record(lambda: self.step(self.inputs, cache), inputs.tokens.device)
+            self.layout = layout  # now, since recording may run out of memory
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
+        assert self.recording is not None
+        replay, (first, second) = self.recording
+        replay()
+        return first.clone(), second.clone()
+
+
+def layout_of(cache: KVCache) -> list[tuple]:
+    """All of a chain that a recording depends on: the kind of each cache, and where its tensors lie. Freed memory is
+    handed out again, so an address alone does not tell a new cache from an old one."""
+    tensors = [(type(cache), tensor) for tensor in (*cache.tensors, cache.start)]
+    for link in cache.links:
+        own = (*link.cache.tensors, link.cache.start, link.length, link.group, link.place)
+        tensors += [(type(link.cache), tensor) for tensor in own if tensor is not None]
+    return [(kind, each.data_ptr(), each.shape, each.stride(), each.dtype) for kind, each in tensors]

@@ -1,0 +1,126 @@
+"""Other ways to hold a context than KVCache's: in int8, and the baselines, which hold or make copies of it.
+
+Without this file all samples still share one context. Shapes: N rows, S positions, G key/value heads, T context length,
+L slots of one cache, D head dimension.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from bifurcated_attention import ScoreMod
+from cache import KVCache, Link, sdpa
+from engine.request import LAYOUT_NAMES
+
+
+class SDPACache(KVCache):
+    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
+
+    Without ancestors (`copied`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
+    context is held once, but expanded by reference and concatenated with the row's own keys at every step.
+    """
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        self.write(layer, k, v, input_pos)
+        mask = self.visible(input_pos)  # [N,1,S,L]
+        k, v, positions = self.k[layer], self.v[layer], self.positions()  # [N,G,L,D] twice, [N,L]
+        for link in self.links:
+            visible = link.visible()
+            visible = mask.new_ones(link.cache.rows, 1, 1, link.cache.slots) if visible is None else visible
+            mask = torch.cat([link.expand(visible, len(q)).expand(-1, -1, mask.shape[2], -1), mask], -1)
+            positions = torch.cat([link.expand(link.cache.positions(), len(q)), positions], 1)
+            parent_k, parent_v = (link.expand(tensor, len(q)) for tensor in link.cache.read(layer))  # [N,G,T,D]
+            k, v = torch.cat([parent_k, k], 2), torch.cat([parent_v, v], 2)
+        return sdpa(q, k, v, mask) if mod is None else sdpa(q, k, v, mod.mask(mask, input_pos, positions), mod.softcap)
+
+
+def copied(
+    context: KVCache,
+    n: int,
+    slots: int,
+    reserve: int = 0,
+    length: Tensor | None = None,
+    kind: type[KVCache] = SDPACache,
+) -> KVCache:
+    """The unshared layout: n copies of each row of `context`, with all that it sees, and `slots` further slots.
+
+    length [context rows]: how many of the context's slots are written; None: all. kind: of the cache that is made.
+    """
+    chain = [*reversed(context.links), Link(context, range(context.rows), length)]
+    lengths = [link.lengths() for link in chain]
+    total = max(map(sum, zip(*lengths, strict=True)))
+    k, start = context.k[0], chain[0].cache.start[chain[0].index].repeat_interleave(n)
+    shape = (n * context.rows, k.shape[1], total + slots, k.shape[3])
+    made = kind(context.like, len(context.k), shape, start, total + max(slots, reserve))
+    for layer in range(len(context.k)):
+        sides = zip(made.read(layer), *(link.cache.read(layer) for link in chain), strict=True)  # keys, then values
+        for mine, *theirs in sides:
+            for row in range(context.rows):
+                parts = zip(theirs, chain, lengths, strict=True)
+                seen = torch.cat([part[link.rows[row], :, : each[row]] for part, link, each in parts], 1)  # [G,T,D]
+                mine[row * n : row * n + n, :, : seen.shape[1]] = seen
+    return made
+
+
+class Int8Context(KVCache):
+    """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
+
+    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127.
+    Each channel of the keys is first divided by the root of its largest number: a few channels may be much larger than
+    all others (the biases of Qwen2), and a few tokens too, hence the root. In float16, numbers beyond 65,000 would not
+    come back. What the samples decode stays in the dtype of the network.
+    """
+
+    def __init__(self, context: KVCache) -> None:
+        """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
+
+        def taken(
+            views: list[Tensor], buffers: list[Tensor], channels: list[Tensor]
+        ) -> Iterator[tuple[Tensor, Tensor]]:
+            for channel in channels:
+                buffers.pop(0)
+                yield quantized(views.pop(0), channel)
+
+        self.start, self.links, self.like = context.start, context.links, context.like
+        self.k_channel = [channel_sizes(k) for k in context.k]
+        ones = [self.start.new_ones((), dtype=self.like.dtype)] * len(context.v)
+        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0], self.k_channel), strict=True))
+        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1], ones), strict=True))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return self.k + self.v + self.k_scale + self.v_scale + self.k_channel
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        scales = self.k_scale[layer], self.v_scale[layer]  # [N,G,L,1]
+        k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
+        return k * self.k_channel[layer], v
+
+    def refuse(self, *_: object) -> NoReturn:
+        raise TypeError("a context in int8 is only read: fork it, and write to the fork")
+
+    resize = keep = append = row = write = refuse  # type: ignore[assignment]
+
+
+def channel_sizes(keys: Tensor) -> Tensor:
+    """keys [N,G,L,D] -> what each channel is divided by [N,G,1,D], in their dtype."""
+    size = keys.abs().amax(2, keepdim=True).sqrt()
+    return size.masked_fill(size == 0, 1.0)
+
+
+def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+    """[N,G,L,D], and what its channels are divided by -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype;
+    what was all 0 stays so."""
+    numbers = tensor.float() / channel.float()
+    scale = (numbers.abs().amax(-1, keepdim=True) / 127).to(tensor.dtype)  # before it is used: it is rounded once
+    divisor = scale.float().masked_fill(scale == 0, 1.0)
+    return numbers.div_(divisor).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+# How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
+# copy for each row, and expanded, which copies at each step, are baselines.
+LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = dict(
+    zip(LAYOUT_NAMES, (KVCache.fork, copied, SDPACache.fork), strict=True)
+)

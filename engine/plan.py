@@ -1,0 +1,409 @@
+"""What is decided before anything is loaded, from plain values: device, dtype, memory, packing, whether to compile."""
+
+import ctypes
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from bifurcated_attention import has_fused
+from engine.request import Workload
+from engine.workspace import Workspace
+from layers.kernels import STREAMED_ROWS
+from layers.linear import SMALLEST, can_pack, multiplies_bfloat16, streams
+from layers.moe import Mixture
+from loading.files import counted
+from model import ModelArgs, Transformer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
+    is not the output too. experts: those among them of which it reads but what its rows choose. tied: an embedding that
+    is the output too, of which a packed copy may be made."""
+
+    total: int
+    per_step: int
+    experts: int = 0
+    tied: int = 0
+
+    def read(self, mixture: Mixture | None, rows: int) -> int:
+        """What a step of so many rows is expected to read, were every expert equally likely."""
+        unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
+        return self.per_step - round(unread)
+
+    def with_packed(self, tied: int) -> Self:
+        """With a packed copy of the tied output, of so many bytes; 0: without, for good."""
+        return replace(self, total=self.total + tied, tied=0)
+
+
+def weigh(model: Transformer) -> Weights:
+    """The weights of a network, in memory or on the meta device."""
+    tensors = chain(model.named_parameters(), model.named_buffers())  # one that is tied comes once
+    return weigh_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
+
+
+def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
+    """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
+    total = sum(sizes.values())
+    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
+    embedding = sizes["tok_embeddings.weight"]
+    return Weights(total, total, experts, embedding) if args.tied_output else Weights(total, total - embedding, experts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a workload will run. Sizes are in bytes. rows_at_once: the samples that fit together; more run in waves."""
+
+    workload: Workload
+    weights: Weights
+    mixture: Mixture | None
+    context: int
+    context_while_read: int
+    decoded_per_sample: int
+    copied_per_sample: int  # the contiguous layout's own copy of the context
+    space: Workspace
+    unshared: int
+    available: int
+    rows_at_once: int
+    compiled: bool
+    compile_reason: str
+    packed: bool
+    packed_tied: int  # of the packed copy of a tied output
+    needed: int  # the most that is held: while the prompt is read, or while the rows that run together decode
+
+    @property
+    def waves(self) -> int:
+        return -(-self.workload.num_samples // self.rows_at_once)
+
+    @property
+    def decoded(self) -> int:
+        """Decoded keys and values of the rows that run together, when they are full."""
+        return self.decoded_per_sample * self.rows_at_once
+
+    @property
+    def workspace(self) -> int:
+        """Scores, logits and copies of the context, of the rows that run together."""
+        return self.space.decoding(self.rows_at_once) + self.copied_per_sample * self.rows_at_once
+
+    @property
+    def per_step(self) -> int:
+        """What a decode step must read, halfway: weights, the context's keys and values once, half of the decoded."""
+        return self.weights.read(self.mixture, self.rows_at_once) + self.context + self.decoded // 2
+
+    @property
+    def experts_read(self) -> str:
+        """In words: of how many experts that is."""
+        if self.mixture is None:
+            return ""
+        number = self.mixture.expected(self.rows_at_once)
+        return f", of {number:.1f} of {self.mixture.experts} experts a layer, were all equally likely"
+
+    @property
+    def packed_twice(self) -> str:
+        return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
+
+    def __str__(self) -> str:
+        rows = counted(self.rows_at_once, "sample")
+        return "\n".join(
+            (
+                f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
+                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
+                f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
+                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
+                f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
+                f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
+                f"available                   {human(self.available):>10}",
+                f"waves                       {self.waves:>10}",
+            )
+        )
+
+
+def held_context(args: ModelArgs, work: Workload, dtype: torch.dtype) -> int:
+    """Bytes of the context's keys and values once it is read."""
+    numbers = work.context * args.kv_values_per_token
+    if work.kv_dtype != "int8":
+        return numbers * dtype.itemsize
+    scales = numbers * dtype.itemsize // args.head_dim
+    channels = args.kv_values_per_token // 2 * dtype.itemsize  # of the keys
+    return numbers + scales + channels
+
+
+def plan_run(
+    args: ModelArgs,
+    weights: Weights,
+    work: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    available: int,
+    compile: bool | None = None,
+) -> Plan:
+    """The plan for a workload. compile None: where it pays. Raises ValueError where not one sample fits `available`."""
+    context, token = work.context, args.kv_values_per_token * dtype.itemsize
+    own = work.own_slots
+    total, decoded = context + own, own * (token + work.draft_token)
+    copied = context * token if work.attention == "contiguous" else 0
+    space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
+    sizes = context * token, held_context(args, work, dtype)
+    read, held = (size + context * work.draft_token for size in sizes)  # while the prompt is read, and after that
+
+    scaling = args.rope_scaling
+    anew = scaling is not None and scaling.crosses(context, total)  # all that is held, while it is read once more
+    longer = replace(space, work=replace(work, context=scaling.original_context)) if scaling and anew else space
+
+    def needed(rows: int) -> int:
+        most = max(read + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
+        if anew:
+            most = 2 * (read + rows * (decoded + copied)) + max(longer.reading(), space.decoding(rows))
+        return weights.total + most
+
+    if needed(1) > available:
+        raise ValueError(
+            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} while it "
+            f"is read), {human(available)} is available: shorten the prompt, or raise --max_memory"
+        )
+    rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
+    waves = -(-work.num_samples // rows)
+    rows = -(-work.num_samples // waves)  # waves of one size
+    steps = work.runs * waves * work.max_new_tokens
+    step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
+    seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
+    compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
+    packed = choose_packing(device, dtype, args, steps, rows * (1 + work.drafted))
+    packed_tied = weights.tied if packed and weights.tied <= available - needed(rows) else 0
+    return Plan(
+        workload=work,
+        weights=weights,
+        mixture=args.mixture,
+        context=held,
+        context_while_read=read,
+        decoded_per_sample=decoded,
+        copied_per_sample=copied,
+        space=space,
+        unshared=work.num_samples * total * token,
+        available=available,
+        rows_at_once=rows,
+        compiled=compiled,
+        compile_reason=why,
+        packed=packed,
+        packed_tied=packed_tied,
+        needed=needed(rows) + packed_tied,
+    )
+
+
+def longest_context(
+    args: ModelArgs,
+    weights: Weights,
+    work: Workload,
+    device: torch.device,
+    dtype: torch.dtype,
+    available: int,
+    compile: bool | None,
+) -> int:
+    """How many tokens, prompt and new ones, fit the model, and with one sample of this workload the memory."""
+    least, most = work.max_new_tokens, max(work.max_new_tokens, args.context_limit)  # the first is taken to fit
+    while least < most:
+        total = (least + most + 1) // 2
+        try:
+            context = total - work.max_new_tokens
+            plan_run(args, weights, replace(work, context=context, num_samples=1), device, dtype, available, compile)
+            least = total
+        except ValueError:
+            most = total - 1
+    return min(least, args.context_limit)
+
+
+def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --prefill_chunk") -> ValueError | None:
+    """What it means to the user that memory has run out, and the flags that lower what is needed; None where the error
+    is another. On a CPU PyTorch raises a RuntimeError."""
+    told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not told:
+        return None
+    why = next(iter(str(error).splitlines()), "") or "no memory is left"
+    return ValueError(f"{why}: give a lower {flags}")
+
+
+def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether rows that decode together need no fork: a single one goes on in the context's own cache, a chain of one.
+    But the fused kernel that splits long keys over a GPU takes no mask, and so wants the context by itself."""
+    alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
+    return alone and not has_fused(device, dtype, args.head_dim)
+
+
+def human(size: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+UNTOLD = 1 << 40  # free bytes of a system that does not tell
+
+
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Free bytes on the device; on a CPU also within the limit of a container (control groups, version 2), and a part
+    of them where so many processes run on it together."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu() // processes
+
+
+def free_on_cpu() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError, OSError):  # as on Windows: --max_memory says it
+            return UNTOLD
+    lines = meminfo.read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # cached files give way
+        free = min(free, int(limit) - used)
+    return free
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the large blocks that a step frees for the next step, for the rest of this process.
+
+    By default it hands them back to the system, and every step pays for page faults on fresh ones: at N = 64 and a
+    context of 4096 that was a third of a compiled step, whose scores are one block (BENCHMARKS.md). A setting of the
+    process, so `main` asks for it and a library does not; elsewhere than on glibc it does nothing.
+    """
+    if (mallopt := libc("mallopt")) is not None:
+        mallopt(ctypes.c_int(-3), ctypes.c_int(32 << 20))  # M_MMAP_THRESHOLD, at its maximum
+        mallopt(ctypes.c_int(-1), ctypes.c_int(2**31 - 1))  # M_TRIM_THRESHOLD
+
+
+def peak_memory(device: torch.device) -> tuple[int, int | None]:
+    """The most bytes of its own that this process has held on the device so far, and those of mapped files that are in
+    memory for it now; None where the system does not tell them apart, and the first is of both.
+
+    Linux has the peak of both together. Files come into memory and stay, so it held them at the peak too, but for what
+    it read afterwards.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), None
+    if os.name != "posix":
+        return 0, None
+    status = Path("/proc/self/status")
+    pages = dict(re.findall(r"^(\w+):\s+(\d+) kB", status.read_text(), re.MULTILINE)) if status.exists() else {}
+    if not {"VmHWM", "RssAnon", "RssFile", "RssShmem"} <= pages.keys():
+        import resource  # not on every system
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), None
+    peak, own, *mapped = (1024 * int(pages[name]) for name in ("VmHWM", "RssAnon", "RssFile", "RssShmem"))
+    return max(own, peak - sum(mapped)), sum(mapped)
+
+
+def release_freed_memory(device: torch.device) -> None:
+    """Hands freed memory back to the system, between phases that need blocks of other sizes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    elif (malloc_trim := libc("malloc_trim")) is not None:
+        malloc_trim(ctypes.c_size_t(0))
+
+
+def libc(name: str) -> Callable[..., int] | None:
+    """A function of the C library of this process, None where it has no such one."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
+
+
+def choose_device(name: str) -> torch.device:
+    """--device. Raises ValueError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known: use cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found; cpu is")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype; auto is bfloat16, except on a CPU without instructions for it. Raises ValueError on another name."""
+    if name not in ("auto", "bfloat16", "float16", "float32"):
+        raise ValueError(f"dtype {name!r} is not known: use auto, bfloat16, float16 or float32")
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
+
+
+# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03.
+REPAYS_PACKING = 20
+
+
+def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
+    """Whether to pack the weights for a run of so many decode steps, of so many rows (or of one row's positions): where
+    the feed-forward ones are large enough, it is repaid, and the rows are not so few that plain weights are streamed.
+    Experts are most of a mixture, and see their share of the rows."""
+    large = args.dim * args.hidden_dim >= SMALLEST
+    seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
+    few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
+    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and not few
+
+
+# Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
+# right. An operation is a multiplication or an addition: on a CPU in bfloat16 with instructions for it, and without.
+COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
+EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
+COMPILING_SAVES = 0.25  # of a step
+
+
+def step_operations(args: ModelArgs, context: float, rows: int) -> float:
+    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
+    attention = args.n_head * args.head_dim
+    width = args.mixture.used * args.mixture.width + args.mixture.shared if args.mixture else args.hidden_dim
+    per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * width)
+    weights = args.n_layer * per_layer + args.dim * args.vocab_size
+    return 2 * rows * (weights + 2 * args.n_layer * attention * context)
+
+
+def estimate_step(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, context: float, rows: int, step_bytes: int
+) -> float:
+    """Seconds of an eager step of so many rows that reads step_bytes, behind `context` tokens."""
+    fast = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16()
+    operations = step_operations(args, context, rows) * EAGER_PER_OPERATION[device.type, fast]
+    return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile would find what it needs."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    return bool(shutil.which(compiler)) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
+    """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
+
+    steps: decode steps of the run; step_seconds: of one, eagerly. The estimate uses no clock, so that the same command
+    always takes the same path.
+    """
+    if asked is False:
+        return False, "--no-compile"
+    if not has_compiler():
+        return False, "no C++ compiler, or no Python.h, was found: running eagerly"
+    if asked:
+        return True, "--compile"
+    decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER
+    return (
+        decode * COMPILING_SAVES > cost,
+        f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s",
+    )

@@ -1,0 +1,139 @@
+"""What is asked of a run, in plain values.
+
+PyTorch takes seconds to import, so that the command line, which needs these for its flags and their defaults, is read
+before: nothing here imports it.
+"""
+
+import numbers
+import operator
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loading.files import counted
+
+# How N samples hold one context: layouts.py has the caches of that name.
+LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
+
+
+def as_tokens(tokens: Sequence[int]) -> list[int]:
+    """The same as a list of ints. Raises ValueError where they are none."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError:
+        raise ValueError(f"{tokens!r:.60} is not a list of tokens: tokenizer.encode gives those of a text") from None
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError where a token has no row in the model's embedding."""
+    for id in (min(tokens, default=0), max(tokens, default=0)):
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"token {id} is not one of the model's {vocab_size}: use the model's own tokenizer")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
+    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
+    least min_p times as likely as the most likely). repetition_penalty: of the tokens that a text has already, before
+    all else (repetition.py); 1 is off."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 (the most likely token) or at least 1e-6")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k} must be at least 1, or on the command line 0, which is off")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must be from 0 to 1")
+        if not 1e-6 <= self.repetition_penalty <= 1e6:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be from 1e-6 to 1e6; 1 is off")
+
+
+def new_seed() -> int:
+    """A random seed below 2^31."""
+    return int.from_bytes(os.urandom(4), "little") >> 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype, prefill_chunk, sampling: as in
+    Request. runs: of the same. drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of
+    a token's keys and values in a draft of its own."""
+
+    context: int
+    num_samples: int
+    max_new_tokens: int
+    attention: str = "bifurcated"
+    kv_dtype: str = "auto"
+    runs: int = 1
+    drafted: int = 0
+    draft_token: int = 0
+    prefill_chunk: int = 512
+    sampling: Sampling = Sampling()
+
+    @property
+    def own_slots(self) -> int:
+        """Of a row, for what it decodes."""
+        return self.max_new_tokens + self.drafted
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. seed: same seed, same samples; None: each call draws a new one, which its samples name. attention:
+    one of LAYOUT_NAMES. eos_ids: None is the engine's own. prefill_chunk: tokens of the
+    prompt read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype:
+    of the context's keys and values while samples decode from it: auto, the network's, or int8. first_index: of the
+    samples; a replica draws a part of them."""
+
+    num_samples: int = 1
+    max_new_tokens: int = 200
+    sampling: Sampling = Sampling(0.8, top_k=200)
+    seed: int | None = None
+    attention: str = "bifurcated"
+    eos_ids: frozenset[int] | None = None
+    stop: tuple[str, ...] = ()
+    prefill_chunk: int = 512
+    rows_at_once: int | None = None
+    kv_dtype: str = "auto"
+    first_index: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "prefill_chunk", "rows_at_once", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral | None):
+                raise ValueError(f"{name} {value!r} is not a whole number")
+            if name != "seed" and value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1")
+        if self.attention not in LAYOUT_NAMES:
+            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUT_NAMES)}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
+        if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
+        if isinstance(self.stop, str) or not all(isinstance(each, str) for each in self.stop):
+            raise ValueError(f"stop {self.stop!r} is not a tuple of texts: give one, such as ('END',)")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: it would end every sample at once")
+
+    def check_length(self, limit: int, context: int) -> None:
+        """Raises ValueError where `context` tokens and the new ones are more than the model's limit."""
+        if context < 1:
+            raise ValueError("the prompt is empty: give at least one token")
+        if (total := context + self.max_new_tokens) > limit:
+            raise ValueError(
+                f"prompt of {counted(context, 'token')} + max_new_tokens {self.max_new_tokens} = {total} is over the "
+                f"model's context limit of {limit}: shorten one of them"
+            )
+
+    def workload(self, context: int, runs: int = 1) -> Workload:
+        sizes = (context, self.num_samples, self.max_new_tokens)
+        how = self.attention, self.kv_dtype, runs
+        return Workload(*sizes, *how, prefill_chunk=self.prefill_chunk, sampling=self.sampling)

@@ -1,0 +1,1 @@
+"""What the network is built of, and the kernels below it."""

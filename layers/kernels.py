@@ -1,0 +1,379 @@
+"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches,
+products with weights in int8 and int4, and of one or two rows with plain ones, and the random numbers of a draw.
+
+The definitions are bifurcated_attention.py and sampling.py, in plain PyTorch. They are what runs where there is no
+compiler, a build fails, or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete
+this file and the lines that call it, and all else works.
+
+The library is built at first use by the compiler that torch.compile would take, into torch.compile's cache folder, by a
+name made of the source, the flags and the CPU; another process finds it there.
+
+Shapes: N rows, S positions, H query heads, G key/value heads, L slots of one cache, D head dimension, R its rows.
+"""
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import sampling
+from bifurcated_attention import ScoreMod, differentiated
+from layers.notices import Notice, showing
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120  # after which a compiler is given up
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
+LARGEST_HEAD_DIM = 256
+NUMBERS_PER_THREAD = 1 << 15  # random numbers: what PyTorch's element-wise operations give to one thread
+NO_SUCH_ROW = 2  # of enum Status of kernels.cpp
+STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
+
+
+@dataclass(frozen=True)
+class Library:
+    """The operators, loaded; or None, and why."""
+
+    functions: ctypes.CDLL | None
+    note: str
+
+
+def cache_folder() -> Path:
+    """A user's own folder where torch.compile keeps what it built; asked of PyTorch it would cost a second of
+    imports."""
+    user = os.getuid() if os.name == "posix" else getpass.getuser()
+    default = Path(tempfile.gettempdir(), f"torchinductor_{user}")
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / f"kernels-{user}"  # the first may be of many
+
+
+def check_own(path: Path) -> None:
+    """Raises PermissionError where somebody else may have put there what would be run."""
+    found = path.stat()
+    if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        raise PermissionError(f"{path} can be written by others")
+
+
+def cpu_flags() -> str:
+    """What a build with -march=native depends on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = [line for line in lines if line.startswith(("flags", "Features", "CPU part", "model name"))]
+    return "\n".join([platform.machine(), platform.processor(), *sorted(set(flags))])
+
+
+def build(compiler: str, target: Path, *flags: str) -> None:
+    """Raises OSError or subprocess.SubprocessError."""
+    target.parent.mkdir(0o700, parents=True, exist_ok=True)
+    check_own(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder, target.name)
+        command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
+        with showing("building kernels, once"):
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
+        made.chmod(0o700)  # whatever the umask: what others may write is not loaded
+        made.replace(target)  # at once: another process may be building too
+
+
+@functools.cache
+def library() -> Library:
+    """Built at first use, and loaded."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    try:
+        key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
+        target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+        if target.exists():
+            with suppress(OSError, AttributeError):  # cut short, or made for another system: built anew
+                return load(target)
+        if not shutil.which(compiler):
+            return Library(None, "no C++ compiler")
+        build(compiler, target)
+        return load(target)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        why = f"not built: {reason(error)}"
+        warnings.warn(f"kernels.cpp was {why}: PyTorch's operators run in its place, slower", Notice, stacklevel=2)
+        return Library(None, why)
+
+
+def reason(error: Exception) -> str:
+    """Why a build failed, in a few words: of a compiler that complains, its first error."""
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = [line for line in (error.stderr or "").splitlines() if "error" in line or "cannot find" in line]
+        return f"{error.cmd[0]}: {lines[0]}" if lines else f"{error.cmd[0]} ends with status {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} takes more than {BUILD_SECONDS} s"
+    return str(error)
+
+
+def load(path: Path) -> Library:
+    """Raises OSError or AttributeError where it is not what was built, or others may have put it there."""
+    check_own(path.parent)
+    check_own(path)
+    functions = ctypes.CDLL(str(path))
+    functions.attend.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_float]
+    functions.multiply.argtypes = [ctypes.c_void_p]
+    functions.numbers.argtypes = [ctypes.c_void_p]
+    functions.attend.restype = functions.multiply.restype = ctypes.c_int
+    functions.numbers.restype = None
+    return Library(functions, "kernels.cpp")
+
+
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the operator takes such queries, and is there. The first call may build it."""
+    fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM
+    return (
+        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and library().functions is not None
+    )
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """For the report: what reads keys and values while decoding."""
+    if takes(device, dtype, head_dim):
+        return library().note
+    wanted = device.type == "cpu" and library().functions is None
+    return f"torch ({library().note})" if wanted else "torch"
+
+
+class Part(NamedTuple):
+    """One cache of a chain as rows see it: k, v [R,G,L,D] and, where these are int8, their scales [R,G,L,1]; start [R],
+    the position of each row's first slot. rows [N]: which row of the cache each row of queries continues; None: its
+    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all. k_channel
+    [R,G,1,D]: by which int8 keys are multiplied besides."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    start: Tensor
+    rows: Tensor | None = None
+    length: Tensor | None = None
+    k_channel: Tensor | None = None
+
+
+def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | None) -> tuple[Tensor, Tensor]:
+    """Attention of q [N,H,S,D] at input_pos [N,S] over all parts of a chain -> out [N,H,S,D] in q's dtype, lse [N,H,S],
+    natural, fp32; 0 and -inf where a query sees nothing."""
+    mod = mod or ScoreMod()
+    window, softcap = mod.window or 0, mod.softcap or 0.0
+    tensors = [tensor for part in parts for tensor in part]
+    return torch.ops.bifurcated.attend(q, tensors, input_pos, mod.slopes, window, softcap)
+
+
+class Chain(Protocol):
+    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales and the keys'
+    channels, of every layer; each of links has a cache, for each row the index of the row that it continues, and how
+    much of that is written."""
+
+    k: list[Tensor]
+    start: Tensor
+
+    @property
+    def links(self) -> Sequence[Any]: ...
+
+    @property
+    def tensors(self) -> list[Tensor]: ...
+
+
+def part(cache: Chain, layer: int, rows: Tensor | None = None, length: Tensor | None = None) -> Part:
+    k, v, k_scale, v_scale, k_channel = (*cache.tensors[layer :: len(cache.k)], None, None, None)[:5]
+    return Part(k, v, k_scale, v_scale, cache.start, rows, length, k_channel)  # type: ignore[arg-type]
+
+
+def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+    """Attention of q [N,H,S,D] at input_pos [N,S] to a cache and all that it continues -> [N,H,S,D]."""
+    ancestors = [part(link.cache, layer, link.index, link.length) for link in cache.links]
+    return attend(q, [part(cache, layer), *ancestors], input_pos, mod)[0]
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
+    """Addresses and strides of keys and values, [R,G,L,...] each, in the order of kernels.cpp."""
+    if k is None or v is None:
+        return [0] * 8
+    of_k, of_v = k.stride(), v.stride()
+    return [k.data_ptr(), v.data_ptr(), of_k[0], of_v[0], of_k[1], of_v[1], of_k[2], of_v[2]]
+
+
+def check_gradients(name: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError where autograd would need the gradients of an operator."""
+    if differentiated(*tensors):
+        raise NotImplementedError(f"{name} has no gradients: call it under torch.no_grad()")
+
+
+def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Raises ValueError where a tensor is not as kernels.cpp reads it."""
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        found = f"{tensor.dtype} {list(tensor.shape)}" + ", with gaps" * (not tensor.is_contiguous())
+        raise ValueError(f"{name} is {found}: expected {dtype} {list(shape)}, contiguous")
+
+
+def check_part(part: Part, q: Tensor) -> None:
+    """Raises ValueError where a part is not as kernels.cpp reads it, behind queries [N,H,S,D]."""
+    k, v, k_scale, v_scale, start, rows, length, k_channel = part
+    R, G, L, D = k.shape
+    N, H, _, head_dim = q.shape
+    if head_dim != D or v.shape != k.shape or G == 0 or H % G or (rows is None and R != N):
+        raise ValueError(f"q {list(q.shape)} does not fit k {list(k.shape)} and v {list(v.shape)}")
+    if k.dtype not in (q.dtype, torch.int8) or v.dtype != k.dtype:
+        raise ValueError(f"keys are {k.dtype} and values {v.dtype}: expected {q.dtype}, as q, or int8")
+    if k.stride(3) != 1 or v.stride(3) != 1 or k.stride(2) % 2 and k.dtype == torch.bfloat16:
+        raise ValueError(
+            f"keys or values have strides {k.stride()} and {v.stride()}: expected 1, of bfloat16 even ones"
+        )
+    for scale in (k_scale, v_scale) if k.dtype == torch.int8 else ():
+        if scale is None or scale.dtype != q.dtype or scale.shape != (R, G, L, 1):
+            raise ValueError(f"int8 needs scales {[R, G, L, 1]} in {q.dtype}")
+    check("start", start, torch.long, R)
+    if rows is not None:
+        check("rows", rows, torch.long, N)
+    if length is not None:
+        check("length", length, torch.long, R)
+    if k_channel is not None:
+        check("k_channel", k_channel, q.dtype, R, G, 1, D)
+
+
+def run_attend(
+    q: Tensor, tensors: list[Tensor | None], input_pos: Tensor, slopes: Tensor | None, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """`attend` as an operator. tensors: of all parts, one after another."""
+    check_gradients("attention by kernels.cpp", q, slopes, *tensors)
+    size = len(Part._fields)
+    parts = [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
+    out, lse = attend_shape(q)
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    N, H, S, D = q.shape
+    odd = D % 2 and q.dtype == torch.bfloat16
+    if q.dtype not in (torch.float32, torch.bfloat16) or odd or D > LARGEST_HEAD_DIM:
+        most = f"up to {LARGEST_HEAD_DIM} numbers, in bfloat16 an even count"
+        raise ValueError(f"queries are {q.dtype} [..., {D}]: expected float32 or bfloat16, {most}")
+    q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
+    check("input_pos", input_pos, torch.long, N, S)
+    if slopes is not None:
+        check("slopes", slopes, torch.float32, H)
+    call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
+    call += [N, H, S, D, parts[0].k.shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(parts)]
+    of_parts = len(call)
+    for each in parts:
+        check_part(each, q)
+        k, v, _, _, *indices = each
+        call += [*pair(k, v), *pair(each.k_scale, each.v_scale), *map(address, indices)]
+        call += [k.shape[0], k.shape[2], TYPES[k.dtype]]
+    given = (ctypes.c_int64 * len(call))(*call)
+    first = ctypes.addressof(given)
+    status = functions.attend(first, first + 8 * of_parts, D**-0.5, softcap)
+    if status == NO_SUCH_ROW:
+        sizes = " and ".join(
+            f"{each.rows.tolist()} of a cache of {len(each.k)}" for each in parts if each.rows is not None
+        )
+        raise IndexError(f"rows {sizes}")
+    if status:
+        raise MemoryError(f"attention of {N} rows at {S} positions")
+    return out, lse
+
+
+def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """What torch.compile needs to know of it. The heads of a position lie together, as the next product wants them."""
+    N, H, S, D = q.shape
+    return q.new_empty(N, S, H, D).transpose(1, 2), q.new_empty(N, H, S, dtype=torch.float32)
+
+
+def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
+    """Whether the operators take weights of such a shape on a CPU, and are there."""
+    fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
+    return fits and library().functions is not None
+
+
+def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
+    are as few as to wait for it; of more rows PyTorch's product is faster."""
+    check_gradients("streamed_linear", x, weight, bias)
+    fits = x.dtype == weight.dtype and weight.is_contiguous() and multiplies(x.dtype, x.shape[-1], x.shape[-1])
+    if x.numel() > STREAMED_ROWS * x.shape[-1] or not fits:
+        return F.linear(x, weight, bias)
+    return run_linear(x, weight, None, None, bias)
+
+
+def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [...,in] -> [...,out]. An Int8Weight of linear.py; with zeros, an Int4Weight. Sums are in fp32."""
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    check_gradients("a product by kernels.cpp", x, values, scales, zeros, bias)
+    outputs, inputs = values.shape[0], x.shape[-1]
+    group = inputs if zeros is None else inputs // zeros.shape[1]
+    if not multiplies(x.dtype, inputs, group):
+        raise ValueError(f"x is {x.dtype} [..., {inputs}] in groups of {group}: expected float32 or bfloat16, and 32s")
+    if scales is None:
+        check("weight", values, x.dtype, outputs, inputs)
+    elif zeros is None:
+        check("values", values, torch.int8, outputs, inputs)
+        check("scales", scales, torch.bfloat16, outputs)
+    else:
+        check("values", values, torch.uint8, outputs, inputs // 2)
+        check("scales", scales, torch.bfloat16, outputs, inputs // group)
+        check("zeros", zeros, torch.bfloat16, outputs, inputs // group)
+    product, x = linear_shape(x, values), x.contiguous()
+    tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
+    sizes = [x.numel() // inputs, outputs, inputs, group, TYPES[x.dtype], torch.get_num_threads()]
+    if functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes)):
+        raise MemoryError(f"a product of {sizes[0]} rows")
+    return product if bias is None else product.add_(bias)
+
+
+def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
+    """What torch.compile needs to know of it."""
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
+    """sampling.of_tokens, by the kernel where there is one."""
+    if rows.device.type != "cpu" or library().functions is None:
+        return sampling.of_tokens(rows, tokens)
+    return numbers(sampling.token_keys(rows), tokens)
+
+
+def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
+    """sampling.of_tokens for the keys [N] of rows and tokens [N,K], int64 -> fp64 [N,K]."""
+    functions = library().functions
+    assert functions is not None, "chosen where there is no library"
+    assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    made = torch.empty(tokens.shape, dtype=torch.float64)
+    threads = torch.get_num_threads() if made.numel() > NUMBERS_PER_THREAD else 1
+    call = [keys.data_ptr(), tokens.data_ptr(), made.data_ptr(), *tokens.shape, tokens.stride(0), threads]
+    functions.numbers((ctypes.c_int64 * len(call))(*call))
+    return made
+
+
+OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
+OPERATORS.define(
+    "attend(Tensor q, Tensor?[] tensors, Tensor input_pos, Tensor? slopes, int window, float softcap) "
+    "-> (Tensor, Tensor)"
+)
+OPERATORS.impl("attend", run_attend, "CPU")
+OPERATORS.impl("attend", attend_shape, "Meta")
+OPERATORS.define("quantised_linear(Tensor x, Tensor values, Tensor scales, Tensor? zeros, Tensor? bias) -> Tensor")
+OPERATORS.impl("quantised_linear", run_linear, "CPU")
+OPERATORS.impl("quantised_linear", linear_shape, "Meta")
+OPERATORS.define("streamed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+OPERATORS.impl("streamed_linear", run_streamed, "CPU")
+OPERATORS.impl("streamed_linear", linear_shape, "Meta")

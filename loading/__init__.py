@@ -1,0 +1,1 @@
+"""A folder, or a name of the hub, to weights and a tokenizer."""

@@ -1,0 +1,444 @@
+"""Model files on disk -> (ModelArgs, weights). The one place that knows where they lie and how they are stored.
+
+A checkpoint is a folder with config.json, in the schema of Hugging Face, and the weights: model.pth (a state dict under
+this repository's names), or *.safetensors or pytorch_model*.bin (under Hugging Face's; families.py), or it is one file
+of karpathy/tinyllamas. A quantised model.pth holds its recipe beside its state dict. What a model is stands in its
+metadata; nothing is guessed from a path. Weights are mapped, not read: a page comes into memory when it is first used.
+"""
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
+from types import GenericAlias
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import Parameter
+
+from layers.linear import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from layers.moe import group_experts
+from loading.families import (
+    args_from_config,
+    from_tinyllamas,
+    is_tinyllamas,
+    our_tensors,
+    their_name,
+    tinyllamas_config,
+)
+from loading.files import (
+    ADAPTER,
+    ADAPTS,
+    check_plain,
+    check_stays,
+    companions,
+    kind_of,
+    read_json,
+    replace_file,
+    snapshot,
+    weight_files,
+)
+from model import ModelArgs, Transformer, empty_model
+from tp import WHOLE, Shard
+
+RECIPE_VERSION = 1
+ENDS = ("tok_embeddings.weight", "output.weight")  # one tensor where they are tied
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the weights of a checkpoint were quantised; stored in its file.
+
+    layers: of each quantised linear layer, "int8" or "int4". groupsize: of int4, 0 where no layer is that. kept: those
+    that groupsize does not divide, in 16 bits. rounded: experts that a calibration text gave too few tokens. The
+    calibration fields are None where no text was read.
+    """
+
+    mode: str
+    layers: dict[str, str]
+    kept: tuple[str, ...] = ()
+    groupsize: int = 0
+    calibration_file: str | None = None
+    calibration_sha256: str | None = None
+    calibration_sequences: int | None = None
+    calibration_seq_length: int | None = None
+    act_order: bool = False
+    rounded: tuple[str, ...] = ()
+    torch_version: str = str(torch.__version__)
+    version: int = RECIPE_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a model lies and what its metadata says. No weight is read, but an output beside a tied embedding."""
+
+    folder: Path
+    weights: tuple[Path, ...]
+    config: dict[str, Any]
+    args: ModelArgs
+    eos_ids: frozenset[int]
+    recipe: Recipe | None = None
+
+
+def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = weight_files) -> Checkpoint:
+    """Reads the metadata of a checkpoint. path: its folder, the model.pth in it, a file of karpathy/tinyllamas, or a
+    repository's folder in the hub's cache. choose: a folder's weights.
+
+    Raises FileNotFoundError where a file is missing and ValueError where one does not say what it must.
+    """
+    path = snapshot(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
+    folder = path if path.is_dir() else path.parent
+    weights = choose(folder) if path.is_dir() else (path,)
+    if (folder / ADAPTER).exists():
+        raise ValueError(f"{folder} has {ADAPTS}")
+    pickled = weights[0].name == "model.pth" or path.is_file() and path.suffix != ".safetensors"
+    found: Any = unpickle(weights[0]) if pickled else None
+    if is_tinyllamas(found):
+        try:
+            config, source = tinyllamas_config(found), path
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    elif not (folder / "config.json").exists():
+        raise FileNotFoundError(f"no config.json beside {weights[0]}: it holds the model's shape")
+    else:
+        source = folder / "config.json"
+        config = read_json(source)
+    try:
+        args = args_from_config(config)
+        eos_ids = as_ids(config.get("eos_token_id"))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field is of another type or size
+        raise ValueError(f"{source}: {error}") from error
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        try:
+            eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from error
+    recipe = read_recipe(found["recipe"], weights[0]) if is_quantised(found) else None
+    checkpoint = Checkpoint(folder, weights, config, args, eos_ids, recipe)
+    return replace(checkpoint, args=replace(args, tied_output=args.tied_output and is_tied(checkpoint)))
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether a tied model's file has no output of other values than the embedding's: it would be the one to use, as in
+    transformers."""
+    if checkpoint.recipe is not None and "output" in checkpoint.recipe.layers:
+        return False
+    stored = read_stored(checkpoint)
+    ends = [stored[name].tensor for name in ENDS if name in stored]
+    return len(ends) < 2 or (ends[0].shape, ends[0].dtype) == (ends[1].shape, ends[1].dtype) and torch.equal(*ends)
+
+
+def is_quantised(found: object) -> bool:
+    """Whether an unpickled file has the layout of save_quantised."""
+    return isinstance(found, dict) and found.keys() == {"recipe", "state"}
+
+
+def read_recipe(values: Any, path: Path) -> Recipe:
+    """Raises ValueError where it is not one that this version knows."""
+    values = values if isinstance(values, dict) else {}
+    version, kinds = values.get("version"), get_type_hints(Recipe)
+    if isinstance(version, int) and version != RECIPE_VERSION:
+        raise ValueError(f"{path}: its recipe is of another version, {version}: quantise the model again")
+    wrong = [name for name in ("mode", "layers", "version") if name not in values]
+    wrong += [name for name, value in values.items() if name not in kinds or not is_of(value, kinds[name])]
+    if not wrong and not KINDS.keys() >= set(values["layers"].values()):
+        wrong = ["layers"]
+    if not wrong and "int4" in values["layers"].values() and values.get("groupsize", 0) < 1:
+        wrong = ["groupsize"]
+    if wrong:
+        raise ValueError(f"{path}: its recipe cannot be read ({wrong[0]!r}): quantise the model again")
+    return Recipe(**values)
+
+
+def is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of the type of a field of Recipe: a plain one, or a dict or tuple of strings."""
+    if not isinstance(kind, GenericAlias):
+        return isinstance(value, kind)
+    if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
+        return False
+    return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
+
+
+def as_ids(value: int | list[int] | None) -> frozenset[int]:
+    """The three forms that eos_token_id takes."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise ValueError(f"eos_token_id {value!r} is not a token id, nor a list of them")
+    return frozenset(ids)
+
+
+class Stored(NamedTuple):
+    """A tensor, or a part of one, and where it lies: the file, and the name that it has there."""
+
+    tensor: Tensor
+    path: Path
+    name: str
+
+
+def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The tensors under our names, mapped. Raises ValueError where a file is truncated or of another kind, or where two
+    hold the same tensor."""
+    state: dict[str, Stored] = {}
+    for path in checkpoint.weights:
+        found: Any = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
+        found = found["state"] if is_quantised(found) else found
+        check_state(found["model"] if is_tinyllamas(found) else found, path)
+        if is_tinyllamas(found):
+            try:
+                found = from_tinyllamas(found["model"], checkpoint.args.head_dim)
+            except (RuntimeError, IndexError, AttributeError) as error:
+                raise ValueError(f"{path}: a tensor is not of the shape that model_args tell: {error}") from error
+        for name, tensor in found.items():
+            parts = our_tensors(name, tensor, checkpoint.config) if has_their_names(path) else {name: tensor}
+            for ours, part in parts.items():
+                if (other := state.get(ours)) is not None:
+                    both = f"{other.name} of {other.path} and {name} of {path}"
+                    raise ValueError(f"{both} are the same tensor of the model: leave out the one that is not its own")
+                state[ours] = Stored(part, path, name)
+    return state
+
+
+def has_their_names(path: Path) -> bool:
+    """Whether the tensors in a file have Hugging Face's names."""
+    return path.suffix in (".safetensors", ".bin")
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors under our names, mapped; a tied output is the embedding. Raises ValueError as read_stored, and where
+    they are not those that config.json tells of."""
+    state = read_stored(checkpoint)
+    ends = [state[name] for name in ENDS if name in state]
+    if checkpoint.args.tied_output and ends:
+        state |= dict.fromkeys(ENDS, ends[0])
+    check_weights(checkpoint, state)
+    return {name: stored.tensor for name, stored in state.items()}
+
+
+def check_state(found: Any, path: Path) -> None:
+    """Raises ValueError where an unpickled value is not a dictionary of dense tensors that hold values."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
+    for name, each in found.items():
+        whole = isinstance(each, Tensor) and each.layout is torch.strided and each.device.type == "cpu"
+        if not isinstance(name, str) or not whole or each.is_nested or each.is_quantized:
+            kind = f"a {each.layout} tensor on {each.device}" if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(f"{path} does not hold a plain state dict: {name!r} is {kind}, save dense tensors instead")
+
+
+def unpickle(path: Path) -> Any:
+    """What torch.save wrote, its tensors mapped. No code in the file is run. Raises ValueError."""
+    check_plain(path)
+    try:
+        mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
+        if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
+            raise ValueError(f"{path} would run code on loading ({code[1]}): refused, give plain tensors") from error
+        if kind := kind_of(path):
+            raise ValueError(f"{path} is {kind}") from error
+        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_plain(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Quantised]:
+    """The layers of the recipe, by name, without memory. Raises ValueError where the network has no such layer."""
+    layers, groupsize = (recipe.layers, recipe.groupsize) if recipe else ({}, 0)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    if unknown := sorted(layers.keys() - linears.keys()):
+        raise ValueError(f"the recipe has layers that config.json does not: {', '.join(unknown[:3])}")
+    return {
+        name: KINDS[kind].empty(linears[name].out_features, linears[name].in_features, groupsize)
+        for name, kind in layers.items()
+    }
+
+
+def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:
+    """What the weights of this network must be, by name: shapes, and of quantised ones the dtypes."""
+    expected = dict(model.state_dict())
+    for layer, weight in quantised_weights(model, recipe).items():
+        del expected[f"{layer}.weight"]
+        expected |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
+    return expected
+
+
+def check_weights(checkpoint: Checkpoint, state: Mapping[str, Stored]) -> None:
+    """Raises ValueError that names the first few tensors, as their file does, that are missing, left over or of another
+    shape."""
+    model, paths = empty_model(checkpoint.args), checkpoint.weights
+    expected = expected_tensors(model, checkpoint.recipe)
+    exact = expected.keys() - model.state_dict().keys()
+
+    def named(names: Iterable[str]) -> list[str]:
+        """Each as its file names it, with that file where there are several."""
+        return [state[name].name + f" of {state[name].path.name}" * (len(paths) > 1) for name in sorted(names)]
+
+    missing = sorted(expected.keys() - state.keys())
+    if has_their_names(paths[0]):
+        missing = [their_name(name, checkpoint.config) for name in missing]
+    unknown = named(state.keys() - expected.keys())
+    both = {name: (state[name].tensor, expected[name]) for name in sorted(expected.keys() & state.keys())}
+    wrong = [
+        f"{named([name])[0]} {tuple(found.shape)} instead of {tuple(tensor.shape)}"
+        for name, (found, tensor) in both.items()
+        if found.shape != tensor.shape
+    ]
+    kinds = [
+        f"{named([name])[0]} {found.dtype}"
+        for name, (found, tensor) in both.items()
+        if found.dtype not in ((tensor.dtype,) if name in exact else DTYPES)
+    ]
+    found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
+    problems = [f"{len(names)} {kind}: {', '.join(dict.fromkeys(names[:3]))}" for kind, names in found.items() if names]
+    where = paths[0] if len(paths) == 1 else checkpoint.folder
+    if adapter := next((name for name in unknown if ".lora_" in name), None):
+        raise ValueError(f"{where}: {adapter} is part of {ADAPTS}")
+    if problems:
+        raise ValueError(f"{where}: the weights do not match config.json; " + "; ".join(problems))
+
+
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
+) -> Transformer:
+    """The network, or this rank's part of it, its weights on `device`, ready for inference: in `dtype`, or quantised
+    and multiplied by what runs best at decode steps of `rows` rows. Raises ValueError as read_weights."""
+    args = checkpoint.args
+    state, model = read_weights(checkpoint), empty_model(args)
+    quantised, files = quantised_weights(model, checkpoint.recipe), MappedFiles()
+    # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
+    for prefix, module in model.named_modules():
+        module.training = False
+        if prefix in quantised or (module is model.output and checkpoint.args.tied_output):
+            continue
+        for name, empty in module._parameters.items():
+            if empty is not None:
+                key = f"{prefix}.{name}" if prefix else name
+                part = shard.part(key, state[key], args)
+                if part is not state[key]:
+                    files.release(state[key])
+                module._parameters[name] = Parameter(files.convert(part, device, dtype), requires_grad=False)
+
+    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
+        if name not in quantised:
+            return None
+        key = f"{name}.bias"
+        bias = None if linear.bias is None else shard.part(key, state[key], args).to(device, dtype)
+        empty = quantised[name]
+        weight = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
+        if (cut := shard.cut(name, args)) is not None:
+            weight = weight.narrow(*cut)
+        weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
+        seen = rows if args.mixture is None else args.mixture.rows_of(name, rows)
+        return make_linear(weight, bias, torch.device(device), dtype, seen).eval()
+
+    model.tie_output()
+    swap_linears(model, make)
+    group_experts(model)
+    model.place_constants()
+    shard.attach(model)
+    return model
+
+
+def weight_sizes(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
+) -> dict[str, int]:
+    """Bytes of each tensor that load_model would hold, by name, from the metadata alone; a tied one counts once.
+
+    What a decode step reads: another form of an int4 weight, for prompts, stays in the pages of the checkpoint's file.
+    """
+    model, args = empty_model(checkpoint.args), checkpoint.args
+    sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
+    for layer, weight in quantised_weights(model, checkpoint.recipe).items():
+        cut = shard.cut(layer, args)
+        held = weight if cut is None else weight.narrow(*cut)
+        seen = rows if args.mixture is None else args.mixture.rows_of(layer, rows)
+        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, seen)
+    return sizes
+
+
+def write_whole(value: Any, path: Path) -> None:
+    """torch.save under a temporary name first, so that a crash leaves no half of a file. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        torch.save(value, unfinished)
+        replace_file(unfinished, path)
+    except RuntimeError as error:  # torch.save's for every failure of the disk
+        free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({free:.1f} GB are free there): {why}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Writes config.json, unless it says so already, and model.pth, each under a temporary name first. Raises OSError
+    where that cannot be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, unfinished = folder / "config.json", folder / "config.json.unfinished"
+    try:
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_whole(dict(state), folder / "model.pth")
+        if not path.exists() or read_json(path) != config:
+            replace_file(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:
+    """Raises ValueError where the output would replace what is read, of the model or a text, cannot be written, or
+    would lie beside files of another model."""
+    if output.suffix != ".pth":
+        raise ValueError(f"--output {output} must end in .pth")
+    check_stays([*checkpoint.weights, *companions(checkpoint.folder), *([text] if text else [])], output)
+    folder, config = output.parent, output.parent / "config.json"
+    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())  # the others are made
+    if not (place.is_dir() and os.access(place, os.W_OK)) or output.is_dir():
+        raise ValueError(f"--output {output} cannot be written: give a file in a folder that can")
+    if config.exists() and read_json(config) != checkpoint.config:
+        raise ValueError(f"{config} is of another model: give --output in a folder of its own")
+    for mine in [] if config.exists() else companions(checkpoint.folder):
+        theirs = folder / mine.relative_to(checkpoint.folder)
+        if theirs.exists() and not (theirs.is_file() and theirs.read_bytes() == mine.read_bytes()):
+            raise ValueError(f"{theirs} is of another model: give --output in a folder of its own")
+
+
+def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
+    """Writes a quantised model, and beside it what else its source has. Raises OSError as write_whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, output.parent)
+    write_whole({"recipe": asdict(recipe), "state": dict(state)}, output)
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copies a file, unless one is there."""
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Puts config.json, and what belongs to the tokenizer, into a folder that has no config.json."""
+    if (folder / "config.json").exists():
+        return
+    for path in companions(checkpoint.folder):
+        copy_new(path, folder / path.relative_to(checkpoint.folder))
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", "utf-8")

@@ -1,0 +1,190 @@
+"""Models of the Hugging Face Hub: fetched once, what the engine needs of one and no more, then read from disk.
+
+    folder = locate("OWNER/NAME")  # or a path, which comes back as it is
+
+huggingface_hub is imported inside the functions that ask the hub, so that a run from disk does not wait for it.
+"""
+
+import errno
+import json
+import re
+import shutil
+import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from loading.files import ADAPTER, ADAPTS, COMPANIONS, FORMS, counted, snapshot, weight_files, weights_among
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
+    """What to fetch of a repository that holds `names`; `files` stand in for the weights found by name.
+
+    Raises ValueError where that is not a model for the engine.
+    """
+    if missing := [name for name in files if name not in names]:
+        raise ValueError(f"no file {', '.join(missing)}; {found(names)}: give one of those as --file")
+    if ADAPTER in names and not files:
+        raise ValueError(ADAPTS)
+    weights = list(files) or next(filter(None, (with_index(names, *form) for form in FORMS)), [])
+    if not weights:
+        raise ValueError(
+            "no *.safetensors and no pytorch_model*.bin of a model at its top, which is what the engine reads; "
+            f"{found(names)}: name another repository, or fetch single files by --file of scripts/download.py"
+        )
+    if not files and "config.json" not in names:
+        raise ValueError("no config.json, which holds the model's shape: name a repository that has one")
+    return list(dict.fromkeys([*(name for name in COMPANIONS if name in names), *weights]))
+
+
+def with_index(names: Collection[str], stem: str, suffix: str) -> list[str]:
+    """Weights of one form, with the index of shards if there is one."""
+    try:
+        found = weights_among(names, stem, suffix)
+    except LookupError as error:
+        raise ValueError(f"{error.args[0]}: name another repository") from error
+    index = f"{stem}{suffix}.index.json"
+    return [index, *found] if found and index in names and stem + suffix not in names else found
+
+
+def found(names: Collection[str]) -> str:
+    weights = sorted(name for name in names if name.endswith(WEIGHTS))
+    more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
+    return f"it has {', '.join(weights[:3])}{more}" if weights else "it has no weights at all"
+
+
+def readable(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises ValueError where the disk that `out` lies or will lie on has less than `needed` bytes free."""
+    free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"{readable(needed)} are to be fetched and the disk of {out} has {readable(free)} free: "
+            "free some, or give a folder on another disk as --out of scripts/download.py"
+        )
+
+
+def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -> Path:
+    """Fetches into `out` and returns it. Raises ValueError, or what huggingface_hub and the disk raise."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if repo.count("/") != 1:  # the library refuses other bad names by itself, but not one without an owner
+        raise HFValidationError(repo)
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    sizes = {file.rfilename: file.size for file in info.siblings or ()}
+    try:
+        names = choose(sizes, files)
+    except ValueError as error:
+        raise ValueError(f"{repo} has {error}") from error
+    total = sum(sizes[name] or 0 for name in names)
+    there = sum(sizes[name] or 0 for name in names if size_of(out / name) == sizes[name])
+    check_space(out, total - there)
+    here = f", {readable(there)} of it already in {out}" if there else ""
+    print(f"fetching {counted(len(names), 'file')} of {repo}, {readable(total)}{here}", file=sys.stderr, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    unfinished = out / UNFINISHED
+    unfinished.touch()
+    # One after another in this thread, unlike snapshot_download: its threads run on to the end after Ctrl-C, and it
+    # takes a folder as it is where the hub fails. All files are of the one commit that was listed.
+    for name in names:
+        hf_hub_download(repo, name, revision=info.sha or revision, local_dir=out)
+        if sizes[name] not in (None, size_of(out / name)):
+            raise ValueError(f"{out / name} is not of {sizes[name]} bytes: remove it and run the same command again")
+    unfinished.unlink(missing_ok=True)  # another process may have fetched the same
+    return out
+
+
+def size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str:
+    """One line: what went wrong, and what to do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,  # of whichever HTTP library huggingface_hub is built on
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    text = " ".join(str(error).split())
+    if isinstance(error, HFValidationError):
+        return f"{repo!r} is not the name of a repository: give OWNER/NAME"
+    if isinstance(error, GatedRepoError) or status == 403:
+        return f"{repo} needs a token: accept the licence on {page}, then set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):  # the hub does not tell one from the other
+        return f"{page} is not there, or private: check the name; if private, set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}: give one of its branches, tags or commits ({page}/commits)"
+    if status == 401:
+        return f"the hub does not accept the token: set HF_TOKEN to a valid one, or run `hf auth login` ({repo})"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "os error 28" in text:  # the second in the words of hf_xet, which raises no OSError
+        return f"the disk of {out} is full: free some of it and run the same command again; whole files are kept"
+    if isinstance(error, OSError) and error.filename is not None:
+        remedy = "give one that can as --out of scripts/download.py, or as HF_HOME"
+        return f"{error.filename} cannot be used ({error.strerror}): {remedy}"
+    if isinstance(error, OSError | HTTPError | RuntimeError | json.JSONDecodeError):
+        return f"{page} cannot be fetched ({text}): check the network and run the same command again"
+    return text
+
+
+def fetch(repo: str, revision: str | None, out: Path, files: Sequence[str] = ()) -> Path:
+    """download(), but whatever goes wrong is a ValueError of one line."""
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        return download(repo, revision, out, files)
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        raise ValueError(explain(error, repo, revision, out)) from error
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a model lies there with every file that it names, and no download into it has stopped on the way."""
+    # Without an index nothing but this file tells the first shards from all of them.
+    if (folder / UNFINISHED).exists() or not (folder / "config.json").is_file():
+        return False
+    try:
+        return bool(weight_files(folder))
+    except FileNotFoundError:
+        return False
+
+
+def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
+    """The checkpoint that a user means: a path that is there, or `store`/OWNER/NAME for OWNER/NAME of the hub.
+
+    What of the latter is not there yet is fetched; a whole one is used as it is, and the hub is not asked.
+    Raises FileNotFoundError where `path` is neither, and ValueError where the hub or the disk fails.
+    """
+    name = str(path)
+    if Path(path).exists():
+        return snapshot(Path(path))
+    if not HUB_NAME.fullmatch(name) or name.endswith((".pt", ".pth")):
+        raise FileNotFoundError(
+            f"no checkpoint at {path}: give a folder with config.json, the model.pth in one, or OWNER/NAME of the hub"
+        )
+    folder = store / name
+    if is_whole(folder):
+        return folder
+    try:
+        return fetch(name, None, folder)
+    except ValueError as error:  # a mistyped folder looks like a name of the hub
+        raise ValueError(f"{name} is no folder here, and {error}") from error

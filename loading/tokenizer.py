@@ -1,0 +1,223 @@
+"""Text to token ids and back: SentencePiece, tiktoken or tokenizer.json behind one interface, chosen by content.
+
+Text that a user gives is text: the name of a special token inside it ("<s>", "<|eot_id|>") is never turned into one.
+"""
+
+import base64
+import re
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from loading.files import read_text
+from loading.vocabulary import Added, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
+
+LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
+
+
+class Guarded:
+    """An object of a library in Rust: where a call fails otherwise than by a ValueError, it is one that names the file.
+
+    Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
+    out (cli/system.py); stderr is the process's, so where Python is the user's own they stay.
+    """
+
+    def __init__(self, path: Path, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        self.path = path
+        self.made = self.call(make, *arguments, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self.call, getattr(vars(self).get("made"), name))  # none yet while it is unpickled
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            with getattr(sys.stderr, "aside", nullcontext)():
+                return function(*arguments, **options)
+        except (ValueError, KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:
+            raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
+
+
+def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
+    """Call a library that blocks Ctrl-C; for a long text in a thread, which an interrupt abandons."""
+    if len(text) < LONG_CALL:
+        return function(text, **options)
+    from concurrent.futures import Future
+    from threading import Thread
+
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(text, **options))
+        except BaseException as error:  # a panic is no Exception
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future.result()
+
+
+class Tokenizer(Protocol):
+    """bos_id: prepended to a prompt, None if nothing is. eos_ids: ids that end a text, as far as it knows.
+
+    specials: control tokens by name. They come from a chat template, never from text, and decode to nothing. names:
+    cuts what a template has written at them.
+    """
+
+    bos_id: int | None
+    eos_ids: frozenset[int]
+    vocab_size: int
+    specials: dict[str, int]
+    names: Names
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, without BOS."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+
+
+class SentencePieceTokenizer:
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.processor = processor = SentencePieceProcessor(model_file=str(path))
+        self.pieces = processor.vocab_size()
+        names = [processor.id_to_piece(id) for id in range(self.pieces) if processor.is_control(id)]
+        own = {name: Added(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
+        added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
+        self.specials = {name: token.id for name, token in added.items() if token.special}
+        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
+        # Gemma's, which have no flags, are pieces that the processor finds by itself.
+        texts = {name: token for name, token in added.items() if not token.special}
+        found = {name for name, t in texts.items() if t == Added(t.id, False) and t.id in processor.encode(name)}
+        self.texts = Names({name: token for name, token in texts.items() if name not in found})
+        self.spelled = {token.id: name for name, token in self.texts.tokens.items()}
+        self.vocab_size = max([self.pieces, *(1 + token.id for token in added.values())])
+        self.prefixes_all = metadata.get("legacy") is not False
+        bos, eos = processor.bos_id(), self.specials.get(metadata.get("eos_token") or "", -1)
+        self.bos_id = bos if bos >= 0 and metadata.get("add_bos_token") is not False else None
+        self.eos_ids = frozenset(id for id in (processor.eos_id(), eos) if id >= 0)
+        # Gemma's control tokens are pieces that the processor finds in text.
+        found_in_text = (name for name, token in self.names.tokens.items() if token.id in processor.encode(name))
+        self.cuts = inside(found_in_text)
+
+    def encode(self, text: str) -> list[int]:
+        return self.texts.encode(text, self.encode_words, self.prefixes_all)
+
+    def encode_words(self, text: str) -> list[int]:
+        return encode_parts(partial(interruptible, self.processor.encode), self.cuts.split(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # Ids beyond the pieces come from models whose vocabulary is padded.
+        known = [id for id in ids if (id < self.pieces or id in self.spelled) and id not in self.control]
+        if self.spelled.keys().isdisjoint(known):
+            return self.processor.decode(known)
+        # It takes what is no piece for text.
+        return self.processor.decode([self.spelled.get(id) or self.processor.id_to_piece(id) for id in known])
+
+
+# The Llama 3 vocabulary file holds the merges alone; the split pattern and the 256 special tokens that follow the
+# merges are part of the format (https://github.com/meta-llama/llama-models, llama3 tokenizer).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIALS = dict(begin_of_text=0, end_of_text=1, start_header_id=6, end_header_id=7, eom_id=8, eot_id=9)
+LLAMA3_LONGEST = 400_000  # characters; Meta's tokenizer cuts there too, and a million spaces would overflow a stack
+
+
+class TiktokenTokenizer:
+    def __init__(self, path: Path) -> None:
+        from tiktoken import Encoding
+
+        lines = filter(None, path.read_bytes().splitlines())
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        self.base = base = len(ranks)
+        if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
+            raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
+        self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
+        self.names = Names.of_control({name: Added(id) for name, id in self.specials.items()})
+        parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
+        self.encoding = Guarded(path, Encoding, "llama3", **parts)
+        self.bos_id: int | None = self.specials["<|begin_of_text|>"]
+        self.eos_ids = frozenset(self.specials[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"))
+        self.vocab_size = base + 256
+
+    def encode(self, text: str) -> list[int]:
+        parts = (text[first : first + LLAMA3_LONGEST] for first in range(0, len(text), LLAMA3_LONGEST))
+        return [id for part in parts for id in self.encoding.encode_ordinary(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.encoding.decode([id for id in ids if id < self.base])
+
+
+class JSONTokenizer:
+    """tokenizer.json of the tokenizers library.
+
+    BOS is what its post-processor prepends, as in transformers 5; else, as in transformers 4, the bos_token of a
+    tokenizer_config.json with `add_bos_token: true`.
+    """
+
+    EOS_NAMES = ("</s>", "<|end_of_text|>", "<|eot_id|>", "<eos>", "<|endoftext|>", "<|im_end|>", "<end_of_turn>")
+
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = backend = Guarded(path, Backend.from_str, read_text(path))
+        backend.no_truncation()  # the file may ask for both
+        backend.no_padding()
+        bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
+        added = added_by(backend, metadata["named"])
+        backend.made.encode_special_tokens = True  # as plain text
+        self.specials = {name: token.id for name, token in added.items() if token.special}
+        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
+        begun = backend.encode(".")
+        first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
+        self.bos_id = self.specials.get(bos or "") if first is None and metadata.get("add_bos_token") else first
+        self.eos_ids = frozenset(self.specials[name] for name in (*self.EOS_NAMES, eos) if name in self.specials)
+        self.vocab_size = backend.get_vocab_size()
+        spelled = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self.bytes = ByteTokens(spelled) if None not in spelled and backend.decode([spelled[10]]) == "\n" else None
+        # Some models of that library hold the names as words.
+        found_in_text = (name for name, token in self.names.tokens.items() if token.id in self.encode_words(name))
+        self.cuts = inside(found_in_text)
+
+    def encode(self, text: str) -> list[int]:
+        return encode_parts(self.encode_words, self.cuts.split(text))
+
+    def encode_words(self, text: str) -> list[int]:
+        encode = self.backend.made.encode
+        return self.backend.call(interruptible, encode, text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [id for id in ids if id not in self.control]
+        return self.backend.decode(self.bytes.mended(known) if self.bytes else known)
+
+
+def is_tiktoken(path: Path) -> bool:
+    """Whether the file is lines of `base64 rank`; a SentencePiece model is a binary protobuf."""
+    with path.open("rb") as file:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2}\s+\d+\s*", file.readline(1024)) is not None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a checkpoint: tokenizer.json as in transformers, since a tokenizer.model beside it may be
+    that of the base model; else tokenizer.model (SentencePiece or tiktoken).
+
+    Raises FileNotFoundError where there is neither, ValueError where a file cannot be read as what it must be.
+    """
+    metadata = read_metadata(folder)
+    for path in filter(Path.is_file, (folder / "tokenizer.json", folder / "tokenizer.model")):
+        try:
+            if path.suffix == ".json":
+                return JSONTokenizer(path, metadata)
+            return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, metadata)
+        except Exception as error:  # each library raises its own kinds, tokenizers bare Exception
+            why = error.__cause__ or error  # of a panic the library's own words
+            raise ValueError(f"{path} is not a tokenizer that can be read: {why}: fetch it again") from error
+    raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {folder}: put the model's tokenizer there")

@@ -1,0 +1,278 @@
+"""Weights held otherwise than plainly. Oracles: the plain model, whose sums in bfloat16 are the same, eager and
+compiled; fp64 products with dequantised weights; plain loops."""
+
+import weakref
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from conftest import GQA, random_model, random_tokens
+
+from cache import KVCache, NoCache
+from engine.engine import decode
+from engine.graphs import StepInput, compiled
+from layers import linear as packed
+from layers.kernels import multiplies
+from layers.linear import (
+    DequantisedLinear,
+    Int4PackLinear,
+    Int4Weight,
+    Int8PackLinear,
+    Int8Weight,
+    PackedLinear,
+    QuantisedLinear,
+    WidenedLinear,
+    can_pack,
+    choose_kernel,
+    dequantise,
+    held_bytes,
+    kernels,
+    make_linear,
+    pack_linears,
+    swap_linears,
+)
+from sampling import uniform
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="needs an x86 CPU")
+DTYPES = [torch.float32]
+DTYPES += [torch.bfloat16] if can_pack(CPU, torch.bfloat16) else []
+# Of logits: what rounding may make of them.
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.01}
+
+
+@pytest.fixture
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_products_are_those_of_the_plain_weights(dtype):
+    """Odd sizes, with a bias and without, at one row and many, S = 1 and more: in bfloat16 equal to the last bit; in
+    fp32 as near to the fp64 product."""
+    for bias, inputs, outputs in ((False, 30, 52), (True, 97, 259)):
+        linear = torch.nn.Linear(inputs, outputs, bias=bias, dtype=dtype).requires_grad_(False)
+        product, exact = PackedLinear(linear), deepcopy(linear).double()
+        for n, size in ((1, 1), (3, 17), (17, 1), (64, 5)):
+            x = torch.randn(n, size, inputs, generator=torch.Generator().manual_seed(n)).to(dtype)
+            if dtype == torch.bfloat16:
+                assert torch.equal(product(x), linear(x)), (bias, n, size)
+            else:
+                torch.testing.assert_close(product(x).double(), exact(x.double()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_model_is_the_plain_model(small_ones_too, dtype):
+    """All of its layers are packed, and no plain weight outlives its packing."""
+    args = replace(GQA, qkv_bias=True)
+    plain, model = (random_model(args, dtype) for _ in range(2))
+    weights = [weakref.ref(module) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    alive = []
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    with pytest.MonkeyPatch.context() as patch:
+        count = lambda weight: alive.append(sum(ref() is not None for ref in weights)) or reorder(weight)  # noqa: E731
+        patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", count)
+        pack_linears(model)
+    assert alive == list(range(len(weights), 0, -1))
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 7 * args.n_layer + 1
+    tokens, input_pos = random_tokens(args, 3, 17), torch.arange(17).expand(3, 17)
+    expected, found = (each(tokens, input_pos, NoCache()) for each in (plain, model))
+    assert ((found - expected).float().norm() / expected.float().norm()).item() < NEAR[dtype]
+
+
+def test_what_is_shared_or_small_stays(monkeypatch):
+    monkeypatch.setattr(packed, "SMALLEST", 30 * 52)
+    model = random_model(replace(GQA, tied_output=True), torch.float32)
+    pack_linears(model)
+    assert model.output.weight is model.tok_embeddings.weight
+    pack_linears(model, tied_output=True)
+    assert isinstance(model.output, PackedLinear) and isinstance(model.tok_embeddings.weight, torch.nn.Parameter)
+    assert not isinstance(model.layers[0].attention.wk, PackedLinear)
+    assert isinstance(model.layers[0].feed_forward.w2, PackedLinear)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
+    """One compiled step for N = 3 and 17; its logits are those of the plain eager step within the dtype's rounding."""
+    torch.compiler.reset()
+    args = replace(GQA, n_layer=1)
+    plain, model = (random_model(args, dtype) for _ in range(2))
+    pack_linears(model)
+    steps = compiled(partial(decode, model, uniform)), partial(decode, plain, uniform)
+    root = KVCache.empty(args.kv_shape, 1, 29, model.norm.weight)
+    root.k[0].normal_(), root.v[0].normal_()
+
+    def difference(n: int) -> float:
+        rows = StepInput(random_tokens(args, n, 1), torch.full((n, 1), 29), torch.arange(n), torch.tensor(0))
+        logits, expected = (step(rows, KVCache.fork(root, n, 4))[0] for step in steps)
+        return ((logits - expected).float().norm() / expected.float().norm()).item()
+
+    assert difference(5) < NEAR[dtype]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert difference(3) < NEAR[dtype] and difference(17) < NEAR[dtype]
+
+
+def test_weights_leave_with_their_model(small_ones_too):
+    model = random_model(GQA, torch.float32)
+    held = len(packed.WEIGHTS)
+    pack_linears(model)
+    assert len(packed.WEIGHTS) == held + 22
+    del model
+    assert len(packed.WEIGHTS) == held
+
+
+def test_swapping_names_every_layer_and_leaves_what_is_shared():
+    args = replace(GQA, tied_output=True)
+    model, seen = random_model(args), []
+    swap_linears(model, lambda name, linear: seen.append((name, linear.weight.shape)))
+    named = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert seen == [(name, module.weight.shape) for name, module in named.items() if name != "output"]
+    swap_linears(model, lambda name, linear: torch.nn.Identity() if name == "layers.1.attention.wo" else None)
+    assert isinstance(model.layers[1].attention.wo, torch.nn.Identity)
+    assert model.layers[0].attention.wo is named["layers.0.attention.wo"]
+    assert kernels(model) == {"plain": 7 * 3 - 1 + 1}
+
+
+def random_weight(kind: str, outputs: int, inputs: int, groupsize: int = 32) -> Int8Weight | Int4Weight:
+    generator = torch.Generator().manual_seed(outputs)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).bfloat16()
+
+    if kind == "int8":
+        return Int8Weight(torch.randint(-127, 128, (outputs, inputs), generator=generator).char(), uniform(outputs))
+    codes = torch.randint(16, (outputs, inputs), generator=generator).byte()
+    return Int4Weight.from_codes(codes, *(uniform(outputs, inputs // groupsize) for _ in range(2)))
+
+
+@pytest.mark.parametrize("groupsize", [10, 32, 64])
+def test_dequantising_is_what_the_format_says(groupsize, monkeypatch):
+    """Number by number, in Python; also where a weight is dequantised in several blocks."""
+    monkeypatch.setattr(packed, "BLOCK", 3 * 128)
+    int8, int4 = random_weight("int8", 7, 6 * groupsize), random_weight("int4", 7, 6 * groupsize, groupsize)
+    codes = torch.arange(16).repeat(7, 6 * groupsize // 2)[:, : 6 * groupsize].byte()
+    assert torch.equal(Int4Weight.from_codes(codes, int4.scales, int4.zeros).codes(), codes)
+    found8, found4 = dequantise(int8, torch.float32), dequantise(int4, torch.float32)
+    for out in range(7):
+        for i in range(6 * groupsize):
+            assert found8[out, i] == int8.values[out, i].item() * int8.scales[out].item()
+            byte, group = int4.values[out, i // 2].item(), i // groupsize
+            code = byte & 15 if i % 2 else byte >> 4
+            assert code == int4.codes()[out, i]
+            expected = (code - 8) * int4.scales[out, group].item() + int4.zeros[out, group].item()
+            assert found4[out, i].item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+BF16_ONLY = [("int8", Int8PackLinear), ("int4", Int4PackLinear)]
+EVERYWHERE = [DequantisedLinear, QuantisedLinear] + [WidenedLinear] * multiplies(torch.float32, 32, 32)
+ANY = [(kind, linear) for kind in ("int8", "int4") for linear in EVERYWHERE]
+CASES = [(*case, torch.bfloat16) for case in BF16_ONLY + ANY] + [(*case, torch.float32) for case in ANY]
+
+
+@pytest.mark.parametrize("kind,linear,dtype", CASES)
+@pytest.mark.parametrize("instructions", [True, False], ids=["bf16 CPU", "older CPU"])
+def test_a_quantised_product_is_the_dequantised_one(kind, linear, dtype, instructions, monkeypatch):
+    """With a bias and without, on few rows and on as many as a prompt has, contiguous or not. At most twice the error
+    of the plain product in the same dtype."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr(packed, "BLOCK", 1000)
+    for bias, outputs, inputs in ((False, 48, 96), (True, 112, 32)):
+        weight = random_weight(kind, outputs, inputs)
+        bias = torch.randn(outputs, dtype=dtype) if bias else None
+        product, exact = linear(weight, bias, dtype), dequantise(weight, torch.float64)
+        for n, size in ((1, 1), (3, 2), (8, 1), (2, 59), (1, 200)):
+            x = torch.randn(size, n, inputs, generator=torch.Generator().manual_seed(n)).to(dtype).transpose(0, 1)
+            expected = torch.nn.functional.linear(x.double(), exact, None if bias is None else bias.double())
+            plain = torch.nn.functional.linear(x, exact.to(dtype), bias)
+            found = product(x)
+            assert found.shape == (n, size, outputs) and found.dtype == dtype
+            error, bound = ((each.double() - expected).norm() for each in (found, plain))
+            assert error <= 2 * bound + 1e-6 * expected.norm(), (n, size)
+
+
+def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
+    """Oracle: the measurements in BENCHMARKS.md, as a table."""
+
+    def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
+        return choose_kernel(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
+
+    monkeypatch.setattr(packed, "multiplies", lambda *_: False)
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+    for rows, int8, int4 in ((1, "int8pack", "int4pack"), (5, "dequantised", "int4pack"), (9, *["dequantised"] * 2)):
+        assert chosen("int8", 48, 96, torch.bfloat16, rows) == int8
+        assert chosen("int4", 48, 96, torch.bfloat16, rows) == int4
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    for kind in ("int8", "int4"):
+        assert chosen(kind, 48, 96, torch.bfloat16, 64) == chosen(kind, 48, 96, torch.bfloat16, 2) == f"{kind}pack"
+        assert chosen(kind, 48, 96, torch.bfloat16, 1) == "dequantised"
+        assert chosen(kind, 48, 96, torch.float32, 1) == chosen(kind, 48, 96, torch.float16, 1) == "dequantised"
+        assert choose_kernel(random_weight(kind, 48, 96), torch.device("cuda"), torch.float32, 1) == (
+            "dequantised at each product"
+        )
+    # Where the operators read past the end, or raise.
+    assert chosen("int8", 48, 52, torch.bfloat16, 2) == chosen("int4", 41, 96, torch.bfloat16, 2) == "dequantised"
+    assert chosen("int4", 48, 96, torch.bfloat16, 2, groupsize=16) == "dequantised"
+    monkeypatch.setattr(packed, "multiplies", lambda *_: True)
+    assert chosen("int4", 48, 96, torch.float32, 1) == chosen("int8", 48, 96, torch.bfloat16, 64) == "widened"
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
+    assert chosen("int8", 48, 96, torch.bfloat16, 16) == "widened" != chosen("int8", 48, 96, torch.bfloat16, 17)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype,copies", [(torch.bfloat16, 1), (torch.float32, 4)])
+def test_planned_bytes_are_those_that_a_step_reads(kind, dtype, copies, monkeypatch):
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(packed, "multiplies", lambda *_: False)
+    weight = random_weight(kind, 48, 96)
+    linear = make_linear(weight, None, CPU, dtype, 3)
+    read = {"int8": ("values", "scales"), "int4": ("packed", "packed_scales")}[kind] if copies == 1 else ("weight",)
+    assert held_bytes(weight, CPU, dtype, 3) == sum(getattr(linear, name).nbytes for name in read)
+    empty = type(weight).empty(48, 96, 32)
+    assert held_bytes(empty, CPU, dtype, 3) == held_bytes(weight, CPU, dtype, 3)
+
+
+def test_dequantised_layers_are_packed_as_plain_ones(small_ones_too):
+    model = random_model(GQA, torch.float32)
+    weight = random_weight("int8", 60, 30)
+    make = lambda name, linear: make_linear(weight, None, CPU, torch.float32, 4) if "wq" in name else None  # noqa: E731
+    swap_linears(model, make)
+    pack_linears(model)
+    assert kernels(model) == {"dequantised, packed": 3, "plain, packed": 6 * 3 + 1}
+
+
+def test_a_compiled_step_takes_quantised_weights(monkeypatch):
+    """One graph for N = 3, 17 and 130 rows, whose kernels differ; its logits are those of the eager step in bfloat16,
+    within its rounding."""
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
+    has_kernel = multiplies(torch.float32, 32, 32)
+    monkeypatch.setattr(packed, "multiplies", lambda dtype, inputs, group: has_kernel and inputs == group)  # int8
+    torch.compiler.reset()
+    args = replace(GQA, dim=64, hidden_dim=96, n_layer=1)
+    models = [random_model(args, torch.bfloat16) for _ in range(2)]
+
+    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
+        weight = random_weight("int8" if "w1" in name or "wq" in name else "int4", *linear.weight.shape)
+        return make_linear(weight, None, CPU, torch.bfloat16, 3) if linear.in_features % 32 == 0 else None
+
+    for model in models:
+        swap_linears(model, make)
+    assert kernels(models[0]) == {
+        "widened" if has_kernel else "int8pack": 2,
+        "int4pack": 2,
+        "dequantised": 3,
+        "plain": 1,
+    }
+    steps = compiled(partial(decode, models[0], uniform)), partial(decode, models[1], uniform)
+    root = KVCache.empty(args.kv_shape, 1, 29, models[0].norm.weight)
+    root.k[0].normal_(), root.v[0].normal_()
+
+    def difference(n: int) -> float:
+        rows = StepInput(random_tokens(args, n, 1), torch.full((n, 1), 29), torch.arange(n), torch.tensor(0))
+        logits, expected = (step(rows, KVCache.fork(root, n, 4))[0] for step in steps)
+        return ((logits - expected).float().norm() / expected.float().norm()).item()
+
+    assert difference(5) < 0.03
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert difference(3) < 0.03 and difference(17) < 0.03 and difference(130) < 0.03
