@@ -43,12 +43,21 @@ ASKED = packed.multiplies_bfloat16  # of the CPU itself
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bf16", action="store_true", help="test as on a CPU with instructions for bfloat16")
+    parser.addoption("--slow", action="store_true", help="what `make test` leaves to `make slow`, alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Whether the CPU counts as one with instructions for bfloat16, for which --dtype auto is bfloat16 and weights are
-    held in other ways, depends on --bf16 alone, and not on the CPU that runs the tests."""
+    """Register `slow`. Whether the CPU counts as one with instructions for bfloat16, for which --dtype auto is bfloat16
+    and weights are held in other ways, depends on --bf16 alone, and not on the CPU that runs the tests."""
+    config.addinivalue_line("markers", "slow: takes long, and looks at what seldom changes: run by `make slow`")
     count_as(pytest.MonkeyPatch(), config.getoption("--bf16"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the slow tests, or with --slow all others."""
+    chosen = [item for item in items if (item.get_closest_marker("slow") is not None) == config.getoption("--slow")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 def count_as(monkeypatch: pytest.MonkeyPatch, multiplies: bool) -> bool:
@@ -66,6 +75,7 @@ def bf16(request, monkeypatch) -> bool:
 # For a test that leaves the dtype to the machine: on both kinds of CPU.
 both_kinds = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"], indirect=True)
 
+slow = pytest.mark.slow
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="stories15M is not beside the repository")
 
 

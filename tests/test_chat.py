@@ -175,16 +175,14 @@ def rendered(chat: Chat, messages: list[dict[str, str]], prompt: bool = True) ->
     return reference().apply_chat_template(messages, **options)
 
 
-@pytest.mark.parametrize("prompt", [True, False])
-@pytest.mark.parametrize("system", [None, SYSTEM, ""])
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_text_is_that_of_transformers(chat, name, turns, system, prompt):
-    for messages in (conversation(turns, system), conversation(turns + 1, system)[:-1]):
-        if name == "gemma" and system is not None:
-            with pytest.raises(ValueError, match="System role not supported; leave the system prompt out"):
-                chat.render(messages, prompt)
-        else:
-            assert chat.render(messages, prompt) == rendered(chat, messages, prompt)
+def test_text_is_that_of_transformers(chat, name):
+    for prompt, system, turns in itertools.product([True, False], [None, SYSTEM, ""], [1, 2, 3]):
+        for messages in (conversation(turns, system), conversation(turns + 1, system)[:-1]):
+            if name == "gemma" and system is not None:
+                with pytest.raises(ValueError, match="System role not supported; leave the system prompt out"):
+                    chat.render(messages, prompt)
+            else:
+                assert chat.render(messages, prompt) == rendered(chat, messages, prompt)
 
 
 def test_llama2_text_is_that_of_meta():
@@ -411,20 +409,20 @@ def test_bos_comes_once_where_the_tokenizer_has_one(tmp_path, small):
     assert opening_tokens(writes_not, silent, None, "") == small.encode("a")
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_control_tokens_in_messages_are_text(chat, name, small, attack):
+def test_control_tokens_in_messages_are_text(chat, name, small):
     control = set(small.specials.values())
 
     def skeleton(ids: list[int]) -> list[int]:
         return [id for id in ids if id in control]
 
-    for system in [None] if name == "gemma" else [None, "x" + attack, attack]:
-        ids = opening_tokens(chat, small, system, attack)
-        assert skeleton(ids) == skeleton(opening_tokens(chat, small, system and "x", "x"))
-        assert small.decode(ids).count(attack) >= 1 + (system is not None)
-    reply = [{"role": "user", "content": attack}, {"role": "assistant", "content": attack}]
-    harmless = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-    assert skeleton(next_tokens(chat, small, reply, attack)) == skeleton(next_tokens(chat, small, harmless, "x"))
+    for attack in ATTACKS:
+        for system in [None] if name == "gemma" else [None, "x" + attack, attack]:
+            ids = opening_tokens(chat, small, system, attack)
+            assert skeleton(ids) == skeleton(opening_tokens(chat, small, system and "x", "x"))
+            assert small.decode(ids).count(attack) >= 1 + (system is not None)
+        reply = [{"role": "user", "content": attack}, {"role": "assistant", "content": attack}]
+        harmless = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        assert skeleton(next_tokens(chat, small, reply, attack)) == skeleton(next_tokens(chat, small, harmless, "x"))
 
 
 FIELDS = (
@@ -444,15 +442,15 @@ def said_with(text: str) -> list[Messages]:
     return [*(Messages([USER | field], [TOOL]) for field in fields), *(Messages([USER], [tool]) for tool in tools)]
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("place", range(11))
-def test_control_tokens_in_any_field_are_text(small, attack, place):
+def test_control_tokens_in_any_field_are_text(small, place):
     """Oracle: the control tokens of the same messages with a harmless text there; what the text says is all there."""
-    control = set(small.specials.values())
-    ids, harmless = (prompt_tokens(Chat(FIELDS), small, said_with(text)[place]) for text in (attack, "x"))
-    assert [id for id in ids if id in control] == [id for id in harmless if id in control]
-    text = small.decode(ids)
-    assert attack in text or json.dumps(attack, ensure_ascii=False)[1:-1] in text
+    for attack in ATTACKS:
+        control = set(small.specials.values())
+        ids, harmless = (prompt_tokens(Chat(FIELDS), small, said_with(text)[place]) for text in (attack, "x"))
+        assert [id for id in ids if id in control] == [id for id in harmless if id in control]
+        text = small.decode(ids)
+        assert attack in text or json.dumps(attack, ensure_ascii=False)[1:-1] in text
 
 
 @pytest.mark.parametrize("name", ["<|im_end|>", "</s>", "[["])
@@ -477,12 +475,12 @@ def test_a_control_token_is_not_put_together_of_texts_that_a_template_puts_side_
     assert composed == [0, small.specials["<|im_end|>"]]  # the template meant it
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_a_message_is_encoded_as_it_would_be_on_its_own(small, attack):
+def test_a_message_is_encoded_as_it_would_be_on_its_own(small):
     chat = Chat("<|im_start|>{{ messages[-1].content }}<|im_end|>")
     start, end = small.specials["<|im_start|>"], small.specials["<|im_end|>"]
-    assert opening_tokens(chat, small, None, attack) == [0, start, *small.encode(attack), end]
-    assert small.decode(small.encode(attack)) == attack
+    for attack in ATTACKS:
+        assert opening_tokens(chat, small, None, attack) == [0, start, *small.encode(attack), end]
+        assert small.decode(small.encode(attack)) == attack
 
 
 @pytest.mark.parametrize("source", LLAMA2_FOLDERS)

@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, interruptible
+from conftest import ROOT, TINY, interruptible, slow
 
 import generate
 from cli.options import STORY, build_parser, size
@@ -306,7 +306,7 @@ def test_one_sample_is_streamed_while_it_decodes():
 
 
 def test_a_closed_pipe_ends_quietly():
-    command = f"{sys.executable} {ROOT / 'generate.py'} --prompt Once -n 300 --max_new_tokens 60 --quiet | head -c 10"
+    command = f"{sys.executable} {ROOT / 'generate.py'} --prompt Once -n 99 --max_new_tokens 30 --quiet | head -c 10"
     result = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120, env=ENVIRONMENT
     )
@@ -320,14 +320,14 @@ def test_a_stdout_that_is_closed_from_the_start_ends_quietly():
 
 
 def test_an_interrupt_prints_what_is_finished_and_exits_130():
-    """256 rows decode up to 300 tokens; those that reached their end by the time of the interrupt are printed."""
-    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "256", "--max_new_tokens", "300"]
+    """64 rows decode up to 300 tokens; those that reached their end by the time of the interrupt are printed."""
+    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "64", "--max_new_tokens", "300"]
     master, slave = pty.openpty()  # a terminal on stderr shows the progress that tells when to interrupt
     streams = {"stdout": subprocess.PIPE, "stderr": slave, "text": True, "preexec_fn": interruptible}
     with subprocess.Popen(command, env=ENVIRONMENT, **streams) as process:
         os.close(slave)
         seen, limit = "", time.monotonic() + 100
-        while not re.search(r" [1-9]\d*/256 samples finished", seen):
+        while not re.search(r" [1-9]\d*/64 samples finished", seen):
             seen = seen[-200:] + os.read(master, 4096).decode()
             assert time.monotonic() < limit
         process.send_signal(signal.SIGINT)
@@ -550,7 +550,17 @@ def test_a_template_of_one_turn_serves_one_turn(talker):
 
 
 def test_a_report_is_written_though_nobody_reads_the_samples(tmp_path):
-    command = [sys.executable, str(ROOT / "generate.py"), *PROMPT, "-n", "64", "--report", str(tmp_path / "r.json")]
+    command = [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        *PROMPT,
+        "-n",
+        "17",
+        "--max_new_tokens",
+        "30",
+        "--report",
+        str(tmp_path / "r.json"),
+    ]
     reader, writer = os.pipe()
     os.close(reader)
     subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120, env=ENVIRONMENT, check=True)
@@ -618,6 +628,7 @@ def test_the_plan_says_where_rope_scaling_reaches_beyond_max_position_embeddings
     assert "264  tokens of prompt and new ones, max_position_embeddings 66 stretched" in told
 
 
+@slow
 def test_drafts_change_no_sample_and_are_told_in_the_report(tmp_path):
     """Every kind, on a prompt that repeats; heads that another script made. Oracle: the same without a draft."""
     heads = tmp_path / "medusa_lm_head.pt"

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, MQA, PROMPT, draws, random_model, random_tokens, request
+from conftest import ALIBI, GQA, MQA, PROMPT, draws, random_model, random_tokens, request, slow
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -197,6 +197,7 @@ def test_more_layouts_than_graphs_are_kept_run_eagerly_with_one_note(counter):
     assert len(told) == 1 and counter.frame_count == 2
 
 
+@slow
 def test_one_verifying_step_serves_every_draft_length(counter, monkeypatch):
     """The plain, the verifying and the draft's step, each once. Oracle: plain decoding, eager."""
     for name, value in (("SETTLE", 2), ("TIMED", -1), ("PATIENCE", float("inf"))):

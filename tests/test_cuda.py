@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import draws, random_model, random_tokens
+from conftest import draws, random_model, random_tokens, slow
 from test_bifurcated_attention import SHAPES, assert_error_at_most_twice, draw, oracle, side_by_side
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,7 +61,7 @@ class Recorder(TorchDispatchMode):
         return sum(name in seen for seen, _ in self.seen)
 
 
-@pytest.mark.parametrize("dtype,scale", [(torch.float32, 1), (torch.bfloat16, 4)])
+@pytest.mark.parametrize("dtype,scale", [pytest.param(torch.float32, 1, marks=slow), (torch.bfloat16, 4)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_merge_contract_of_the_fused_kernel(fused, shape, dtype, scale):
     q, k_context, v_context, k_decoded, v_decoded = draw(*shape, S=1, dtype=dtype)

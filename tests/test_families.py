@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import full, positions, prefilled, random_tokens
+from conftest import full, positions, prefilled, random_tokens, slow
 from safetensors.torch import load_file, save_file
 from test_cache import LAYOUTS
 
@@ -160,6 +160,7 @@ def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
     assert ours < 1.1 * theirs
 
 
+@slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_layers_in_bfloat16_are_within_half_a_percent(family, tmp_path):
     """Weights of the usual size. Where transformers itself is further off (Gemma 2), that counts."""
@@ -218,7 +219,9 @@ def test_mixtures_that_are_not_supported_are_refused_by_name(change, match):
         args_from_config(config | change)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", ["bifurcated", *(pytest.param(each, marks=slow) for each in LAYOUTS if each != "bifurcated")]
+)
 def test_three_rows_decode_step_by_step_as_transformers_scores_them(saved, layout):
     """From a context of 50, past every window, over the position 64 that rope scaling starts from."""
     folder, reference = saved

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -33,13 +33,17 @@ import eval as evaluation
 import generate
 import quantize
 from cli.system import finish, start
+from engine.batch import Prompt, generate_many, seed_of
+from engine.engine import Engine
+from engine.request import Request, Sampling
 from loading.families import FAMILIES
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("test", derandomize=True, max_examples=16, **COMMON)
+settings.register_profile("test", derandomize=True, max_examples=12, **COMMON)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")), print_blob=True, **COMMON)
-settings.load_profile(os.environ.get("FUZZ_PROFILE", "test"))
+PROFILE = os.environ.get("FUZZ_PROFILE", "test")
+settings.load_profile(PROFILE)
 
 Main = Callable[[list[str]], int]
 
@@ -506,12 +510,19 @@ def test_what_files_say(models, file, where, new, part, chat):
 PROMPTS = st.text(max_size=60) | st.text("ab \n\u00e9\u65e5\U0001f600<s>", max_size=60)
 
 
-@given(prompt=PROMPTS, stops=st.lists(st.text("aeo .\n\u00e9", max_size=3), max_size=2), seed=st.integers(0, 2**64))
-def test_a_streamed_text_is_the_whole_one(prompt, stops, seed):
+# Of samples: past the ends of buckets, which `make fuzz` does more often.
+LENGTHS = st.sampled_from([12, 66, 130, 257] if PROFILE == "fuzz" else [*[12] * 9, 66])
+
+
+@given(
+    prompt=PROMPTS, stops=st.lists(st.text("aeo .\n\u00e9", max_size=3), max_size=2), seed=st.integers(0, 2**64),
+    length=LENGTHS,
+)  # fmt: skip
+def test_a_streamed_text_is_the_whole_one(prompt, stops, seed, length):
     """Any text as the prompt of a file, to its last byte; an empty stop string and a seed too large are refused."""
     with workplace(TINY, prompt=prompt.encode("utf-8", "surrogatepass")) as folder, untouched(folder):
-        base = [*BASE, "--prompt_file", "prompt", "--max_new_tokens", "12", "--seed", str(seed), "--temperature", "2"]
-        flags = [*base, *(f"--stop={stop}" for stop in stops), "--quiet"]
+        base = [*BASE, "--prompt_file", "prompt", "--max_new_tokens", str(length), "--seed", str(seed)]
+        flags = [*base, "--temperature", "2", *(f"--stop={stop}" for stop in stops), "--quiet"]
         whole = run(generate.main, [*flags, "--format", "jsonl"], folder)
         streamed = run(generate.main, flags, folder)
         for result in (whole, streamed):
@@ -578,6 +589,26 @@ def test_many_prompts(parts, content, flags):
             output = folder / "out"
             lines = (output.read_text("utf-8") if output.exists() else result.stdout).split("\n")[output.exists() : -1]
             assert all({"id", "rank", "of"} <= strictly(line).keys() for line in lines)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.open(TINY, "cpu", "float32", compile=False)
+
+
+@given(
+    texts=st.lists(st.sampled_from(["Once", "Once upon", "A cat", "The dog"]), min_size=1, max_size=3),
+    n=st.integers(1, 3), length=LENGTHS, seed=st.integers(0, 2**40),
+    rows=st.none() | st.integers(1, 5),
+)  # fmt: skip
+def test_prompts_that_are_drawn_together_are_each_alone(engine, texts, n, length, seed, rows):
+    """Samples of any length, by fewer rows than there are samples. fp32. Oracle: the prompt alone."""
+    prompts = [Prompt(number, engine.encode(text)) for number, text in enumerate(texts)]
+    asked = Request(n, length, Sampling(1.2), seed, eos_ids=frozenset(), rows_at_once=rows)
+    for outcome in generate_many(engine, prompts, asked):
+        alone = replace(asked, seed=seed_of(seed, outcome.prompt.id))
+        expected = engine.generate(outcome.prompt.tokens, alone)
+        assert [each.tokens for each in outcome.samples] == [each.tokens for each in expected]
 
 
 @pytest.fixture(scope="module")

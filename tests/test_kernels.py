@@ -16,17 +16,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import (
-    ALIBI,
-    GQA,
-    MQA,
-    ROOT,
-    WINDOW,
-    positions,
-    prefilled,
-    random_model,
-    random_tokens,
-)
+from conftest import ALIBI, GQA, MQA, ROOT, WINDOW, positions, prefilled, random_model, random_tokens, slow
 from test_bifurcated_attention import SHAPES, assert_error_at_most_twice, draw, oracle, side_by_side
 from torch import Tensor
 
@@ -66,7 +56,9 @@ def bifurcated(
     return attend(q, [own, Part(k_context, v_context, None, None, zeros(1), zeros(N))], input_pos, mod)
 
 
-@pytest.mark.parametrize("dtype,scale", [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 16)])
+@pytest.mark.parametrize(
+    "dtype,scale", [(torch.float32, 1), pytest.param(torch.bfloat16, 1, marks=slow), (torch.bfloat16, 16)]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_at_most_twice_that_of_sdpa(shape, dtype, scale):
     N, P, D, T, L = shape
@@ -105,6 +97,7 @@ def test_the_code_for_avx512_with_bfloat16_emulated(tmp_path, monkeypatch):
             assert (product.double() - expected).norm() <= 5e-3 * expected.norm(), rows
 
 
+@slow
 def test_clang_builds_it_too(tmp_path):
     """A process of its own, as its OpenMP is not g++'s. Oracles: PyTorch's attention and product, in fp32."""
     if shutil.which("clang++") is None:
@@ -227,7 +220,14 @@ def test_what_is_not_finite_stays_so(n, bad):
     assert out.isnan().all() and lse.isnan().all()
 
 
-def test_what_others_could_have_written_is_not_loaded(anew, monkeypatch):
+@pytest.fixture
+def prebuilt() -> str:
+    """The library of this process, for a stand-in to hand out in the place of a compiler."""
+    return built()
+
+
+def test_what_others_could_have_written_is_not_loaded(prebuilt, anew, monkeypatch):
+    monkeypatch.setenv("CXX", compiler(anew, f'cp {prebuilt} "$target"'))
     functions = kernels.library().functions
     assert functions is not None
     folder = Path(functions._name).parent
@@ -698,6 +698,7 @@ def test_what_it_does_not_take():
     assert kernels.attention_kernel(cpu, torch.float64, 64) == "torch"
 
 
+@slow
 def test_processes_that_build_at_once_find_one_library(tmp_path):
     """By a compiler that takes its time and hands out the library of this process; a third process does not call it."""
     slow = compiler(tmp_path, f'sleep 1\ncp {built()} "$target"')
@@ -715,6 +716,7 @@ def test_processes_that_build_at_once_find_one_library(tmp_path):
     assert not (tmp_path / "calls").exists()
 
 
+@slow
 def test_a_memory_checker_finds_nothing(tmp_path):
     flags = ["-O0", "-march=native", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined"]
     made = tmp_path / "driver"
@@ -725,6 +727,7 @@ def test_a_memory_checker_finds_nothing(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@slow
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_instruction_sets_compile(compiler):
     """What this machine cannot run is at least compiled: AVX-512 with and without bfloat16."""

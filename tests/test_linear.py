@@ -193,7 +193,7 @@ def test_a_quantised_product_is_the_dequantised_one(kind, linear, dtype, instruc
 
 
 def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
-    """Oracle: the measurements in BENCHMARKS.md, as a table."""
+    """Oracle: the measurements in docs/benchmarks.md, as a table."""
 
     def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
         return choose_kernel(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, slow
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from layers.kernels import library
@@ -48,6 +48,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak")
 def test_memory_beyond_the_weights_is_the_context_once_and_the_decoded_part():
     """N = 64, context 4096, 64 new tokens: at most 1.15 x (context K/V once + decoded K/V). In fp32, which every CPU
@@ -200,6 +201,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak")
 def test_converting_holds_at_most_the_output_and_one_shard(tmp_path):
     """A sharded folder: at most 1.1 x (output + the largest shard). The pages of mapped files count."""

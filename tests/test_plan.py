@@ -192,7 +192,7 @@ def test_compiling_pays_for_long_runs_only():
 
 STORIES110M = ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20)
 SMOLLM = ModelArgs(576, 30, 9, 3, 64, 1536, 49152, 8192, tied_output=True)
-# Milliseconds of eager steps without kernels.py: of BENCHMARKS.md, and of a run of a real model.
+# Milliseconds of eager steps without kernels.py: of docs/benchmarks.md, and of a run of a real model.
 MEASURED = [
     *((STORIES110M, torch.float32, 4096, n, ms) for n, ms in ((1, 66.7), (8, 134.5), (16, 140.8), (64, 274.3))),
     (SMOLLM, torch.bfloat16, 7900, 64, 267),

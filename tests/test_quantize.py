@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import GQA, SHARED, STORIES, TINY, needs_stories, random_model, random_tokens
+from conftest import GQA, SHARED, STORIES, TINY, needs_stories, random_model, random_tokens, slow
 from safetensors.torch import save_file
 from test_checkpoint import CONFIG
 
@@ -468,6 +468,7 @@ def test_a_quantised_model_is_not_quantised_again(folder, capsys):
     assert capsys.readouterr().err == f"error: {path} is quantised already (int8): give its source\n"
 
 
+@slow
 @needs_stories
 def test_quality_on_stories(tmp_path, capsys):
     """Mean negative log-likelihood per token in fp32, on 19 stories; GPTQ reads 64 sequences of others. int8 costs at

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy
 import pytest
 import torch
+from conftest import slow
 from torch import Tensor
 
 from engine.request import Sampling
@@ -323,7 +324,14 @@ def noisy(rows: int, vocabulary: int, size: float, seed: int = 0) -> tuple[Tenso
     return logits, logits + noise, uniform(torch.tensor(seed), torch.arange(rows), torch.tensor(0))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.8, top_k=200), Sampling(1.0), Sampling(1.5, min_p=1e-4)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.8, top_k=200),
+        *(pytest.param(each, marks=slow) for each in (Sampling(1.0), Sampling(1.5, min_p=1e-4))),
+    ],
+    ids=str,
+)
 def test_rounding_changes_hardly_a_draw(sampling):
     """Logits moved by 1e-5, as another batch size moves them: no token of 2,000 changes. Two candidates are as near to
     each other with odds of some 1e-5; a cumulative sum, all of whose borders move, changed 1 in 300."""

@@ -3,6 +3,7 @@
 Oracle: what the text says, in bytes."""
 
 import io
+import itertools
 import json
 import shutil
 import signal
@@ -90,17 +91,17 @@ def test_a_prompt_in_utf16_is_refused_with_its_name(tmp_path, monkeypatch, name)
         read_prompt(build_parser().parse_args(["--prompt_file", str(path)]))
 
 
-@pytest.mark.parametrize("mark", [b"", MARK])
-@pytest.mark.parametrize("end", ["nothing", "a line end", "a separator", "a separator without its line end"])
-@pytest.mark.parametrize("line", ["\n", "\r\n"])
 @pytest.mark.parametrize("separator", ["\n---\n", "\n\n", "---", "\n", "\r\n---\r\n", ".|"])
-def test_texts_between_separators(separator, line, end, mark):
-    between = separator.replace("\r\n", "\n").replace("\n", line)
-    ends = {"nothing": "", "a line end": line, "a separator": between}
-    last = ends.get(end, between.removesuffix(line))
-    for texts in (["a"], ["a", "b"], ["a", "b c", "日", "d" * 130]):
-        records, wrong = read_records(mark + (between.join(texts) + last).encode(), separator)
-        assert not wrong and [record.said for record in records] == texts
+def test_texts_between_separators(separator):
+    for mark, end, line in itertools.product(
+        [b"", MARK], ["nothing", "a line end", "a separator", "a separator without its line end"], ["\n", "\r\n"]
+    ):
+        between = separator.replace("\r\n", "\n").replace("\n", line)
+        ends = {"nothing": "", "a line end": line, "a separator": between}
+        last = ends.get(end, between.removesuffix(line))
+        for texts in (["a"], ["a", "b"], ["a", "b c", "日", "d" * 130]):
+            records, wrong = read_records(mark + (between.join(texts) + last).encode(), separator)
+            assert not wrong and [record.said for record in records] == texts
 
 
 def test_lines_within_a_text_stay_as_they_are():

@@ -233,8 +233,9 @@ def test_llama3_special_tokens_are_those_of_its_json(folders, loaded, kind):
     assert published.items() <= loaded(f"{kind}json").specials.items()
 
 
-def test_a_million_spaces_are_encoded(tokenizer):
-    text = " " * 1_000_001 + "a"
+def test_a_long_run_of_spaces_is_encoded(tokenizer):
+    """Longer than what a library reads at a time."""
+    text = " " * 450_001 + "a"
     assert tokenizer.decode(tokenizer.encode(text)).strip() == "a"
 
 
@@ -247,16 +248,18 @@ def test_json_ids_are_those_of_transformers(folders, loaded, text):
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_text_comes_back(kind, tokenizer, text):
-    # Metaspace takes a leading space for the prefix space, as transformers 5 does.
-    assert tokenizer.decode(tokenizer.encode(text)) == (text[text.startswith(" ") :] if kind == "metaspace" else text)
+def test_text_comes_back(kind, tokenizer):
+    for text in TEXTS:
+        # Metaspace takes a leading space for the prefix space, as transformers 5 does.
+        assert tokenizer.decode(tokenizer.encode(text)) == (
+            text[text.startswith(" ") :] if kind == "metaspace" else text
+        )
 
 
-@pytest.mark.parametrize("text", [*TEXTS, *CONTROL, "<s", "<<s>>", "</s></s>"])
-def test_names_of_special_tokens_in_text_are_text(tokenizer, text):
-    assert not {tokenizer.bos_id, *tokenizer.specials.values()} & set(tokenizer.encode(text))
-    assert tokenizer.bos_id is not None and tokenizer.eos_ids
+def test_names_of_special_tokens_in_text_are_text(tokenizer):
+    for text in [*TEXTS, *CONTROL, "<s", "<<s>>", "</s></s>"]:
+        assert not {tokenizer.bos_id, *tokenizer.specials.values()} & set(tokenizer.encode(text))
+        assert tokenizer.bos_id is not None and tokenizer.eos_ids
 
 
 @pytest.mark.parametrize("model", ["unigram", "words"])
@@ -313,25 +316,25 @@ def pieces_of(stream: TextStream, groups: list[list[int]]) -> list[str]:
     return [*(stream.push(group) for group in groups), stream.flush()]
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_streamed_pieces_are_whole_characters_and_add_up(tokenizer, text):
-    context = tokenizer.encode("Before it.")
-    ids = tokenizer.encode(text)
-    pieces = pieces_of(TextStream(tokenizer, context), [[id] for id in ids])
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join(pieces) == tokenizer.decode(context + ids)[len("Before it.") :]
-    assert continuation_text(tokenizer, context, ids) == "".join(pieces)
+def test_streamed_pieces_are_whole_characters_and_add_up(tokenizer):
+    for text in TEXTS:
+        context = tokenizer.encode("Before it.")
+        ids = tokenizer.encode(text)
+        pieces = pieces_of(TextStream(tokenizer, context), [[id] for id in ids])
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(pieces) == tokenizer.decode(context + ids)[len("Before it.") :]
+        assert continuation_text(tokenizer, context, ids) == "".join(pieces)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_streaming_in_random_groups_adds_up(tokenizer, seed):
-    draw = random.Random(seed)
-    ids = tokenizer.encode("".join(draw.choices(TEXTS[:-1], k=4)))
-    marks = sorted(draw.sample(range(len(ids) + 1), 9))
-    groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
-    pieces = pieces_of(TextStream(tokenizer, []), groups)
-    assert not any("\ufffd" in piece for piece in pieces)
-    assert "".join(pieces) == tokenizer.decode(ids)
+def test_streaming_in_random_groups_adds_up(tokenizer):
+    for seed in range(5):
+        draw = random.Random(seed)
+        ids = tokenizer.encode("".join(draw.choices(TEXTS[:-1], k=4)))
+        marks = sorted(draw.sample(range(len(ids) + 1), 9))
+        groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
+        pieces = pieces_of(TextStream(tokenizer, []), groups)
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert "".join(pieces) == tokenizer.decode(ids)
 
 
 def byte_ids(tokenizer, text: str) -> list[int]:
@@ -348,19 +351,19 @@ def byte_ids(tokenizer, text: str) -> list[int]:
     return [tokenizer.encoding.encode_single_token(bytes([byte])) for byte in text.encode()]
 
 
-@pytest.mark.parametrize("cut", range(1, 41))
-def test_streaming_is_right_at_every_byte_boundary(tokenizer, cut):
+def test_streaming_is_right_at_every_byte_boundary(tokenizer):
     """Whatever comes before the boundary, what is shown there are the characters that are whole, and no others."""
-    text = "é日🙂ß👩‍👩‍👧 𝔘ñ字"
-    ids = byte_ids(tokenizer, text)
-    assert len(ids) == len(text.encode()) and len(ids) <= 40
-    stream = TextStream(tokenizer, tokenizer.encode("x"))
-    shown = stream.push(ids[:cut])
-    whole = text.encode()[:cut].decode(errors="ignore")
-    assert shown == whole or whole.startswith(shown) and cut < len(ids)
-    assert shown + stream.push(ids[cut:]) + stream.flush() == text
-    one_by_one = TextStream(tokenizer, tokenizer.encode("x"))
-    assert "".join(one_by_one.push([id]) for id in ids[:cut]) == whole
+    for cut in range(1, 41):
+        text = "é日🙂ß👩‍👩‍👧 𝔘ñ字"
+        ids = byte_ids(tokenizer, text)
+        assert len(ids) == len(text.encode()) and len(ids) <= 40
+        stream = TextStream(tokenizer, tokenizer.encode("x"))
+        shown = stream.push(ids[:cut])
+        whole = text.encode()[:cut].decode(errors="ignore")
+        assert shown == whole or whole.startswith(shown) and cut < len(ids)
+        assert shown + stream.push(ids[cut:]) + stream.flush() == text
+        one_by_one = TextStream(tokenizer, tokenizer.encode("x"))
+        assert "".join(one_by_one.push([id]) for id in ids[:cut]) == whole
 
 
 @pytest.mark.parametrize("text", ["日本語🙂日本語日本", "🙂" * 20])
@@ -688,21 +691,21 @@ def test_every_run_of_tokens_streams_in_linear_time_and_shows(tokenizer, begun):
         assert counting.decoded < 50 * len(tokens), name
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_tokens_stream_as_they_decode(tokenizer, seed):
+def test_random_tokens_stream_as_they_decode(tokenizer):
     """Whatever the groups are, the pieces are those of one token at a time, and a text that is cut anywhere is the
     beginning of the whole. Oracle: the text of the context and all tokens."""
-    draw = random.Random(seed)
-    pool = byte_ids(tokenizer, "\n語é🙂\ufffd") + tokenizer.encode(" a cat's\n\n") + [*tokenizer.specials.values()]
-    ids = draw.choices(pool, k=130)
-    context = tokenizer.encode("Before it.") + draw.choices(pool, k=seed % 3)
-    expected = tokenizer.decode([*context, *ids])
-    for _ in range(4):
-        marks = sorted(draw.choices(range(len(ids) + 1), k=draw.choice([3, 40, 200])))
-        groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
-        pieces = pieces_of(TextStream(tokenizer, context), groups)
-        assert "".join(pieces) == continuation_text(tokenizer, context, ids)
-        assert expected.endswith("".join(pieces))
+    for seed in range(3):
+        draw = random.Random(seed)
+        pool = byte_ids(tokenizer, "\n語é🙂\ufffd") + tokenizer.encode(" a cat's\n\n") + [*tokenizer.specials.values()]
+        ids = draw.choices(pool, k=130)
+        context = tokenizer.encode("Before it.") + draw.choices(pool, k=seed % 3)
+        expected = tokenizer.decode([*context, *ids])
+        for _ in range(4):
+            marks = sorted(draw.choices(range(len(ids) + 1), k=draw.choice([3, 40, 200])))
+            groups = [ids[begin:end] for begin, end in zip([0, *marks], [*marks, len(ids)], strict=True)]
+            pieces = pieces_of(TextStream(tokenizer, context), groups)
+            assert "".join(pieces) == continuation_text(tokenizer, context, ids)
+            assert expected.endswith("".join(pieces))
 
 
 def test_a_context_that_ends_within_a_character_loses_none_of_what_follows(tokenizer):

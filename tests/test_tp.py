@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import warm
-from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens
+from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens, slow
 from test_cli import lines_of, run
 from tp_worker import collectives, tokens_of
 
@@ -196,7 +196,7 @@ def assert_sums(whole: torch.Tensor, parts: list[torch.Tensor]) -> None:
     assert whole.abs().max() > 0.1 and (sum(parts) - whole).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=slow)])
 def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     """Every kind of network, N = 1, 3 and 5, and two prompts in one batch; and a rank holds its part of the weights and
     no more. At 4 those that are cut otherwise than at 2, one request each."""
@@ -327,6 +327,7 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
     )
 
 
+@slow
 def test_two_machines_with_different_memory(tmp_path):
     """Two agents of torchrun, as on two machines, which hold one network; the smaller memory decides for both."""
     port = free_port()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, slow
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -185,6 +185,7 @@ def test_the_loop_is_transformers_own(llama):
     assert llama.generation_config.num_return_sequences is None  # the model's own is not written to
 
 
+@slow
 def test_a_compiled_forward_generates_the_same():
     """Traced and not made into code, which would take a minute. After the first call nothing is traced again."""
     model, (ids, mask), graphs = make(num_hidden_layers=1), prompts(), []
