@@ -1,13 +1,16 @@
 # Needs python3 (3.11 or newer), make and a C++ compiler; everything else goes into .venv.
 PYTHON ?= python3
 
-.PHONY: generate test fuzz mutants lint clean
+.PHONY: generate test slow fuzz mutants lint clean
 
 generate: .venv/runtime
 	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4 --echo
 
 test: lint
 	.venv/bin/python -m pytest -n auto --maxprocesses 8
+
+slow: .venv/dev
+	.venv/bin/python -m pytest --slow -n auto --maxprocesses 8
 
 fuzz: .venv/dev
 	FUZZ_PROFILE=fuzz .venv/bin/python -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py

@@ -101,10 +101,10 @@ def partial_attention(
     Returns out [B,G,Q,D] and lse [B,G,Q,1], the natural log of the sum of exponentiated scores; both fp32 (fp64 for
     fp64 inputs). Where a query sees no key, out is 0 and lse is -inf. Scores are scaled by 1 / sqrt(D).
 
-    On CUDA, a fused kernel. Else matrix products and a softmax: on a CPU, compiled, faster
-    than the fused kernels (BENCHMARKS.md). Eagerly, large scores are made some heads at a time: no key is read twice,
-    and at most SCORES_AT_ONCE scores, or one head's, are held. Where q, k or v asks for gradients, both results have
-    them: by the matrix products everywhere, whose scores are made again in the backward pass and not kept for it.
+    On CUDA, a fused kernel. Else matrix products and a softmax: on a CPU, compiled, faster than the fused kernels
+    (docs/benchmarks.md). Eagerly, large scores are made some heads at a time: no key is read twice, and at most
+    SCORES_AT_ONCE scores, or one head's, are held. Where q, k or v asks for gradients, both results have them: by the
+    matrix products everywhere, whose scores are made again in the backward pass and not kept for it.
     """
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)

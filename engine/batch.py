@@ -33,7 +33,7 @@ from engine.scoring import SMALL, Node, Rows, batches, shared, tree
 from model import ModelArgs
 from sampling import uniform
 
-# Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (BENCHMARKS.md).
+# Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (docs/benchmarks.md).
 ROWS = {"cpu": 64, "cuda": 512}
 # Tokens that a root and a group must have, since every step pays for a further link of the chain.
 ROOT, GROUP = 8, 64

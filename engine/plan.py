@@ -278,8 +278,8 @@ def keep_freed_memory() -> None:
     """Lets glibc keep the large blocks that a step frees for the next step, for the rest of this process.
 
     By default it hands them back to the system, and every step pays for page faults on fresh ones: at N = 64 and a
-    context of 4096 that was a third of a compiled step, whose scores are one block (BENCHMARKS.md). A setting of the
-    process, so `main` asks for it and a library does not; elsewhere than on glibc it does nothing.
+    context of 4096 that was a third of a compiled step, whose scores are one block (docs/benchmarks.md). A setting of
+    the process, so `main` asks for it and a library does not; elsewhere than on glibc it does nothing.
     """
     if (mallopt := libc("mallopt")) is not None:
         mallopt(ctypes.c_int(-3), ctypes.c_int(32 << 20))  # M_MMAP_THRESHOLD, at its maximum

@@ -6,7 +6,7 @@ to the first that was not proposed: they are the tokens of plain decoding, whate
 A proposal that takes no chance is accepted with its probability p(x), as by the rule of Leviathan et al. 2022 (arXiv
 2211.17192) and Chen et al. 2023 (arXiv 2302.01318). A draft that draws does so by the target's numbers and filters,
 and then meets its token nearly as often as by their rule, whose samples would depend on the draft (drafter-invariant
-speculation: Daliri et al. 2024, arXiv 2408.07978; what it costs: BENCHMARKS.md).
+speculation: Daliri et al. 2024, arXiv 2408.07978; what it costs: docs/benchmarks.md).
 
 Shapes: N rows, k proposals, S = k + 1 positions of a step, V vocabulary.
 """

@@ -44,7 +44,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of ker
 LARGEST_HEAD_DIM = 256
 NUMBERS_PER_THREAD = 1 << 15  # random numbers: what PyTorch's element-wise operations give to one thread
 NO_SUCH_ROW = 2  # of enum Status of kernels.cpp
-STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (BENCHMARKS.md)
+STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
     of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
-    times as long (BENCHMARKS.md), and reading a prompt is all multiplying."""
+    times as long (docs/benchmarks.md), and reading a prompt is all multiplying."""
     if IS_X86:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()

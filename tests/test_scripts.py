@@ -11,11 +11,11 @@ import sys
 import pytest
 import torch
 import warm
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, slow
 
 import benchmark
 
-BENCHMARKS = (ROOT / "BENCHMARKS.md").read_text("utf-8")
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]
 
 
@@ -23,6 +23,7 @@ def run(script: str, *arguments) -> subprocess.CompletedProcess:
     return warm.run(ROOT / "scripts" / script, *arguments, cwd=ROOT, timeout=200)
 
 
+@slow
 def test_benchmark_of_every_eager_column(tmp_path):
     columns = [name for name in benchmark.COLUMNS if "compiled" not in name]
     files = ["--out", tmp_path / "cells.jsonl", "--charts", tmp_path / "charts"]
@@ -48,10 +49,11 @@ def in_this_process(monkeypatch):
         yield
 
 
-def test_commands_of_the_benchmarks_are_accepted(in_this_process, monkeypatch, capsys):
-    """The command of the tables with smaller sizes: the last value of a flag counts."""
-    commands = re.findall(r"^`python scripts/benchmark\.py ?(.*)`$", BENCHMARKS, re.MULTILINE)
-    assert "" in commands and len(commands) > 5
+def test_commands_of_the_benchmarks_are_accepted(in_this_process, monkeypatch, capsys, tmp_path):
+    """The commands of the page with smaller sizes: the last value of a flag counts."""
+    monkeypatch.chdir(tmp_path)  # where --out writes
+    commands = re.findall(r"^`?python scripts/benchmark\.py ?(.*?)`?$", BENCHMARKS, re.MULTILINE)
+    assert "" in commands and len(commands) > 5 and "--preset cpu --out cells.jsonl" in commands
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *shlex.split(command), *SMALL, "--columns", "bifurcated"])
         status, printed = benchmark.main(), capsys.readouterr()
@@ -72,6 +74,7 @@ def test_loading_is_compared_with_mapping(in_this_process, monkeypatch, capsys):
     assert len(re.findall(r"\| [\d.]+ MB \| mapped[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \|", printed.out)) == 2
 
 
+@slow
 def test_reading_a_prompt_is_compared_with_a_matrix_product():
     result = run("benchmark.py", *SMALL, "--preset", "prefill")
     assert result.returncode == 0, result.stderr
@@ -88,6 +91,7 @@ def test_a_step_with_quantised_weights_is_compared_with_a_plain_one(in_this_proc
     assert all(float(row[2]) > 0 and sum(map(int, re.findall(r"\b\d+\b", row[3]))) == 8 for row in rows)
 
 
+@slow
 def test_ranks_are_compared_with_one_process():
     flags = ["--preset", "tp", "--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "3", "--steps", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -97,6 +101,7 @@ def test_ranks_are_compared_with_one_process():
     assert len(re.findall(r"^\| 33 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE)) == 1
 
 
+@slow
 def test_a_cell_that_cannot_fit_says_what_it_needs():
     """120 GB of copies, which is computed and not tried; the row's other cell is measured."""
     sizes = ["--set", "n_kv_head=6", "--context", 10**4, "-n", 8000, "--steps", 1]
@@ -166,6 +171,7 @@ def test_a_batch_is_compared_with_its_prompts_one_by_one():
         assert "| 5 | " in result.stdout or flat and "MB" in result.stdout, result.stdout
 
 
+@slow
 def test_training_makes_a_checkpoint_that_generates(tmp_path, monkeypatch):
     """Of stories of random words, as many as the vocabulary needs. Eager: compiling takes longer than all else here."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
