@@ -11,7 +11,7 @@ generated code is run here: a scorer of your choice marks each sample as passed 
 
 import sys
 
-from cli.system import INTERRUPTED, begin, check_new, check_writable, complain, finish, start
+from cli.system import INTERRUPTED, begin, check_new, check_writable, finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -408,7 +408,7 @@ def run_tasks(options: argparse.Namespace) -> None:
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    tell(options, report)
+    emit_report(options, report)
 
 
 def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
@@ -425,7 +425,7 @@ def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
     }
 
 
-def tell(options: argparse.Namespace, report: dict[str, float]) -> None:
+def emit_report(options: argparse.Namespace, report: dict[str, float]) -> None:
     if not options.quiet:
         drawn = f", {report['tokens_drawn']} drawn with seed {report['seed']}" if report["tokens_drawn"] else ""
         print(
@@ -473,7 +473,7 @@ def run_perplexity(options: argparse.Namespace) -> None:
     write(options.output, json.dumps(report | {"engine": timing}, indent=2))
     for name, value in report.items():
         print(f"{name:>16}  {value:.6g}" if isinstance(value, float) else f"{name:>16}  {value}")
-    tell(options, timing)
+    emit_report(options, timing)
 
 
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
@@ -547,7 +547,7 @@ def run_samples(options: argparse.Namespace) -> None:
         what = f"{counted(len(problems), 'problem')}, {counted(request.num_samples, 'sample')} of each"
         what += f", seed {evaluator.seed}{before}"
         print(f"{what}: {options.output}", file=sys.stderr)
-    tell(options, counts(evaluator, time.perf_counter() - begin))
+    emit_report(options, counts(evaluator, time.perf_counter() - begin))
 
 
 def begin_output(
@@ -765,7 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         why = "eval.py runs in one process: start it without torchrun"
-        return complain(why) if os.environ["RANK"] == "0" else 0  # who ends first with an error ends all
+        return print_error(why) if os.environ["RANK"] == "0" else 0  # who ends first with an error ends all
     try:
         mode, options = check_options(options)
         keep_freed_memory()
@@ -773,7 +773,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # the reader has left, with what they wanted
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     except KeyboardInterrupt:
         begun = options.samples is not None and options.output is not None and options.output.exists()
         kept = (
@@ -786,7 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as error:
         if (told := out_of_memory(error, "--batch_tokens")) is None:
             raise
-        return complain(told)
+        return print_error(told)
     return 0
 
 

@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from cli.system import INTERRUPTED, begin, cache_folder, complain, finish, replica_file, start
+from cli.system import INTERRUPTED, begin, cache_folder, finish, print_error, replica_file, start
 from layers.notices import showing
 
 if __name__ == "__main__":
@@ -29,11 +29,11 @@ import torch
 
 from cli.console import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
 from cli.jobs import (
-    Begun,
     Job,
     Output,
     Progress,
     Record,
+    ResumeState,
     block_of,
     fingerprint,
     read_begun,
@@ -43,9 +43,9 @@ from cli.jobs import (
 )
 from cli.jobs import summary as summarise
 from cli.ranks import Listener, Ranks, join, lost_rank
-from cli.repl import Talk
-from engine.batch import Tally, generate_many, refusal, workload
-from engine.chat import Dialogue, choose_chat
+from cli.repl import Repl
+from engine.batch import BatchStats, generate_many, refusal, workload
+from engine.chat import ChatEncoder, choose_chat
 from engine.drafts import Speculation, choose_draft
 from engine.engine import Engine
 from engine.plan import (
@@ -79,7 +79,7 @@ class Session:
     options: argparse.Namespace
     ranks: Ranks
     checkpoint: Checkpoint
-    dialogue: Dialogue
+    dialogue: ChatEncoder
     text: str | None
     tokens: list[int]
     request: Request
@@ -102,12 +102,12 @@ def changed(options: argparse.Namespace, **values: object) -> argparse.Namespace
     return argparse.Namespace(**vars(options) | values)
 
 
-def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None, list[Record] | None, Begun]:
+def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None, list[Record] | None, ResumeState]:
     """Read what one rank reads for all: the flags with their seed and dtype, the prompt's text, the prompts of
     --prompts or None, and what an earlier run of them has finished. Raises ValueError."""
     check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
-    begun = Begun() if options.output is None else read_begun(options.output)
+    begun = ResumeState() if options.output is None else read_begun(options.output)
     text, records, seed = None, None, options.seed
     if options.prompts is None:
         text = read_prompt(options)
@@ -124,7 +124,7 @@ def set_up(
     ranks: Ranks,
     text: str | None,
     records: list[Record] | None,
-    begun: Begun,
+    begun: ResumeState,
     available: int,
 ) -> Session:
     """Check everything that can be checked before the weights are read. Raises ValueError or OSError."""
@@ -138,7 +138,7 @@ def set_up(
     messages = any(not isinstance(record.said, str) for record in records or ())
     asked = True if messages and options.chat is None else options.chat
     chat = choose_chat(checkpoint.folder, tokenizer, asked, options.interactive)
-    dialogue = Dialogue(tokenizer, args.vocab_size, chat, options.system)
+    dialogue = ChatEncoder(tokenizer, args.vocab_size, chat, options.system)
     if not (options.quiet or options.chat) and (chat is None or records is not None):
         said = [text] if records is None else [record.said for record in records]
         note_names([each for each in said if isinstance(each, str)], tokenizer)
@@ -190,7 +190,7 @@ def arrange(
 
 
 def own_memory(options: argparse.Namespace, ranks: Ranks) -> int:
-    return options.max_memory or available_memory(choose_device(options.device), ranks.neighbours)
+    return options.max_memory or available_memory(choose_device(options.device), ranks.local_world_size)
 
 
 def fetch(options: argparse.Namespace) -> None:
@@ -266,10 +266,10 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], s
             for sample, score in zip(drawn, scores, strict=True)
             for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
         )
-    tell(options, report, summary(report, session.plan))
+    emit_report(options, report, summary(report, session.plan))
 
 
-def tell(options: argparse.Namespace, report: dict[str, object], lines: str) -> None:
+def emit_report(options: argparse.Namespace, report: dict[str, object], lines: str) -> None:
     """The report, or these lines of it, on stderr, and at --report."""
     if options.verbose:
         print_report(report)
@@ -290,13 +290,13 @@ def open_output(session: Session) -> Output | None:
     ranks.agree(lambda: output.begin(job.begun, job.header) if ranks.leads else None, patient=True)
     own = Output(replica_file(path, ranks.replica)) if ranks.replica else output
     writes = ranks.replica and ranks.shard.rank == 0
-    ranks.agree(lambda: own.begin(Begun(), job.header) if writes else None)
+    ranks.agree(lambda: own.begin(ResumeState(), job.header) if writes else None)
     return own
 
 
 def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     """--prompts: the lines of each prompt when its last sample is finished."""
-    options, ranks, job, tally = session.options, session.ranks, session.job, Tally()
+    options, ranks, job, tally = session.options, session.ranks, session.job, BatchStats()
     assert job is not None
     progress = Progress(options.quiet, len(job.prompts), tally)
     try:
@@ -352,7 +352,7 @@ def finish_batch(session: Session, progress: Progress, interrupted: bool) -> Non
     report = decided | settle(session) | progress.report(replicas)
     report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
     progress.bar.clear()
-    tell(session.options, report, summarise(report))
+    emit_report(session.options, report, summarise(report))
 
 
 def settle(session: Session) -> dict[str, object]:
@@ -363,7 +363,7 @@ def settle(session: Session) -> dict[str, object]:
 
 def interact(session: Session, engine: Engine) -> None:
     """--interactive."""
-    talk = Talk(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, session.room)
+    talk = Repl(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, session.room)
     talk.run(session.text)
 
 
@@ -416,13 +416,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # the reader has left, with what they wanted
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
         if (told := out_of_memory(error) or lost_rank(error)) is None:
             raise
-        return complain(told)
+        return print_error(told)
     return 0
 
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
-from layers.moe import Mixture, MixtureOfExperts
-from layers.rope import RopeScaling, Turning, alibi_slopes, all_frequencies, angles, rotate
+from layers.moe import MixtureOfExperts, MoEConfig
+from layers.rope import RopeConfig, RopeScaling, alibi_slopes, all_frequencies, angles, rotate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ModelArgs:
     tied_output: bool = False
     windows: tuple[int | None, ...] = ()
     alibi: bool = False
-    turning: Turning = Turning()
+    turning: RopeConfig = RopeConfig()
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -61,7 +61,7 @@ class ModelArgs:
     score_softcap: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    mixture: Mixture | None = None
+    mixture: MoEConfig | None = None
     max_positions: int | None = None
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ groups do not divide are kept in 16 bits; norms and biases as they are.
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
 
-from cli.system import INTERRUPTED, begin, complain, finish, start
+from cli.system import INTERRUPTED, begin, finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

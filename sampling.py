@@ -214,7 +214,7 @@ def add(seen: Tensor, tokens: Tensor) -> Tensor:
     return seen.scatter_(1, tokens, True) if seen.numel() else seen
 
 
-def along(seen: Tensor, tokens: Tensor) -> Tensor:
+def seen_prefixes(seen: Tensor, tokens: Tensor) -> Tensor:
     """The seen tokens at each position of tokens [N,S] that follow: [N,S,V]."""
     several = seen[:, None].repeat(1, tokens.shape[1], 1)  # [N,S,V]
     for place in range(tokens.shape[1]):

@@ -128,7 +128,7 @@ class Shard:
         parts = COLLECTIVES.wait_tensor(parts).unflatten(0, (self.world, -1))  # [world,N,S,V/world]
         return parts.movedim(0, -2).flatten(-2)  # [N,S,V]
 
-    def agree(self, tokens: Tensor) -> Tensor:
+    def broadcast(self, tokens: Tensor) -> Tensor:
         """Rank 0's tokens, for all: another kind of CPU may round a draw to the other side."""
         if not self.group:
             return tokens

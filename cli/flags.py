@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from cli.system import complain, finish
+from cli.system import finish, print_error
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -45,5 +45,5 @@ class OneLineParser(argparse.ArgumentParser):
     def refuse(self, error: object) -> NoReturn:
         """Ends the process with one line, under torchrun that of one process."""
         if os.environ.get("RANK", "0") == "0":
-            complain(error)
+            print_error(error)
         self.exit(2)

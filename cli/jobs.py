@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 from cli.console import Bar, placed, sample_fields, settings_of
 from cli.ranks import Ranks
 from cli.system import replica_files, without_newline
-from engine.batch import Outcome, Prompt, Tally
-from engine.chat import Dialogue, Messages, parse_messages
+from engine.batch import BatchStats, Outcome, Prompt
+from engine.chat import ChatEncoder, Messages, parse_messages
 from engine.plan import human
 from engine.samples import rank
 from loading.checkpoint import Checkpoint
@@ -147,7 +147,7 @@ def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list
     return list(found.values()), bad
 
 
-def encode(records: Sequence[Record], spoken: Dialogue, plain: Dialogue) -> tuple[list[Prompt], list[str]]:
+def encode(records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder) -> tuple[list[Prompt], list[str]]:
     """The tokens of each prompt, messages by `spoken`, and what is wrong with those that have none."""
     prompts, bad = [], []
     for record in records:
@@ -199,7 +199,7 @@ def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
 
 
 @dataclass
-class Begun:
+class ResumeState:
     """State of an output to resume. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
     in a file than those."""
 
@@ -243,14 +243,14 @@ def whole_lines(path: Path, done: set[str]) -> Iterator[bytes]:
     return (line for line, place in lines_of(path) if place is not None and place.id in done)
 
 
-def read_file(path: Path) -> Begun:
+def read_file(path: Path) -> ResumeState:
     """Read the state of one file. Raises ValueError where it was not begun by a job."""
     if not path.exists():
-        return Begun()
+        return ResumeState()
     with path.open("rb") as file:
         first = file.readline()
     if not first.endswith(b"\n") and b'{"header": '.startswith(first[:11]):
-        return Begun(torn=bool(first))  # killed before the header was written
+        return ResumeState(torn=bool(first))  # killed before the header was written
     try:
         header = parse_json(first.decode("utf-8"))["header"]
         seed = header["seed"]
@@ -268,21 +268,21 @@ def read_file(path: Path) -> Begun:
         seen.setdefault(place.id, set()).add(place.number)
         totals[place.id] = place.total
     done = {id for id, numbers in seen.items() if len(numbers) == totals[id]}
-    return Begun(header, done, torn or len(done) < len(seen))
+    return ResumeState(header, done, torn or len(done) < len(seen))
 
 
-def read_begun(path: Path) -> Begun:
+def read_begun(path: Path) -> ResumeState:
     """Read the state of an output and its replicas' files. Raises ValueError where they were not begun by one job."""
     begun = read_file(path)
     for each in replica_files(path):
         other = read_file(each)
         if begun.header is not None and other.header is not None:
             check_header(each, other, begun.header)
-        begun = Begun(begun.header or other.header, begun.done | other.done, begun.torn)
+        begun = ResumeState(begun.header or other.header, begun.done | other.done, begun.torn)
     return begun
 
 
-def check_header(path: Path, begun: Begun, header: dict[str, Any]) -> None:
+def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None:
     """Raises ValueError where a file was begun by another command."""
     if begun.header is None:
         return
@@ -303,7 +303,7 @@ class Job:
     left: int
     fields: dict[str, dict[str, Any]]
     header: dict[str, Any]
-    begun: Begun
+    begun: ResumeState
 
 
 def make_header(
@@ -318,9 +318,9 @@ def set_up_job(
     options: argparse.Namespace,
     ranks: Ranks,
     records: Sequence[Record],
-    begun: Begun,
+    begun: ResumeState,
     checkpoint: Checkpoint,
-    dialogue: Dialogue,
+    dialogue: ChatEncoder,
 ) -> Job:
     """Make this replica's share of the prompts that are still to be drawn. Raises ValueError where a line cannot
     be used, or the output was begun by another command."""
@@ -332,7 +332,7 @@ def set_up_job(
     header = make_header(checkpoint, options.seed, ends, digest, how | settings_of(options))
     if options.output is not None:
         check_header(options.output, begun, header)
-    plain = dialogue if options.chat else Dialogue(dialogue.tokenizer, dialogue.vocab_size, None, None)
+    plain = dialogue if options.chat else ChatEncoder(dialogue.tokenizer, dialogue.vocab_size, None, None)
     prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain)
     skip_bad(bad, options)
     if not prompts and not begun.done:
@@ -353,7 +353,7 @@ class Output:
         self.file: BinaryIO | None = None
         self.header: dict[str, Any] | None = None  # that is not yet in the file
 
-    def begin(self, begun: Begun, header: dict[str, Any]) -> None:
+    def begin(self, begun: ResumeState, header: dict[str, Any]) -> None:
         """Opens the file for this run alone, with its header, without what a kill has left of a prompt, and with what
         replicas have finished. Raises ValueError where another run holds it, or one of theirs."""
         others = replica_files(self.path)
@@ -437,7 +437,7 @@ def headed(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
 class Progress:
     """What a person sees of a batch: a bar while it runs, a report at its end."""
 
-    def __init__(self, quiet: bool, total: int, tally: Tally) -> None:
+    def __init__(self, quiet: bool, total: int, tally: BatchStats) -> None:
         self.bar, self.total, self.tally = Bar(quiet), total, tally
         self.begin, self.done, self.errors = time.perf_counter(), 0, 0
 
@@ -447,9 +447,9 @@ class Progress:
         note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
         self.bar.show(self.done / self.total, note, seconds * (self.total / self.done - 1))
 
-    def report(self, replicas: Sequence[tuple[Tally, int]]) -> dict[str, Any]:
+    def report(self, replicas: Sequence[tuple[BatchStats, int]]) -> dict[str, Any]:
         """replicas: the tally of each, and how many of its prompts could not be run."""
-        tally, seconds = Tally(), time.perf_counter() - self.begin
+        tally, seconds = BatchStats(), time.perf_counter() - self.begin
         for each, _ in replicas:
             tally.add(each)
         return {
@@ -463,7 +463,7 @@ class Progress:
             "rows_busy": tally.busy / max(1, tally.capacity),
             "context_tokens": tally.asked,
             "context_tokens_read": tally.read,
-            "kv_spared_bytes": tally.spared,
+            "kv_spared_bytes": tally.kv_bytes_saved,
         }
 
 

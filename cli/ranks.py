@@ -33,16 +33,16 @@ FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. shard: its part of the network. local: its place, and neighbours: how many there are, on
-    its machine. control: the group that speaks of the run itself, patient: the same with more time; None where this
-    process is alone."""
+    """This process among all. shard: its part of the network. local: its rank on its machine, local_world_size: the
+    processes there. control: the process group for Python objects, with a short timeout, patient: the same with a long
+    one; None where this process is alone."""
 
     rank: int = 0
     replica: int = 0
     replicas: int = 1
     shard: Shard = WHOLE
     local: int = 0
-    neighbours: int = 1
+    local_world_size: int = 1
     control: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
 
@@ -133,20 +133,20 @@ def join(tp: int | None, device: torch.device) -> Ranks:
         if tp not in (None, 1):
             raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
         return Ranks()
-    rank, world, local, neighbours = (
+    rank, world, local, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
     atexit.register(leave)
     control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (SHORT, LONG))
     alone = Ranks(rank, control=control)
-    machines = alone.all(neighbours)
+    machines = alone.all(local_world_size)
     each = alone.agree(lambda: group_size(tp, world, machines))
     alone.agree(lambda: take_device(device, local))
     group, _ = dist.new_subgroups(each, timeout=SHORT)
     # A network that is whole needs no sums; where it is all there is, they are made all the same, as a check.
     shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
-    return Ranks(rank, rank // each, world // each, shard, local, neighbours, control, patient)
+    return Ranks(rank, rank // each, world // each, shard, local, local_world_size, control, patient)
 
 
 def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:

@@ -9,8 +9,8 @@ from functools import partial
 
 from cli.console import Console
 from cli.ranks import Ranks
-from cli.system import complain
-from engine.chat import Conversation, Dialogue, Mark
+from cli.system import print_error
+from engine.chat import ChatEncoder, Conversation, Mark
 from engine.engine import Engine
 from engine.plan import Plan, out_of_memory
 from engine.request import Request
@@ -18,14 +18,14 @@ from engine.samples import Ranked, Sample
 from loading.files import counted
 
 
-class Talk:
+class Repl:
     """--interactive. room: tokens that the conversation may come to hold, prompt and replies together."""
 
     def __init__(
         self,
         options: argparse.Namespace,
         ranks: Ranks,
-        dialogue: Dialogue,
+        dialogue: ChatEncoder,
         engine: Engine,
         request: Request,
         plan: Plan,
@@ -103,7 +103,7 @@ class Talk:
             if told is None or not (self.ranks.control is None or isinstance(error, ValueError)):
                 raise  # of several, the others may not have failed, and wait
             if self.ranks.leads:
-                complain(f"{told}; /reset begins anew" if self.turns else told)
+                print_error(f"{told}; /reset begins anew" if self.turns else told)
             return True
         if ranked:
             reply = self.ranks.share(partial(pick, ranked)) if self.options.pick else ranked[0].sample
@@ -155,13 +155,13 @@ class Talk:
                 self.turns, self.dialogue.messages[:] = turns, messages
 
 
-def begin_anew(talk: Talk) -> bool:
+def begin_anew(talk: Repl) -> bool:
     talk.reset()
     talk.say("the conversation is empty")
     return True
 
 
-def undo(talk: Talk) -> bool:
+def undo(talk: Repl) -> bool:
     if (text := talk.take_back()) is not None:
         talk.say(f"taken back: {text}")
     return True
@@ -177,15 +177,15 @@ Any other line is said to the model; several lines that are pasted are one text.
 of it is kept; twice, or Ctrl-D, it ends the conversation."""
 
 
-def show_help(talk: Talk) -> bool:
+def show_help(talk: Repl) -> bool:
     print(HELP, file=sys.stderr)
     return True
 
 
-COMMANDS: dict[str, Callable[[Talk], bool]] = {
+COMMANDS: dict[str, Callable[[Repl], bool]] = {
     "/reset": begin_anew,
     "/undo": undo,
-    "/regenerate": Talk.redraw,
+    "/regenerate": Repl.redraw,
     "/exit": lambda talk: False,
     "/help": show_help,
 }

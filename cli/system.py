@@ -70,7 +70,7 @@ class Stream:
             self.failed(error)
 
 
-class Notes(Stream):
+class SafeStderr(Stream):
     """stderr. Where it cannot be written the command goes on: what matters is on stdout and in files."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -125,7 +125,7 @@ class Notes(Stream):
 
 
 def clear_status() -> None:
-    if isinstance(sys.stderr, Notes) and sys.stderr.status:
+    if isinstance(sys.stderr, SafeStderr) and sys.stderr.status:
         sys.stderr.show("")
 
 
@@ -152,7 +152,7 @@ def start() -> None:
     # Started without one of them (">&-"), Python has None there.
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = Stream(escaping(sys.stdout or open(os.devnull, "w")))
-    sys.stderr = Notes(sys.stderr or open(os.devnull, "w"))
+    sys.stderr = SafeStderr(sys.stderr or open(os.devnull, "w"))
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", Notice)
@@ -163,7 +163,7 @@ def start() -> None:
 
 def begin(quiet: bool) -> None:
     """Tell that what takes seconds begins: imports, then the model; but not if quiet, nor in a rank but the first."""
-    if isinstance(sys.stderr, Notes):
+    if isinstance(sys.stderr, SafeStderr):
         if quiet or os.environ.get("RANK", "0") != "0":
             sys.stderr.hush()
         sys.stderr.show("loading")
@@ -191,7 +191,7 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         status = 0
     except OSError as error:
-        status = complain(error)
+        status = print_error(error)
     clear_status()
     try:
         sys.stdout.flush()
@@ -200,7 +200,7 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(status)
 
 
-def complain(error: object) -> int:
+def print_error(error: object) -> int:
     """Tells an error on stderr in one line, of a long one the beginning and the end, which has the remedy. Returns the
     exit status, 2."""
     text = " ".join(f"error: {error}".split())

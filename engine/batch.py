@@ -63,10 +63,10 @@ def seed_of(seed: int, id: str | int) -> int:
 
 
 @dataclass
-class Tally:
-    """What a batch has done so far. rows: that decode together. asked: tokens of its prompts. read: those that the
-    network has read for them. busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. spared:
-    the most bytes that copies of its context for each row would have taken beyond those that are held."""
+class BatchStats:
+    """Counters of a batch. rows: that decode together. asked: tokens of its prompts. read: tokens that the network has
+    read for them. busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. kv_bytes_saved:
+    peak bytes of keys and values that a copy of its context for each row would have needed in addition."""
 
     rows: int = 0
     prompts: int = 0
@@ -76,9 +76,9 @@ class Tally:
     steps: int = 0
     busy: int = 0
     capacity: int = 0
-    spared: int = 0
+    kv_bytes_saved: int = 0
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "BatchStats") -> None:
         """What another replica has done."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
@@ -174,7 +174,7 @@ def workload(lengths: Sequence[int], request: Request, device: torch.device) -> 
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What is held at once: rows that decode, prompts, groups. bytes: with the weights."""
 
     rows: int
@@ -183,7 +183,7 @@ class Room:
     bytes: int
 
     @classmethod
-    def of(cls, rows: int, plan: Plan, sharing: Sharing, n: int) -> "Room":
+    def of(cls, rows: int, plan: Plan, sharing: Sharing, n: int) -> "Capacity":
         """The samples of a prompt end one by one while its keys and values stay: so up to twice the prompts that fill
         the rows, or with one sample of each a quarter more, which are read together."""
         fill = -(-rows // n)
@@ -192,7 +192,7 @@ class Room:
         token = plan.context // plan.workload.context
         held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
         held = held * token + rows * plan.decoded_per_sample
-        # Of a group any rows may be, and as many, as a power of two, are folded for each (Seats).
+        # Of a group any rows may be, and as many, as a power of two, are folded for each (RowMap).
         share = 1 << max(1, (rows - 1).bit_length())
         folded = max(rows, prompts * n, (groups + 1) * share if sharing.groups else 0)
         linked = bool(sharing.root or sharing.groups)
@@ -200,7 +200,7 @@ class Room:
         return cls(rows, prompts, groups, plan.weights.total + held)
 
     @classmethod
-    def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Room":
+    def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Capacity":
         """The most that fits into the available memory; or one row, which may not, with as many prompts as it keeps."""
         rows = plan.rows_at_once
         while rows > 1 and cls.of(rows, plan, sharing, n).bytes > plan.available:
@@ -208,7 +208,7 @@ class Room:
         return cls.of(rows, plan, sharing, n)
 
 
-class Seats(Link):
+class RowMap(Link):
     """An ancestor whose children change while they decode, a few of them at a time: all in place."""
 
     def __init__(self, cache: KVCache, length: Tensor, children: int, share: int | None = None) -> None:
@@ -235,13 +235,13 @@ class Seats(Link):
         self.index.copy_(torch.tensor([parent or 0 for parent in parents]))
         self.group = self.group.copy_(group) if len(group) == len(self.group) else group.to(self.place.device)
 
-    def keep(self, rows: Sequence[int]) -> "Seats":
+    def keep(self, rows: Sequence[int]) -> "RowMap":
         """For so many children, who are still to be seated."""
         assert self.length is not None
-        return Seats(self.cache, self.length, len(rows), self.share)
+        return RowMap(self.cache, self.length, len(rows), self.share)
 
 
-class Shelf:
+class SlotPool:
     """A cache of `rows` rows with room for `slots` slots, which are taken and given back one by one."""
 
     def __init__(self, engine: Engine, rows: int, slots: int) -> None:
@@ -280,7 +280,7 @@ class Shelf:
 class Reading(Rows):
     """Prompts that are read together, end to end, and kept: each in a row of a shelf."""
 
-    def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], shelf: Shelf) -> None:
+    def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], shelf: SlotPool) -> None:
         """nodes: one for each prompt, whose `ends` is its row."""
         self.cache = shelf.cache
         super().__init__(nodes, begin, links, self.cache.start.device)
@@ -297,7 +297,7 @@ class Reading(Rows):
 
 
 @dataclass
-class Held:
+class ActivePrompt:
     """A prompt that has been read, or is about to be. row, group: its own and its group's row, each on its shelf. left:
     samples that are not finished. error: why there will be none."""
 
@@ -320,7 +320,7 @@ class Batch:
     """
 
     def __init__(
-        self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: Tally, plan: Plan | None = None
+        self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: BatchStats, plan: Plan | None = None
     ) -> None:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
         self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
@@ -331,15 +331,15 @@ class Batch:
         plan = plan or engine.plan_workload(workload(sharing.lengths, request, engine.device))
         engine.prepare(plan)
         self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
-        room = Room.within(plan, sharing, request.num_samples)
+        room = Capacity.within(plan, sharing, request.num_samples)
         if room.bytes > plan.available:  # the plan has counted a row and its prompt alone
             sharing = Sharing(0, (), sharing.lengths)
-            room = Room(1, 1, 0, plan.needed)
+            room = Capacity(1, 1, 0, plan.needed)
         self.sharing, self.room = sharing, room
         tally.rows = room.rows
         self.waiting, self.at = deque(sharing.order()), sharing.places()
-        self.ready: deque[tuple[Held, Row]] = deque()
-        self.places: list[tuple[Held, Row] | None] = [None] * room.rows
+        self.ready: deque[tuple[ActivePrompt, Row]] = deque()
+        self.places: list[tuple[ActivePrompt, Row] | None] = [None] * room.rows
         self.moved = True
         self.ended: list[Outcome] = []
         self.token_bytes = plan.context // plan.workload.context
@@ -349,15 +349,15 @@ class Batch:
         """The chain, with nothing read."""
         engine, room, sharing, like = self.engine, self.room, self.sharing, self.engine.model.norm.weight
         self.root = KVCache.empty(engine.args.kv_shape, 1, sharing.root, like)
-        self.groups = Shelf(engine, room.groups + 1, sharing.longest_group)
+        self.groups = SlotPool(engine, room.groups + 1, sharing.longest_group)
         self.groups.free.pop()  # row 0, of length 0, is for those that are in no group
         self.resident: dict[int, int] = {0: 0}  # the row of each group that is held
         self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # members that are not finished
-        self.shelf = Shelf(engine, room.prompts, sharing.longest_rest)
+        self.shelf = SlotPool(engine, room.prompts, sharing.longest_rest)
         self.cache = KVCache.empty(engine.args.kv_shape, room.rows, 0, like, self.request.max_new_tokens)
-        self.cache.links = (Seats(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
+        self.cache.links = (RowMap(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
         if sharing.groups:
-            self.cache.links += (Seats(self.groups.cache, self.groups.length, room.rows),)
+            self.cache.links += (RowMap(self.groups.cache, self.groups.length, room.rows),)
         if sharing.root:
             self.cache.links += (Link(self.root, [0] * room.rows, None),)
         self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # of one row
@@ -403,14 +403,14 @@ class Batch:
         token, start, sample, seed = torch.tensor(entries, device=self.token.device).T
         self.token[rows, 0], self.input_pos[rows, 0] = token, start
         self.cache.start[rows] = start
-        for each in self.cache.tensors:  # as Shelf.give_back
+        for each in self.cache.tensors:  # as SlotPool.give_back
             each[rows] = 0
         self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
         self.samples[rows], self.seeds[rows] = sample, seed
         self.moved = bool(self.ended)  # by their first token: first they are handed out
         self.seat()
 
-    def entry(self, place: tuple[Held, Row] | None) -> tuple[int, int, int, int]:
+    def entry(self, place: tuple[ActivePrompt, Row] | None) -> tuple[int, int, int, int]:
         """Of a row: its last token, where that is, the sample's index, its seed. An idle one is before all others, as
         ALiBi wants it, whose biases are relative to the last position of a step."""
         if place is None:
@@ -421,13 +421,13 @@ class Batch:
     def seat(self) -> None:
         """Tells the links which row of theirs each row continues."""
         parents = [None if place is None else (place[0].row, place[0].group) for place in self.places]
-        seats = [link for link in self.cache.links if isinstance(link, Seats)]
+        seats = [link for link in self.cache.links if isinstance(link, RowMap)]
         for link, each in zip(seats, zip(*((p or (None, None)) for p in parents), strict=True), strict=False):
             link.seat(each)
 
-    def next_prompts(self) -> list[Held]:
+    def next_prompts(self) -> list[ActivePrompt]:
         """The waiting prompts that have room, in order."""
-        found: list[Held] = []
+        found: list[ActivePrompt] = []
         n = self.request.num_samples
         while self.waiting and self.shelf.free:
             number = self.waiting[0]
@@ -444,7 +444,7 @@ class Batch:
             assert self.request.seed is not None, "generate_many gives it one"
             seed = seed_of(self.request.seed, prompt.id)
             rows = [Row(first + each, self.ending, tokenizer, prompt.tokens, False, seed) for each in range(n)]
-            found.append(Held(number, prompt, seed, row, self.resident[group], rows, n))
+            found.append(ActivePrompt(number, prompt, seed, row, self.resident[group], rows, n))
         return found
 
     def read_group(self, number: int) -> None:
@@ -454,7 +454,7 @@ class Batch:
         self.engine.prefill(self.groups.view(row, self.above), tokens, self.request.prefill_chunk, SILENT)
         self.tally.read += len(tokens)
 
-    def read(self, found: Sequence[Held]) -> None:
+    def read(self, found: Sequence[ActivePrompt]) -> None:
         """Reads the rest of each prompt, short ones of the same group together, and draws the first tokens."""
         chunk, model = self.request.prefill_chunk, self.engine.model
         for group, behind in sorted({self.at[held.number] for held in found}):
@@ -477,7 +477,7 @@ class Batch:
                 hidden = model.hidden(reading.tokens, reading.input_pos, reading)  # [1,T,dim]
                 self.start([short[node.ends[0]][0] for node in nodes], model.logits(hidden[:, reading.last])[0])
 
-    def start(self, found: Sequence[Held], logits: Tensor) -> None:
+    def start(self, found: Sequence[ActivePrompt], logits: Tensor) -> None:
         """Draws the first token of every sample from the logits [prompts,V] before it."""
         positions, seeds = (
             torch.tensor(each, device=logits.device)[:, None]
@@ -498,10 +498,10 @@ class Batch:
         rows go on."""
         if self.engine.shard.world == 1:
             return drawn
-        both = self.engine.shard.agree(torch.stack([each.double() for each in drawn]))  # of which each token is one
+        both = self.engine.shard.broadcast(torch.stack([each.double() for each in drawn]))  # of which each token is one
         return both[0].long(), both[1]
 
-    def record(self, places: Sequence[tuple[Held, Row] | None], drawn: Sequence[tuple[Tensor, Tensor]]) -> int:
+    def record(self, places: Sequence[tuple[ActivePrompt, Row] | None], drawn: Sequence[tuple[Tensor, Tensor]]) -> int:
         """Brings what steps have drawn, [C] each, to the host, and ends what is done. Returns the tokens recorded."""
         count = 0
         tokens, logprobs = (torch.stack(part, 1).tolist() for part in zip(*drawn, strict=True))  # [C][steps] twice
@@ -523,19 +523,19 @@ class Batch:
         self.tally.drawn += count
         return count
 
-    def fail(self, held: Held, error: str) -> None:
+    def fail(self, held: ActivePrompt, error: str) -> None:
         """End a prompt that has no samples; its rows leave with those that are done."""
         held.error, held.left = error, 0
         self.ready = deque(each for each in self.ready if each[0] is not held)
         self.release(held)
 
-    def end(self, held: Held) -> None:
+    def end(self, held: ActivePrompt) -> None:
         """One more sample of a prompt is finished; with the last, what it held is free."""
         held.left -= 1
         if not held.left:
             self.release(held)
 
-    def release(self, held: Held) -> None:
+    def release(self, held: ActivePrompt) -> None:
         """Hand out a prompt, and give back what it held."""
         self.shelf.give_back(held.row)
         group = self.at[held.number][0]
@@ -571,7 +571,7 @@ class Batch:
             self.token, self.input_pos = drawn[-1][0][:, None], self.input_pos + 1
         tally, held = self.tally, self.shelf.tokens + self.groups.tokens + self.sharing.root
         context = sum(len(place[0].prompt.tokens) for place in self.places if place is not None)
-        tally.spared = max(tally.spared, (context - held) * self.token_bytes)
+        tally.kv_bytes_saved = max(tally.kv_bytes_saved, (context - held) * self.token_bytes)
         tally.steps, tally.capacity = tally.steps + self.look, tally.capacity + self.look * len(self.places)
         tally.busy += self.record(self.places, drawn)
         for at, place in enumerate(self.places):
@@ -593,7 +593,7 @@ def generate_many(
     engine: Engine,
     prompts: Sequence[Prompt],
     request: Request,
-    tally: Tally | None = None,
+    tally: BatchStats | None = None,
     plan: Plan | None = None,
 ) -> Iterator[Outcome]:
     """Draws request.num_samples continuations of each prompt, and gives each prompt when it is finished; first those
@@ -613,7 +613,10 @@ def generate_many(
     refused = [refusal(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
     alone = [prompt for prompt in sound if is_read_anew(engine.args, request, prompt)]
-    together, tally = [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)], tally or Tally()
+    together, tally = (
+        [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)],
+        tally or BatchStats(),
+    )
     batch = Batch(engine, together, request, tally, plan) if together else None
 
     def run() -> Iterator[Outcome]:
@@ -634,7 +637,7 @@ def is_read_anew(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
     return scaling is not None and scaling.crosses(length, length + request.max_new_tokens)
 
 
-def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: Tally) -> Outcome:
+def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: BatchStats) -> Outcome:
     """A prompt by itself, as a request of its own."""
     assert request.seed is not None
     tokens, samples, error = len(prompt.tokens), list[Sample](), None
@@ -643,5 +646,5 @@ def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: Tally) -
     except (ValueError, FloatingPointError) as caught:
         error = str(caught)
     drawn = sum(len(sample.tokens) for sample in samples)
-    tally.add(Tally(prompts=1, drawn=drawn, asked=tokens, read=tokens))
+    tally.add(BatchStats(prompts=1, drawn=drawn, asked=tokens, read=tokens))
     return Outcome(prompt, samples, error)

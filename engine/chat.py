@@ -408,7 +408,7 @@ def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool | None, interact
     return chat
 
 
-class Dialogue:
+class ChatEncoder:
     """What is said in turn, as token ids: by a chat template, or, where chat is None, the bare texts after BOS."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, chat: Chat | None, system: str | None) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cache import KVCache
 from engine.engine import SILENT, Engine, Run
 from engine.graphs import Step, StepInput
-from engine.speculate import USUAL_K, Draft, Speculating, Speculation
+from engine.speculate import USUAL_K, Draft, Speculation, SpeculativeDecoder
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
@@ -43,7 +43,7 @@ class PromptDraft(Draft):
         mine.index = {n: mine.keys(mine.context, n).sort(stable=True) for n in self.sizes if n <= len(mine.context)}
         return mine
 
-    def begin(self, rows: Speculating) -> Self:
+    def begin(self, rows: SpeculativeDecoder) -> Self:
         mine = copy(self)
         mine.source = mine.end = torch.zeros_like(rows.samples)[:, None]  # [N,1]
         return mine
@@ -53,13 +53,13 @@ class PromptDraft(Draft):
         windows = tokens.unfold(-1, n, 1)  # [...,L-n+1,n]
         return (windows * self.vocabulary ** torch.arange(n, device=tokens.device)).sum(-1)
 
-    def tokens(self, rows: Speculating, where: Tensor) -> Tensor:
+    def tokens(self, rows: SpeculativeDecoder, where: Tensor) -> Tensor:
         """The tokens of each row at its positions [N,S]."""
         T = len(self.context)
         own = rows.text.gather(1, (where - T).clamp_min(0))
         return torch.where(where < T, self.context[where.clamp(0, T - 1)], own)
 
-    def followed(self, rows: Speculating, n: int, end: Tensor) -> Tensor:
+    def followed(self, rows: SpeculativeDecoder, n: int, end: Tensor) -> Tensor:
         """The position [N,1] that follows the latest run of tokens equal to the n before `end`; 0: there is none."""
         context, key = self.context, self.keys(self.tokens(rows, end - rows.arange(n, 0, -1)), n)  # [N,1]
         before = context[len(context) - min(len(context), n - 1) :]  # a run may begin in the context
@@ -73,7 +73,7 @@ class PromptDraft(Draft):
         at = (torch.searchsorted(ordered, key, right=True) - 1).clamp_min(0)  # the last of equal ones
         return torch.where((own == 0) & (ordered[at] == key), places[at] + n, own)
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         end = rows.input_pos + 1  # [N,1]
         moved, self.end = self.source + end - self.end, end  # it goes on where it was found, while that agrees
         last = rows.arange(1, 3)
@@ -108,12 +108,12 @@ class LayersDraft(Draft):
     def __init__(self, layers: int) -> None:
         self.name, self.layers = f"layers:{layers}", layers
 
-    def begin(self, rows: Speculating) -> Self:
+    def begin(self, rows: SpeculativeDecoder) -> Self:
         mine = copy(self)
         mine.step, mine.cache = rows.network(rows.model, self.layers), rows.cache
         return mine
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         tokens, logprobs = [rows.token], []
         for ahead in range(k):
             where = rows.input_pos + ahead
@@ -152,7 +152,7 @@ class ModelDraft(LayersDraft):
         self.engine.prefill(mine.context, run.history, run.request.prefill_chunk, SILENT)
         return mine
 
-    def begin(self, rows: Speculating) -> Self:
+    def begin(self, rows: SpeculativeDecoder) -> Self:
         mine, run = copy(self), rows.run
         self.context.resize(run.begin)  # what an earlier wave of one row wrote there goes
         mine.cache = self.context if run.extends else KVCache.fork(self.context, len(rows.samples), 0, run.own_slots)
@@ -160,7 +160,7 @@ class ModelDraft(LayersDraft):
         mine.step = rows.network(self.engine.model)
         return mine
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         self.cache.resize(self.base + rows.view)
         for behind in range(rows.behind, 0, -self.PART):  # positions that the target alone has run
             where = rows.input_pos - rows.arange(behind, max(0, behind - self.PART), -1)
@@ -201,7 +201,7 @@ class MedusaDraft(Draft):
         self.heads = [[tensor.to(engine.device, engine.dtype) for tensor in head] for head in self.heads]
         self.ids = None if self.ids is None else self.ids.to(engine.device)
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         if rows.hidden is None:  # after a plain step, or the prompt: this step makes it
             return rows.token.expand(-1, k)
         x = rows.model.norm(rows.hidden)  # [N,1,dim]

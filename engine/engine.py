@@ -21,7 +21,16 @@ from torch import Tensor
 from cache import KVCache, Prefill
 from engine.graphs import RecordedStep, Step, StepInput, compiled
 from engine.layouts import LAYOUTS, Int8Context
-from engine.plan import Plan, Weights, available_memory, choose_device, choose_dtype, extends_context, plan_run, weigh
+from engine.plan import (
+    Plan,
+    WeightSizes,
+    available_memory,
+    choose_device,
+    choose_dtype,
+    extends_context,
+    plan_run,
+    weigh,
+)
 from engine.request import Request, Sampling, Workload, as_tokens, check_tokens, new_seed
 from engine.samples import Ending, Piece, Row, Sample
 from engine.scoring import Scored, Scorer
@@ -39,7 +48,7 @@ from tp import WHOLE, Shard
 LOOK_EVERY = {"cpu": 1, "cuda": 8}
 
 # What a step gives: tokens [N,k], their log-probabilities [N,k], and how many of them, from the first, count [N].
-Drawn = tuple[Tensor, Tensor, Tensor]
+StepOutput = tuple[Tensor, Tensor, Tensor]
 
 
 class Monitor:
@@ -125,7 +134,7 @@ class Engine:
         """Give the request a seed where it has none, the same on all ranks that hold the network."""
         if request.seed is not None:
             return request
-        return replace(request, seed=int(self.shard.agree(torch.tensor([new_seed()], device=self.device))))
+        return replace(request, seed=int(self.shard.broadcast(torch.tensor([new_seed()], device=self.device))))
 
     def use(self, decoder: "Decoder", rows: int) -> None:
         """Decode by a draft from now on, in steps of `rows` rows."""
@@ -217,7 +226,7 @@ def bucket(slots: int) -> int:
     return -(-slots // size) * size
 
 
-class Decoding:
+class PlainDecoder:
     """How rows move on: plain decoding, one token for each row and step. `width` is the most that a step gives, k. What
     is drawn is the same on all ranks that hold a part of the network."""
 
@@ -231,17 +240,17 @@ class Decoding:
         self.seen = seen_in(run.history, samples, self.sampling.repetition_penalty, run.engine.args.vocab_size)
         self.engine, self.step = run.engine, run.engine.step(self.sampling, run.plan)
 
-    def first(self, logits: Tensor, position: int) -> Drawn:
+    def first(self, logits: Tensor, position: int) -> StepOutput:
         """Draws the token at `position` for every row from the logits [1,V] before it."""
         numbers = uniform(self.seed, self.samples, torch.full_like(self.samples, position))
         token, logprob = self.engine.draw(logits.expand(len(self.samples), -1), numbers, self.sampling, self.seen)
-        return self.shard.agree(token)[:, None], logprob[:, None], self.one
+        return self.shard.broadcast(token)[:, None], logprob[:, None], self.one
 
-    def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
+    def next(self, token: Tensor, input_pos: Tensor) -> StepOutput:
         """token [N,1], the last one of each row, not yet run, at input_pos [N,1]."""
         inputs = StepInput(token, input_pos, self.samples, self.seed, add(self.seen, token))
         drawn, logprob = self.step(inputs, self.cache)
-        return self.shard.agree(drawn)[:, None], logprob[:, None], self.one
+        return self.shard.broadcast(drawn)[:, None], logprob[:, None], self.one
 
     def move(self, cache: KVCache) -> None:
         """Go on in another cache of the same rows."""
@@ -262,9 +271,9 @@ class Decoder(Protocol):
 
     def place(self, engine: Engine, rows: int) -> None: ...
 
-    def heavier(self, weights: Weights) -> Weights: ...
+    def heavier(self, weights: WeightSizes) -> WeightSizes: ...
 
-    def __call__(self, run: "Run", cache: KVCache, samples: Tensor) -> Decoding: ...
+    def __call__(self, run: "Run", cache: KVCache, samples: Tensor) -> PlainDecoder: ...
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload: ...
 
@@ -294,7 +303,7 @@ class Run:
         engine.prepare(self.plan)
         self.rows_at_once = min(request.num_samples, request.rows_at_once or self.plan.rows_at_once)
         self.extends = extends_context(engine.args, self.plan.workload, engine.device, engine.dtype, self.rows_at_once)
-        self.decoder = engine.decoder or Decoding
+        self.decoder = engine.decoder or PlainDecoder
         self.own_slots = request.max_new_tokens + self.decoder.width - 1
         self.begin = len(history)  # the position of the first token drawn
         self.live = False
@@ -392,7 +401,9 @@ class Run:
                 mine[index, :, -own:] = theirs[0]
         return cache
 
-    def collect(self, rows: Sequence[Row], pending: Sequence[Drawn], cache: KVCache, stepped: bool) -> Iterator[Piece]:
+    def collect(
+        self, rows: Sequence[Row], pending: Sequence[StepOutput], cache: KVCache, stepped: bool
+    ) -> Iterator[Piece]:
         """Brings the tokens of the last steps to the host and ends the rows that are done."""
         # [N][steps][k] twice, and [N][steps].
         parts = [torch.stack(part, 1).tolist() for part in zip(*pending, strict=True)]

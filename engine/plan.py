@@ -20,13 +20,13 @@ from engine.request import Workload
 from engine.workspace import Workspace
 from layers.kernels import STREAMED_ROWS
 from layers.linear import SMALLEST, can_pack, multiplies_bfloat16, streams
-from layers.moe import Mixture
+from layers.moe import MoEConfig
 from loading.files import counted
 from model import ModelArgs, Transformer
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSizes:
     """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
     is not the output too. experts: those among them of which it reads but what its rows choose. tied: an embedding that
     is the output too, of which a packed copy may be made."""
@@ -36,7 +36,7 @@ class Weights:
     experts: int = 0
     tied: int = 0
 
-    def read(self, mixture: Mixture | None, rows: int) -> int:
+    def read(self, mixture: MoEConfig | None, rows: int) -> int:
         """What a step of so many rows is expected to read, were every expert equally likely."""
         unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
         return self.per_step - round(unread)
@@ -46,18 +46,22 @@ class Weights:
         return replace(self, total=self.total + tied, tied=0)
 
 
-def weigh(model: Transformer) -> Weights:
+def weigh(model: Transformer) -> WeightSizes:
     """The weights of a network, in memory or on the meta device."""
     tensors = chain(model.named_parameters(), model.named_buffers())  # one that is tied comes once
     return weigh_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
 
 
-def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> Weights:
+def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
     """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
-    return Weights(total, total, experts, embedding) if args.tied_output else Weights(total, total - embedding, experts)
+    return (
+        WeightSizes(total, total, experts, embedding)
+        if args.tied_output
+        else WeightSizes(total, total - embedding, experts)
+    )
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Plan:
     """How a workload will run. Sizes are in bytes. rows_at_once: the samples that fit together; more run in waves."""
 
     workload: Workload
-    weights: Weights
-    mixture: Mixture | None
+    weights: WeightSizes
+    mixture: MoEConfig | None
     context: int
     context_while_read: int
     decoded_per_sample: int
@@ -140,7 +144,7 @@ def held_context(args: ModelArgs, work: Workload, dtype: torch.dtype) -> int:
 
 def plan_run(
     args: ModelArgs,
-    weights: Weights,
+    weights: WeightSizes,
     work: Workload,
     device: torch.device,
     dtype: torch.dtype,
@@ -202,7 +206,7 @@ def plan_run(
 
 def longest_context(
     args: ModelArgs,
-    weights: Weights,
+    weights: WeightSizes,
     work: Workload,
     device: torch.device,
     dtype: torch.dtype,

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import KVCache
-from engine.engine import Decoding, Drawn, Engine, Run
+from engine.engine import Engine, PlainDecoder, Run, StepOutput
 from engine.graphs import RecordedStep, Step, StepInput, compiled
-from engine.plan import Weights, Workload
+from engine.plan import WeightSizes, Workload
 from model import ModelArgs, Transformer
-from sampling import NOTHING, UniformBlocks, along
+from sampling import NOTHING, UniformBlocks, seen_prefixes
 
 USUAL_K, LARGEST_K = 4, 16  # proposals of a step: where nothing is said; the most that `auto` tries
 
@@ -49,10 +49,10 @@ class Draft:
     def read(self, run: Run) -> Self:
         return copy(self)
 
-    def begin(self, rows: "Speculating") -> Self:
+    def begin(self, rows: "SpeculativeDecoder") -> Self:
         return copy(self)
 
-    def propose(self, rows: "Speculating", k: int) -> Tensor | None:
+    def propose(self, rows: "SpeculativeDecoder", k: int) -> Tensor | None:
         """Tokens [N,k] for the positions after each row's last one; None where there is nothing to propose."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Draft:
         """Drops all rows but the given ones."""
 
 
-class Pace:
+class DraftController:
     """Whether the next step drafts, and how many tokens: by what the steps so far have given and taken.
 
     Plain steps come first and are timed. From then on the balance counts, in plain steps, what drafting has gained of
@@ -132,7 +132,7 @@ class Pace:
             self.k = want
 
 
-class Speculating(Decoding):
+class SpeculativeDecoder(PlainDecoder):
     """The rows of one wave, each of which takes as many tokens as are right. The host waits for every step.
 
     token, input_pos [N,1]: the last token of each row, not yet run. text [N,L]: the tokens from position run.begin on.
@@ -168,7 +168,7 @@ class Speculating(Decoding):
         were seen; names [V]: the tokens that it tells apart."""
         numbers = self.numbers(self.seed, self.samples, where).flatten()
         tokens, logprobs = self.engine.draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
-        return self.shard.agree(tokens).view_as(where), logprobs.view_as(where)
+        return self.shard.broadcast(tokens).view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:
         """The draft's proposals [N,k]. Ranks that hold a part of the network take those of the first, since the tokens
@@ -176,15 +176,15 @@ class Speculating(Decoding):
         proposals = self.draft.propose(self, k)
         if self.shard.world == 1:
             return proposals
-        agreed = self.shard.agree(self.token.new_full((len(self.token), k), -1) if proposals is None else proposals)
+        agreed = self.shard.broadcast(self.token.new_full((len(self.token), k), -1) if proposals is None else proposals)
         return None if int(agreed[0, 0]) < 0 else agreed
 
-    def first(self, logits: Tensor, position: int) -> Drawn:
+    def first(self, logits: Tensor, position: int) -> StepOutput:
         drawn = super().first(logits, position)
         self.text[:, :1] = drawn[0]
         return drawn
 
-    def next(self, token: Tensor, input_pos: Tensor) -> Drawn:
+    def next(self, token: Tensor, input_pos: Tensor) -> StepOutput:
         self.token, self.input_pos, proposals = token, input_pos, None
         if not self.warm:  # both ways, so that what compiles does so in the first step
             self.check(token.expand(-1, self.pace.k))
@@ -207,13 +207,13 @@ class Speculating(Decoding):
         self.pace.stepped(size - 1 if drafts else None, counts, seconds, proposed - begin)
         return F.pad(tokens, (0, self.width - size)), F.pad(logprobs, (0, self.width - size)), count
 
-    def check(self, proposals: Tensor) -> Drawn:
+    def check(self, proposals: Tensor) -> StepOutput:
         """Draws the tokens after each row's last one and after each of its proposals [N,k]. Those count up to the first
         that was not proposed."""
         inputs = torch.cat([self.token, proposals], 1)  # [N,S]
         where = self.input_pos + self.arange(inputs.shape[1])
         logits, hidden = self.verify(StepInput(inputs, where, self.samples, self.seed), self.cache)
-        seen = along(self.seen, inputs)  # [N,S,V]
+        seen = seen_prefixes(self.seen, inputs)  # [N,S,V]
         tokens, logprobs = self.draw(logits, where + 1, seen)
         right = (tokens[:, :-1] == proposals).long().cumprod(1).sum(1)  # [N]
         self.hidden, self.seen = (each[self.arange(len(right)), right] for each in (hidden[:, :, None], seen))
@@ -234,7 +234,7 @@ class Speculation:
         if k is not None and not 1 <= k <= draft.longest:
             most = f" and at most {draft.longest}" if draft.longest < LARGEST_K else ""
             raise ValueError(f"speculate_k {k} must be at least 1{most}, or auto")
-        self.draft, self.k, self.pace = draft, k, Pace(k, min(draft.longest, LARGEST_K))
+        self.draft, self.k, self.pace = draft, k, DraftController(k, min(draft.longest, LARGEST_K))
         self.width = 1 + (k or self.pace.longest)
         self.runs: WeakKeyDictionary[Run, Draft] = WeakKeyDictionary()
         self.steps: dict[tuple[Transformer, int | None], Step] = {}
@@ -244,10 +244,10 @@ class Speculation:
         self.draft.place(engine, rows)
         self.device, self.shard = engine.device, engine.shard
 
-    def __call__(self, run: Run, cache: KVCache, samples: Tensor) -> Decoding:
-        return Speculating(self, run, cache, samples)
+    def __call__(self, run: Run, cache: KVCache, samples: Tensor) -> PlainDecoder:
+        return SpeculativeDecoder(self, run, cache, samples)
 
-    def heavier(self, weights: Weights) -> Weights:
+    def heavier(self, weights: WeightSizes) -> WeightSizes:
         """Those of the target, with the draft's."""
         return replace(weights, total=weights.total + self.draft.weights)
 
@@ -274,7 +274,7 @@ class Speculation:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.device)
-        return float(self.shard.agree(now))
+        return float(self.shard.broadcast(now))
 
     def report(self) -> dict[str, object]:
         """The report's part; None where nothing was drafted."""

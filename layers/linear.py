@@ -71,10 +71,10 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
             if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
-                    take_place(parent, name, made)
+                    replace_module(parent, name, made)
 
 
-def take_place(parent: nn.Module, name: str, made: nn.Module) -> None:
+def replace_module(parent: nn.Module, name: str, made: nn.Module) -> None:
     """Puts a layer in the place of a child, whose hooks it keeps, such as the gathering of a divided output."""
     made._forward_hooks.update(parent._modules[name]._forward_hooks)  # type: ignore[union-attr]
     setattr(parent, name, made)
@@ -159,7 +159,7 @@ def stream_linears(model: nn.Module) -> None:
             if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
                 large = child.weight.numel() >= SMALLEST and not child.weight.requires_grad  # or it is being trained
                 if large and streams(child.weight.device, child.weight.dtype, child.in_features):
-                    take_place(parent, name, StreamedLinear(child))
+                    replace_module(parent, name, StreamedLinear(child))
 
 
 class PackedLinear(HeldLinear):
@@ -199,7 +199,7 @@ def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
 
     swap_linears(model, pack)
     if tied_output:
-        take_place(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
+        replace_module(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

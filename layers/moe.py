@@ -24,7 +24,7 @@ from bifurcated_attention import differentiated
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MoEConfig:
     """The shape of the mixtures of a network: experts of a width, of which each token is sent to `used`.
 
     renormalised: the weights of a token's experts sum to 1, which is a softmax over them alone; otherwise they are as
@@ -162,7 +162,7 @@ class Gate(nn.Module):
 class Router(nn.Module):
     """Which experts each token is sent to, and with which weights."""
 
-    def __init__(self, mixture: Mixture, dim: int) -> None:
+    def __init__(self, mixture: MoEConfig, dim: int) -> None:
         super().__init__()
         self.mixture, self.weight = mixture, Parameter(torch.empty(mixture.experts, dim))
 
@@ -194,7 +194,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: MoEConfig,
         dim: int,
         activation: Callable[[Tensor], Tensor],
         linear: type[nn.Linear],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Turning:
+class RopeConfig:
     """What of queries and keys turns by their position, where it is not simply all.
 
     share: of each head, from its beginning. layers: for each layer "global", by the model's theta and scaling, "local",
@@ -106,7 +106,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: Turning) -> Tensor:
+def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: RopeConfig) -> Tensor:
     """What the layers of a network turn by, as rotary_frequencies: made once, so that a step makes no constants. Where
     there is a local theta, twice as many: those of that follow, which nothing scales."""
     size = turning.size(head_dim)

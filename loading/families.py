@@ -13,8 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.moe import Mixture
-from layers.rope import RopeScaling, Turning
+from layers.moe import MoEConfig
+from layers.rope import RopeConfig, RopeScaling
 from model import ModelArgs
 
 # Fields that say nothing of the result: bookkeeping, training, generation defaults that the command line has itself.
@@ -49,7 +49,7 @@ LARGEST = {
 }
 
 
-def told(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value for an error; Python writes out no integer of thousands of digits."""
     return f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
 
@@ -91,14 +91,14 @@ class Fields:
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}, not a positive number: the model's shape is not known without it")
         if value > most:
-            raise ValueError(f"{name} is {told(value)}, more than {most}: no such network can be made here")
+            raise ValueError(f"{name} is {short_repr(value)}, more than {most}: no such network can be made here")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """The field's value, which must be above 0; the default where the field is missing or null."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not 0 < value <= 1e15:
-            raise ValueError(f"{name} is {told(value)}, not a number above 0 and at most 1e15")
+            raise ValueError(f"{name} is {short_repr(value)}, not a number above 0 and at most 1e15")
         return value
 
     def optional(self, name: str) -> float | None:
@@ -142,7 +142,7 @@ class Fields:
                 )
         every = (self, *self.parts)
         found = [(name, each.config[name]) for each in every for name in sorted(each.unread)]
-        unknown = ", ".join(f"{name} {told(value)}" for name, value in found if not is_off(value))
+        unknown = ", ".join(f"{name} {short_repr(value)}" for name, value in found if not is_off(value))
         problems = [problem for each in every for problem in each.unsupported]
         if unknown:
             problems.append(
@@ -171,11 +171,11 @@ def biases(fields: Fields) -> dict[str, Any]:
     return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.switch("mlp_bias", False)}
 
 
-def score_scale(fields: Fields, wanted: float) -> Turning:
+def score_scale(fields: Fields, wanted: float) -> RopeConfig:
     """Scores are queries times keys times D^-0.5; each of the two takes its part of what makes that `wanted`."""
     heads = fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", fields.integer("hidden_size") // heads)
-    return Turning(scale=(wanted * head_dim**0.5) ** 0.5)
+    return RopeConfig(scale=(wanted * head_dim**0.5) ** 0.5)
 
 
 def llama(fields: Fields, layers: int) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
     fields.unread -= {"sliding_window", "layer_types"}
     kinds = tuple("global" if turns[layer] else "none" for layer in range(layers))
     tied = fields.switch("tie_word_embeddings", True)
-    return biases(fields) | {"turning": Turning(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
+    return biases(fields) | {"turning": RopeConfig(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
 
 
 def granite(fields: Fields, layers: int) -> dict[str, Any]:
@@ -221,7 +221,7 @@ def phi3(fields: Fields, layers: int) -> dict[str, Any]:
         raise ValueError(f"partial_rotary_factor is {share!r}, not a number above 0 and up to 1")
     return {
         "windows": windows(fields, layers, None, lambda layer: True),
-        "turning": Turning(share=share),
+        "turning": RopeConfig(share=share),
         "norm_eps": fields.number("rms_norm_eps", 1e-5),
     }
 
@@ -293,14 +293,14 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()) -> Mixture:
+def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()) -> MoEConfig:
     """width: the field that holds an expert's. Either of two fields tells how many they are."""
     experts = fields.integer("num_experts", fields.get("num_local_experts"))
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
     shared = fields.get("shared_expert_intermediate_size", 0) and fields.integer("shared_expert_intermediate_size")
     if layers * experts > 1 << 17:
         raise ValueError(f"num_experts {experts} in each of {layers} layers are more than can be made here")
-    return Mixture(experts, used, size, renormalised, shared, dense)
+    return MoEConfig(experts, used, size, renormalised, shared, dense)
 
 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
@@ -373,7 +373,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         fields.only("hidden_act", "silu", "swish")
     if "layer_types" in fields.unread and {*fields.listed("layer_types", [])} - {"full_attention"}:
         fields.unsupported.append(f"layer_types other than full_attention are not supported of {architecture}")
-    share = special.get("turning", Turning()).share
+    share = special.get("turning", RopeConfig()).share
     fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
     # rope_scaling is the older name of rope_parameters; transformers takes the first of them that is there, whole.

@@ -13,12 +13,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
 
-from engine.plan import Weights, human, weigh_sizes
+from engine.plan import WeightSizes, human, weigh_sizes
 from layers.linear import KINDS, tensors_of
 from loading.checkpoint import read_json
 from loading.families import args_from_config
@@ -33,7 +33,7 @@ MIXTRAL = {
 GROUPSIZE, ROWS, DEVICES = 32, (1, 8, 64), (2, 4, 8)
 
 
-def weigh_as(args: ModelArgs, mode: str) -> Weights:
+def weigh_as(args: ModelArgs, mode: str) -> WeightSizes:
     """The weights as quantize.py writes them; mode "bfloat16" is none of its own."""
     model = empty_model(args)
     sizes = {name: 2 * tensor.numel() for name, tensor in model.named_parameters()}
@@ -49,7 +49,7 @@ def main() -> int:
     try:
         args = args_from_config(read_json(Path(sys.argv[1])) if len(sys.argv) > 1 else MIXTRAL)
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     names = ["weights", "weights", "experts", *(f"read at N = {rows}" for rows in ROWS)]
     names += [f"each of {devices}" for devices in DEVICES]
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -67,7 +67,7 @@ from engine.plan import (
 from engine.request import Sampling, Workload
 from layers.kernels import attend_chain
 from layers.linear import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
-from layers.moe import ExpertLinear, Mixture, MixtureOfExperts
+from layers.moe import ExpertLinear, MixtureOfExperts, MoEConfig
 from loading.checkpoint import load_model, read_checkpoint, read_safetensors
 from model import ModelArgs, Transformer, empty_model
 from quantize import quantise_int4, quantise_int8
@@ -682,7 +682,7 @@ def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Ite
     """A step of a mixture, by its chosen experts and by all, eager and in turns, in milliseconds, and their ratio; and
     what a step reads of the experts, counted, and as the plan expects it; as Markdown. The shape's feed-forward parts
     are eight experts each of their width, of which a token passes two."""
-    mixture = Mixture(8, 2, args.hidden_dim, True)
+    mixture = MoEConfig(8, 2, args.hidden_dim, True)
     args = replace(args, mixture=mixture)
     torch.manual_seed(0)
     model = random_model(args, options.device, options.dtype)
@@ -880,7 +880,7 @@ def main() -> int:
 
                 log("\n".join(map(str, draw([asdict(cell) for cell in cells], options.charts))))
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     except KeyboardInterrupt:
         return 130
     leave()

@@ -30,7 +30,7 @@ from benchmark import SHAPES, random_model
 from cli.flags import OneLineParser
 from engine import batch
 from engine import engine as road
-from engine.batch import Prompt, Tally, generate_many, seed_of
+from engine.batch import BatchStats, Prompt, generate_many, seed_of
 from engine.engine import Engine
 from engine.plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
 from engine.request import Request, Sampling
@@ -74,7 +74,7 @@ def compare(options: argparse.Namespace, engine: Engine) -> Iterator[str]:
         warm = made_prompts(2, 8, 16, engine.args.vocab_size)
         list(generate_many(engine, warm, replace(asked, max_new_tokens=3)))
         engine.generate(warm[0].tokens, replace(asked, max_new_tokens=3))
-        begin, tally = time.perf_counter(), Tally()
+        begin, tally = time.perf_counter(), BatchStats()
         together = {each.prompt.id: each.samples for each in generate_many(engine, prompts, asked, tally)}
         middle = time.perf_counter()
         print(f"batch: {middle - begin:.1f} s", file=sys.stderr)

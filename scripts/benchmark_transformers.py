@@ -3,7 +3,7 @@
     python scripts/benchmark_transformers.py -n 8 16 --context 2048
     python scripts/benchmark_transformers.py --logprobs --context 1024 -n 8 --length 64
 
-Decoding: N samples by generate and by generate_shared, one run each: the time to the first token, the median step.
+PlainDecoder: N samples by generate and by generate_shared, one run each: the time to the first token, the median step.
 --logprobs: N completions of --length tokens, forward and backward, as one plain batch and by logprobs_shared: the
 median of --steps times, the peak of resident pages beyond the model and its gradients (Linux).
 """

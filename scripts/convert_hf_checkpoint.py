@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -70,7 +70,7 @@ def main() -> int:
         if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             print(f"{folder} has no tokenizer: {out} needs that of this model", file=sys.stderr)
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -36,7 +36,7 @@ def main() -> int:
         print("\ninterrupted: whole files are kept; the same command fetches the others", file=sys.stderr)
         return 130
     except ValueError as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -280,12 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os._exit(0)
         workers.append(child)
     if any([os.waitpid(child, 0)[1] for child in workers]):
-        return complain(f"a worker has failed: see whether {args.record} can be written, and start it again")
+        return print_error(f"a worker has failed: see whether {args.record} can be written, and start it again")
     done = recorded(args.record)
     try:
         report([done[mutant] for mutant in chosen if mutant in done])
     except ValueError as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -104,7 +104,7 @@ def main() -> int:
             raise ValueError("no shape was measured at two values of N or of the context")
         print(*files, sep="\n")
     except (ValueError, TypeError, KeyError, OSError) as error:
-        return complain(f"{options.cells} cannot be drawn: {error}")
+        return print_error(f"{options.cells} cannot be drawn: {error}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import check_writable, complain, finish, start
+from cli.system import check_writable, finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -151,7 +151,7 @@ def main() -> int:
         check_stays([*checkpoint.weights, *companions(checkpoint.folder), options.text], options.out)
         write_whole(trained(options, checkpoint), options.out)
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

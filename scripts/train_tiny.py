@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cli.system import complain, finish, start
+from cli.system import finish, print_error, start
 
 if __name__ == "__main__":
     start()
@@ -224,7 +224,7 @@ def main() -> int:
         else:
             train(**options)
     except (ValueError, OSError) as error:
-        return complain(error)
+        return print_error(error)
     return 0
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from engine import batch
 from engine import engine as road
-from engine.batch import Batch, Outcome, Prompt, Sharing, Tally, generate_many, seed_of
+from engine.batch import Batch, BatchStats, Outcome, Prompt, Sharing, generate_many, seed_of
 from engine.engine import Engine
 from engine.request import Request, Sampling
 from engine.samples import Ending, Row
-from layers.moe import Mixture
+from layers.moe import MoEConfig
 from layers.rope import RopeScaling
 
 TWO = replace(GQA, n_layer=2)
@@ -25,7 +25,7 @@ ENDS = frozenset(range(3, 97, 9))  # about one token in nine
 KINDS = {
     "windows": replace(WINDOW, n_layer=2, windows=(5, None)),
     "ALiBi": replace(ALIBI, n_layer=2, windows=(None, 4)),
-    "experts": replace(TWO, mixture=Mixture(5, 2, 24, True)),
+    "experts": replace(TWO, mixture=MoEConfig(5, 2, 24, True)),
     "dynamic": replace(TWO, rope_scaling=RopeScaling("dynamic", 2.0, original_context=16)),
     "longrope": replace(
         TWO, rope_scaling=RopeScaling("longrope", 4.0, 30, short=(1.0,) * 5, long=(1.0, 1.5, 2.0, 3.0, 4.0))
@@ -79,7 +79,7 @@ def test_samples_are_those_of_each_prompt_alone(engine, n, shape):
 def test_other_networks(kind):
     """Where distance matters, where rows meet experts, and where nothing may be shared, some of it read anew."""
     engine = Engine(random_model(KINDS[kind]), compile=False)
-    prompts, asked, tally = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5), Tally()
+    prompts, asked, tally = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5), BatchStats()
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
     assert drawn(generate_many(engine, prompts, asked, tally)) == expected
     assert (tally.read == tally.asked) == (kind in ("dynamic", "longrope"))
@@ -252,13 +252,13 @@ def test_prompts_that_each_extend_the_last_are_shared(monkeypatch):
 
 
 def test_what_is_shared_is_read_once(engine):
-    prompts, tally = prompts_of(20, 3, 70), Tally()
+    prompts, tally = prompts_of(20, 3, 70), BatchStats()
     sharing = Sharing.among([prompt.tokens for prompt in prompts])
     list(generate_many(engine, prompts, request(2, 5, rows_at_once=4), tally))
     saved = 20 * (len(prompts) - 1) + sum((len(group.members) - 1) * (group.length - 20) for group in sharing.groups)
     assert len(sharing.groups) >= 2 and sharing.root == 20
     assert tally.asked - tally.read == saved and tally.asked == sum(sharing.lengths)
-    assert tally.prompts == len(prompts) and tally.spared > 0
+    assert tally.prompts == len(prompts) and tally.kv_bytes_saved > 0
 
 
 def held_bytes(batch: Batch) -> int:
@@ -275,9 +275,9 @@ def test_memory_stays_within_what_there_is():
     prompts, asked = prompts_of(20, 3, 70), request(3, 12)
     expected, rows = drawn(generate_many(engine, prompts, asked)), []
     for spare in (1 << 19, 1 << 18, 0):
-        one = Batch(engine, prompts, replace(asked, rows_at_once=1), Tally())
+        one = Batch(engine, prompts, replace(asked, rows_at_once=1), BatchStats())
         engine.available = one.room.bytes + spare
-        made = Batch(engine, prompts, asked, Tally())
+        made = Batch(engine, prompts, asked, BatchStats())
         assert held_bytes(made) + engine.weights.total <= made.room.bytes <= engine.available
         assert drawn(made.outcomes()) == expected and made.shelf.tokens == made.groups.tokens == 0
         rows.append(made.room.rows)
@@ -295,7 +295,7 @@ def test_rows_are_kept_busy(monkeypatch):
         return Row(index, replace(ending, length=8 + (index * 7919 + sum(rest[1]) * 31) % 121), *rest)
 
     monkeypatch.setattr(batch, "Row", row)
-    engine, tally = Engine(random_model(replace(GQA, n_layer=1), torch.float32), compile=False), Tally()
+    engine, tally = Engine(random_model(replace(GQA, n_layer=1), torch.float32), compile=False), BatchStats()
     prompts = prompts_of(0, 0, 0, 31)
     found = list(generate_many(engine, prompts, request(8, 128), tally))
     lengths = [len(sample.tokens) for outcome in found for sample in outcome.samples]

@@ -30,7 +30,7 @@ from cache import KVCache, Prefill, sdpa
 from engine import engine as road
 from engine.engine import SILENT, Engine
 from engine.layouts import Int8Context, SDPACache, channel_sizes, copied, quantized
-from engine.plan import Weights, plan_run
+from engine.plan import WeightSizes, plan_run
 from engine.request import Request, Sampling, Workload
 from loading.checkpoint import load_model, read_checkpoint
 from loading.tokenizer import load_tokenizer
@@ -379,7 +379,7 @@ def test_few_large_channels_or_tokens_do_not_drown_the_others(large):
 def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
     context = filled(GQA, 1, 50, torch.bfloat16)
     work = Workload(50, 3, 8, "bifurcated", "int8")
-    expected = plan_run(GQA, Weights(0, 0), work, torch.device("cpu"), torch.bfloat16, 10**9)
+    expected = plan_run(GQA, WeightSizes(0, 0), work, torch.device("cpu"), torch.bfloat16, 10**9)
     halved = Int8Context(context)
     assert context.tensors == []
     scaled, channels = 50 * GQA.kv_values_per_token * 12 // 10, GQA.kv_values_per_token // 2 * 2  # 10 numbers, a scale

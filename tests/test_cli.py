@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, interruptible, slow
 
 import generate
 from cli.options import STORY, build_parser, size
-from engine.chat import Dialogue, choose_chat
+from engine.chat import ChatEncoder, choose_chat
 from engine.engine import Engine
 from engine.request import Request, Sampling
 from loading.checkpoint import load_model, read_checkpoint
@@ -480,7 +480,7 @@ def test_a_chat_of_three_turns_keeps_what_was_said(talker):
     talk = run(*flags, "--interactive", "--format", "jsonl", input="\n".join(said) + "\n")
     model, tokenizer = load_model(read_checkpoint(talker), "cpu", torch.float32), load_tokenizer(talker)
     dialogue, context = (
-        Dialogue(tokenizer, model.args.vocab_size, choose_chat(talker, tokenizer, True, False), None),
+        ChatEncoder(tokenizer, model.args.vocab_size, choose_chat(talker, tokenizer, True, False), None),
         [],
     )
     replies, engine = lines_of(talk), Engine(model, tokenizer)

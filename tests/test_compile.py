@@ -18,7 +18,7 @@ from engine.engine import SILENT, Engine, Run
 from engine.graphs import LONGEST_CHAIN, StepInput, compiled, notify
 from engine.layouts import Int8Context
 from engine.request import Sampling
-from engine.speculate import Pace, Speculation
+from engine.speculate import DraftController, Speculation
 from layers.notices import Notice
 from model import ModelArgs, Transformer
 from sampling import uniform
@@ -201,7 +201,7 @@ def test_more_layouts_than_graphs_are_kept_run_eagerly_with_one_note(counter):
 def test_one_verifying_step_serves_every_draft_length(counter, monkeypatch):
     """The plain, the verifying and the draft's step, each once. Oracle: plain decoding, eager."""
     for name, value in (("SETTLE", 2), ("TIMED", -1), ("PATIENCE", float("inf"))):
-        monkeypatch.setattr(Pace, name, value)
+        monkeypatch.setattr(DraftController, name, value)
     model = random_model(replace(GQA, n_layer=2), torch.float32)
     plain, engine, steps = Engine(model, compile=False), Engine(model, compile=True), {}
     for k in (3, 1, 8):

@@ -15,7 +15,7 @@ from cache import KVCache
 from cli.console import Stopwatch
 from engine import engine as road
 from engine.batch import Prompt, generate_many
-from engine.chat import Conversation, Dialogue
+from engine.chat import ChatEncoder, Conversation
 from engine.engine import Engine, Monitor, bucket, rows_to_keep
 from engine.graphs import StepInput
 from engine.layouts import LAYOUTS
@@ -123,12 +123,12 @@ def test_buckets_are_few_and_hold_what_is_needed():
     assert sizes == sorted(sizes) and len(set(sizes)) < 40
 
 
-class Watched(road.Decoding):
+class Watched(road.PlainDecoder):
     """Notes of every step the cache that it sees: its slots, and where its buffers lie."""
 
     seen: list[tuple[KVCache, int, list[int]]] = []
 
-    def next(self, token: Tensor, input_pos: Tensor) -> road.Drawn:
+    def next(self, token: Tensor, input_pos: Tensor) -> road.StepOutput:
         buffers = [buffer.data_ptr() for side in self.cache.buffers for buffer in side]
         Watched.seen.append((self.cache, self.cache.slots, buffers))
         return super().next(token, input_pos)
@@ -136,7 +136,7 @@ class Watched(road.Decoding):
 
 @pytest.fixture
 def watched(monkeypatch) -> list[tuple[KVCache, int, list[int]]]:
-    monkeypatch.setattr(road, "Decoding", Watched)
+    monkeypatch.setattr(road, "PlainDecoder", Watched)
     monkeypatch.setattr(Watched, "seen", [])
     return Watched.seen
 
@@ -246,14 +246,14 @@ def test_a_sample_is_the_same_whatever_is_drawn_beside_it(speaking):
 def test_a_wave_holds_no_more_than_its_own_rows(engine):
     """A million million samples: the first wave begins before the others are thought of."""
 
-    class Begun(Exception):
+    class ResumeState(Exception):
         pass
 
     class Stop(Monitor):
         def wave(self, rows) -> None:
-            raise Begun
+            raise ResumeState
 
-    with pytest.raises(Begun):
+    with pytest.raises(ResumeState):
         Engine(engine.model, compile=False).generate([1, 2], request(10**12, 30, rows_at_once=3), Stop())
 
 
@@ -294,17 +294,17 @@ def test_end_tokens_are_the_engines_own_unless_the_request_has_some():
 def test_bos_ends_a_text():
     """A text after which the next one would begin. Oracle: the samples without an end, cut there by hand."""
 
-    class Begun(Letters):
+    class ResumeState(Letters):
         bos_id = 7
 
-    engine = Engine(random_model(GQA), Begun())
+    engine = Engine(random_model(GQA), ResumeState())
     assert engine.eos_ids == {7}
     whole = engine.generate(PROMPT, request(9, 60, eos_ids=frozenset()))
     ends = [each.tokens.index(7) + 1 if 7 in each.tokens else 60 for each in whole]
     assert min(ends) < 60
     for each, sample, end in zip(engine.generate(PROMPT, request(9, 60)), whole, ends, strict=True):
         assert each.tokens == sample.tokens[:end] and each.finish_reason == ("eos" if 7 in each.tokens else "length")
-    assert 7 in Dialogue(Begun(), 97, None, None).eos_ids
+    assert 7 in ChatEncoder(ResumeState(), 97, None, None).eos_ids
 
 
 def test_rows_to_keep():
@@ -373,7 +373,7 @@ def test_pieces_without_a_tokenizer_have_tokens_alone(engine):
     assert [token for piece in pieces for token in piece.tokens] == sample.tokens
 
 
-class Drafted(road.Decoding):
+class Drafted(road.PlainDecoder):
     """Rows that move by themselves: a step gives each of them one to three of the tokens that plain decoding draws.
 
     Three plain steps run ahead, on the cache itself, as a draft that guesses right would have it; one step of three
@@ -389,7 +389,7 @@ class Drafted(road.Decoding):
         self.model = run.engine.model
         self.step = partial(road.decode, self.model, uniform)
 
-    def next(self, token: Tensor, input_pos: Tensor) -> road.Drawn:
+    def next(self, token: Tensor, input_pos: Tensor) -> road.StepOutput:
         run = [token]
         for ahead in range(2):
             logits, numbers = self.step(StepInput(run[-1], input_pos + ahead, self.samples, self.seed), self.cache)
@@ -428,7 +428,7 @@ def test_rows_that_move_by_themselves_draw_what_plain_decoding_draws(speaking, m
     """Also through compaction, over the border of a bucket, to the last slot. Oracle: plain decoding."""
     asked = request(n, length, **ENDS[ends])
     expected = speaking.generate(PROMPT, asked)
-    monkeypatch.setattr(road, "Decoding", Drafted)
+    monkeypatch.setattr(road, "PlainDecoder", Drafted)
     monkeypatch.setattr(Drafted, "counts", [])
     found = speaking.generate(PROMPT, asked)
     assert draws(found) == draws(expected)

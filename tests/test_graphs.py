@@ -15,13 +15,13 @@ from engine.layouts import SDPACache
 from engine.request import Sampling
 from sampling import draw, uniform
 
-Drawn = tuple[Tensor, Tensor]
+StepOutput = tuple[Tensor, Tensor]
 
 
 def step_of(model, sampling: Sampling) -> Step:
     """A decode step and its draw, without what the host keeps between two calls."""
 
-    def step(inputs: StepInput, cache: KVCache) -> Drawn:
+    def step(inputs: StepInput, cache: KVCache) -> StepOutput:
         return draw(*road.decode(model, uniform, inputs, cache), sampling)
 
     return step
@@ -44,7 +44,7 @@ def test_a_step_is_recorded_when_the_cache_changes(model, monkeypatch, n):
     asked = request(n, 200, eos_ids=frozenset(range(3, 97, 30)))
     expected = engine.generate(PROMPT, asked)
 
-    def record(step: Callable[[], Drawn], device: torch.device) -> Recording:
+    def record(step: Callable[[], StepOutput], device: torch.device) -> Recording:
         outputs = step()
         recordings.append(outputs[0].shape)
 
@@ -67,7 +67,7 @@ def test_a_step_is_recorded_when_the_cache_changes(model, monkeypatch, n):
 def kept_to_shapes(step: Step, make: Callable[[], KVCache], counted: list) -> Callable[..., Recording]:
     """A recording that keeps to the shapes and the memory that it has seen, as a graph does, and not to the objects."""
 
-    def record(run: Callable[[], Drawn], device: torch.device) -> Recording:
+    def record(run: Callable[[], StepOutput], device: torch.device) -> Recording:
         outputs, recorded = run(), make()
         counted.append(recorded)
         inputs = run.__closure__  # the step's own inputs, at their addresses

@@ -16,10 +16,10 @@ from test_cli import ENVIRONMENT, lines_of, run
 
 import generate
 from cli import jobs
-from cli.jobs import Begun, Output, block_of, encode, fingerprint, read_begun, read_records
+from cli.jobs import Output, ResumeState, block_of, encode, fingerprint, read_begun, read_records
 from cli.system import check_new, replica_file, replica_files
 from engine.batch import Outcome, Prompt, generate_many
-from engine.chat import Chat, Dialogue
+from engine.chat import Chat, ChatEncoder
 from engine.samples import Sample
 from loading.checkpoint import Checkpoint
 from loading.tokenizer import load_tokenizer
@@ -155,7 +155,7 @@ def test_bad_lines_are_refused_before_loading_or_skipped(tmp_path):
 def test_messages_are_put_into_the_chat_template():
     tokenizer = load_tokenizer(TINY)
     chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    spoken, plain = (Dialogue(tokenizer, 2048, each, None) for each in (chat, None))
+    spoken, plain = (ChatEncoder(tokenizer, 2048, each, None) for each in (chat, None))
     data = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}\n"hello"'
     (first, second), bad = encode(read_records(data, None)[0], spoken, plain)
     assert not bad and tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
@@ -318,7 +318,7 @@ def test_two_runs_do_not_write_to_one_file(prompts, tmp_path):
     assert result.returncode == 2 and "another run writes to" in result.stderr
     output.unlink()
     part = Output(replica_file(output, 1))  # of a run whose first process died
-    part.begin(Begun(), {"seed": 5})
+    part.begin(ResumeState(), {"seed": 5})
     part.path.write_bytes(b"")
     result = batch(prompts, "--output", output, "--resume")
     assert result.returncode == 2 and f"another run writes to {part.path}" in result.stderr
@@ -331,7 +331,7 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
     path, header = tmp_path / "o.jsonl", {"seed": 3}
     for at, (ids, more) in enumerate([("ab", b""), ("bcd", block("e")[:-9]), ("fg", b'{"id": ')]):
         output = Output(replica_file(path, at) if at else path)
-        output.begin(Begun(), header)
+        output.begin(ResumeState(), header)
         for id in ids:
             output.append(block(id))
         output.append(more)
@@ -376,7 +376,7 @@ def test_a_run_where_nothing_is_left_says_so_before_it_reads_a_prompt(prompts, t
     """And a prompt that has other words by now is refused."""
     output, flags = tmp_path / "o.jsonl", ["--prompts", prompts, *FLAGS[:-1], "--output", tmp_path / "o.jsonl"]
     assert run(*flags).returncode == 0
-    with mock.patch.object(Dialogue, "encode_turn", side_effect=AssertionError):
+    with mock.patch.object(ChatEncoder, "encode_turn", side_effect=AssertionError):
         result = run(*flags, "--resume")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr == f"every prompt is done: {output} has its samples, nothing is left to draw\n"

@@ -37,8 +37,8 @@ from layers.linear import IS_X86, can_pack, dequantise, kernels, pack_linears, s
 from layers.moe import (
     ExpertLinear,
     GroupedLinear,
-    Mixture,
     MixtureOfExperts,
+    MoEConfig,
     by_expert,
     can_group,
     group_experts,
@@ -50,16 +50,16 @@ from sampling import uniform
 
 CPU, FP64 = torch.device("cpu"), torch.float64
 SHAPES = {
-    "renormalised": Mixture(5, 2, 37, True),
-    "as they are": Mixture(7, 3, 21, False),
-    "shared": Mixture(5, 2, 37, False, shared=29),
-    "one of one": Mixture(1, 1, 19, True),
-    "all": Mixture(3, 3, 13, True),
+    "renormalised": MoEConfig(5, 2, 37, True),
+    "as they are": MoEConfig(7, 3, 21, False),
+    "shared": MoEConfig(5, 2, 37, False, shared=29),
+    "one of one": MoEConfig(1, 1, 19, True),
+    "all": MoEConfig(3, 3, 13, True),
 }
-ARGS = replace(GQA, mixture=Mixture(5, 2, 37, True, shared=29, dense=(1,)))
+ARGS = replace(GQA, mixture=MoEConfig(5, 2, 37, True, shared=29, dense=(1,)))
 
 
-def mixture_of(mixture: Mixture, dtype: torch.dtype = FP64, dim: int = GQA.dim) -> MixtureOfExperts:
+def mixture_of(mixture: MoEConfig, dtype: torch.dtype = FP64, dim: int = GQA.dim) -> MixtureOfExperts:
     torch.manual_seed(3)
     made = make_feed_forward(replace(GQA, dim=dim, mixture=mixture), 0).to(dtype).requires_grad_(False)
     for parameter in made.parameters():
@@ -124,7 +124,7 @@ def test_all_rows_may_choose_one_expert_and_none_another():
 
 
 def test_of_equal_experts_the_first_are_taken():
-    made, x = mixture_of(Mixture(64, 3, 5, False)), inputs(3, 7)
+    made, x = mixture_of(MoEConfig(64, 3, 5, False)), inputs(3, 7)
     made.router.weight.zero_()
     weights, chosen = made.router(x.flatten(0, 1))
     assert chosen.tolist() == [[0, 1, 2]] * 21 and torch.equal(weights, torch.full((21, 3), 1 / 64, dtype=FP64))
@@ -189,7 +189,7 @@ def test_a_copy_has_experts_of_its_own():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
     """PyTorch's grouped product, here by its CPU kernel; on CUDA it has not run. One weight at most is held twice."""
-    made = nn.ModuleList(mixture_of(Mixture(5, 2, width, True), dtype, 32) for width in (40, 41))
+    made = nn.ModuleList(mixture_of(MoEConfig(5, 2, width, True), dtype, 32) for width in (40, 41))
     x = F.pad(inputs(3, 7, dtype), (1, 1))
     expected = made[0](x)
     assert not is_recordable(made)
@@ -209,7 +209,7 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
 
 def test_a_grouped_step_never_waits_for_the_host():
     """Traced on the meta device, which has no numbers to wait for, as CUDA's kernel takes them."""
-    args = replace(GQA, dim=32, head_dim=16, hidden_dim=40, mixture=Mixture(5, 2, 40, True, shared=16))
+    args = replace(GQA, dim=32, head_dim=16, hidden_dim=40, mixture=MoEConfig(5, 2, 40, True, shared=16))
     model = empty_model(args).to(torch.bfloat16).requires_grad_(False)
     tokens = torch.zeros(3, 2, dtype=torch.long, device="meta")
     group_experts(model, lambda weight: True)
@@ -223,7 +223,7 @@ def test_a_grouped_step_never_waits_for_the_host():
 def test_recorded_steps_of_a_mixture_are_the_plain_steps_on_a_gpu():
     """bfloat16, by the grouped product where the device has it: of several prompts, with one recorded step. Elsewhere
     the loop, which is not recorded."""
-    args = replace(GQA, dim=32, head_dim=16, n_head=4, hidden_dim=40, mixture=Mixture(5, 2, 40, True, shared=16))
+    args = replace(GQA, dim=32, head_dim=16, n_head=4, hidden_dim=40, mixture=MoEConfig(5, 2, 40, True, shared=16))
     model = random_model(args, torch.float32).to(device="cuda", dtype=torch.bfloat16)
     loop = partial(decode, deepcopy(model), uniform)
     group_experts(model)
@@ -265,7 +265,7 @@ def test_samples_are_the_same_in_every_layout():
 def test_one_graph_serves_every_number_of_tokens():
     """Without a break, with experts in fp32 and in int4: its numbers are those of the loop."""
     torch.compiler.reset()
-    made = mixture_of(Mixture(5, 2, 64, True, shared=32), torch.float32, 32)
+    made = mixture_of(MoEConfig(5, 2, 64, True, shared=32), torch.float32, 32)
 
     def make(name: str, linear: nn.Linear) -> nn.Module | None:
         if name not in ("w3.1", "w2.4"):
@@ -289,7 +289,7 @@ def test_one_graph_serves_every_number_of_tokens():
 
 def test_a_router_that_is_not_finite_is_an_error():
     """Its rows still go to experts that there are."""
-    model = random_model(replace(GQA, mixture=Mixture(4, 2, 32, True)), torch.float32)
+    model = random_model(replace(GQA, mixture=MoEConfig(4, 2, 32, True)), torch.float32)
     model.layers[1].feed_forward.router.weight[1, 2] = torch.nan
     with pytest.raises(FloatingPointError, match="the logits are not finite"):
         Engine(model).generate(PROMPT, request(3, 5))
@@ -306,7 +306,7 @@ SMALL = CONFIG | {
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A mixture, and a text of 200 tokens. No token reaches expert 2 of layer 1: of equal ones the first are taken."""
-    args = replace(GQA, dim=64, head_dim=16, n_head=4, hidden_dim=32, mixture=Mixture(4, 2, 32, True))
+    args = replace(GQA, dim=64, head_dim=16, n_head=4, hidden_dim=32, mixture=MoEConfig(4, 2, 32, True))
     model = random_model(args, torch.float32)
     model.layers[1].feed_forward.router.weight[:3] = model.layers[1].feed_forward.router.weight[0]
     save_model(tmp_path, SMALL, model.state_dict())

@@ -25,7 +25,7 @@ from engine.plan import (
 from engine.request import Sampling, Workload
 from engine.workspace import Workspace
 from layers.linear import IS_X86, can_pack
-from layers.moe import Mixture
+from layers.moe import MoEConfig
 from layers.rope import RopeScaling
 from model import ModelArgs, empty_model
 
@@ -177,7 +177,7 @@ def test_weights_are_packed_where_it_is_repaid(streaming):
     assert not choose_packing(CPU, torch.float32, GQA, 20, 4), "small weights"
     assert not choose_packing(CPU, torch.float16, large, 20, 4), "not measured"
     assert not choose_packing(torch.device("cuda"), torch.bfloat16, large, 20, 4), "not a CPU"
-    mixture = replace(large, mixture=Mixture(8, 2, 512, True))
+    mixture = replace(large, mixture=MoEConfig(8, 2, 512, True))
     assert choose_packing(CPU, torch.float32, mixture, 20, 12)
     assert not choose_packing(CPU, torch.float32, mixture, 20, 11), "few rows of an expert"
 

@@ -15,7 +15,7 @@ from engine.layouts import LAYOUTS
 from engine.request import Sampling
 from engine.speculate import Speculation
 from model import Transformer
-from sampling import along, draw, penalised, seen_in, uniform
+from sampling import draw, penalised, seen_in, seen_prefixes, uniform
 
 PENALTY, EOS, LENGTH = 1.7, frozenset(range(3, 97, 19)), 24
 SAMPLINGS = {"greedy": Sampling(0, repetition_penalty=PENALTY), "drawn": Sampling(0.9, 20, 0.95, None, PENALTY)}
@@ -57,7 +57,7 @@ def test_logits_are_those_of_transformers(penalty):
 
 def test_what_is_seen_at_each_of_several_positions():
     seen, tokens = seen_in([4, 2, 4], torch.arange(2), PENALTY, 9), torch.tensor([[1, 2, 7], [8, 8, 0]])
-    each = along(seen, tokens)
+    each = seen_prefixes(seen, tokens)
     ids = [[place.nonzero().flatten().tolist() for place in row] for row in each]
     assert ids == [[[1, 2, 4], [1, 2, 4], [1, 2, 4, 7]], [[2, 4, 8], [2, 4, 8], [0, 2, 4, 8]]]
     assert seen_in([4, 2], torch.arange(2), 1.0, 9).shape == (2, 0)

@@ -39,7 +39,7 @@ import quantize
 from cli.console import Console
 from cli.options import build_parser
 from cli.repl import COMMANDS as COMMANDS_OF_TALK
-from cli.system import Notes, cache_folder, finish, start
+from cli.system import SafeStderr, cache_folder, finish, start
 from engine import engine as road
 from engine.engine import Engine
 from engine.request import Request
@@ -395,13 +395,13 @@ def test_a_user_without_a_home_keeps_what_was_compiled_elsewhere(tmp_path, monke
 
 def slowly(seconds: float = 0.05) -> None:
     """Every step takes so long that there is time to interrupt it, on any machine."""
-    plain = road.Decoding.next
+    plain = road.PlainDecoder.next
 
     def next(*arguments):
         time.sleep(seconds)
         return plain(*arguments)
 
-    mock.patch.object(road.Decoding, "next", next).start()
+    mock.patch.object(road.PlainDecoder, "next", next).start()
 
 
 class Terminal:
@@ -733,7 +733,7 @@ def test_what_guards_a_library_lets_all_else_through(capfd):
     with pytest.raises(ValueError, match="file cannot be used, its library fails: why: fetch it again"):
         Guarded(path, fail, type("PanicException", (BaseException,), {})("why"))
     assert capfd.readouterr().err == "told" * 4
-    with mock.patch.object(sys, "stderr", Notes(sys.stderr)), pytest.raises(ValueError):
+    with mock.patch.object(sys, "stderr", SafeStderr(sys.stderr)), pytest.raises(ValueError):
         Guarded(path, fail, Exception())
     os.write(2, b"after")
     assert capfd.readouterr().err == "after"

@@ -25,7 +25,7 @@ from engine.drafts import LayersDraft, MedusaDraft, ModelDraft, PromptDraft, cho
 from engine.engine import Engine
 from engine.request import Sampling
 from engine.samples import Sample
-from engine.speculate import Draft, Pace, Speculating, Speculation
+from engine.speculate import Draft, DraftController, Speculation, SpeculativeDecoder
 from layers.linear import dequantise
 from layers.rope import RopeScaling
 from loading.checkpoint import read_checkpoint
@@ -87,10 +87,10 @@ every_draft = pytest.mark.parametrize("draft", KINDS, indirect=True)
 @pytest.fixture
 def always(monkeypatch) -> None:
     """Drafts from the first step on, and does not give up."""
-    restart = Pace.restart
-    monkeypatch.setattr(Pace, "restart", lambda self: (restart(self), self.seconds[None].append(1.0)))
-    monkeypatch.setattr(Pace, "SETTLE", 0)
-    monkeypatch.setattr(Pace, "PATIENCE", math.inf)
+    restart = DraftController.restart
+    monkeypatch.setattr(DraftController, "restart", lambda self: (restart(self), self.seconds[None].append(1.0)))
+    monkeypatch.setattr(DraftController, "SETTLE", 0)
+    monkeypatch.setattr(DraftController, "PATIENCE", math.inf)
 
 
 def speculating(model: Transformer, draft: Draft, k: int | None = 3, tokenizer=None) -> Engine:
@@ -186,9 +186,9 @@ def test_a_draft_may_have_fewer_or_more_rows_than_the_target(always, monkeypatch
     lacks, at N = 1 and 3: what one of the two has no row for is never proposed. Oracle: plain decoding; and the draft,
     which is the target but for such rows, is right wherever it has read none."""
     model = random_model(replace(TWO, tied_output=tied))
-    proposed, check = [], Speculating.check
+    proposed, check = [], SpeculativeDecoder.check
     monkeypatch.setattr(
-        Speculating, "check", lambda each, tokens: proposed.append(tokens.flatten()) or check(each, tokens)
+        SpeculativeDecoder, "check", lambda each, tokens: proposed.append(tokens.flatten()) or check(each, tokens)
     )
     engine = speculating(model, ModelDraft(replace(model.args, vocab_size=rows), lambda *_: padded(model, rows)))
     for n, prompt in ((1, PROMPT), (3, [96, *PROMPT, 96, 69, 70, 95])):
@@ -211,7 +211,7 @@ class Known(Draft):
         self.samples, self.right = samples, right
         self.seen: list[list[tuple[int, int]]] = []  # of each step and row, its sample's tokens so far and `right`
 
-    def propose(self, rows: Speculating, k: int) -> Tensor:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor:
         step, proposals = [], []
         for sample, at in zip(rows.samples.tolist(), (rows.input_pos[:, 0] + 1 - len(PROMPT)).tolist(), strict=True):
             right = self.right(sample, at)
@@ -271,7 +271,7 @@ def test_the_distribution_is_that_of_the_target(always, kind):
 class Certain(ModelDraft):
     """Proposes a model's most likely tokens, whatever the target draws by."""
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         with mock.patch.object(rows, "sampling", GREEDY):
             return super().propose(rows, k)
 
@@ -307,7 +307,7 @@ def test_prompt_look_up_proposes_what_followed():
     assert found > 80
 
 
-def steps(pace: Pace, count: int, mean: float, seconds: dict[int | None, float]) -> list[int | None]:
+def steps(pace: DraftController, count: int, mean: float, seconds: dict[int | None, float]) -> list[int | None]:
     """What the pace chooses, where steps with so many proposals (None: plain ones) take so long, and give `mean`."""
     chosen: list[int | None] = []
     for _ in range(count):
@@ -319,7 +319,7 @@ def steps(pace: Pace, count: int, mean: float, seconds: dict[int | None, float])
 
 def test_a_draft_that_loses_rests_and_is_tried_again():
     """A drafted step that takes twice as long as a plain one and gives one token loses a plain step each time."""
-    pace = Pace(4, 4)
+    pace = DraftController(4, 4)
     chosen = steps(pace, 5000, 1, {None: 1.0, 4: 2.0})
     lost = chosen.count(4)
     assert pace.switched_off >= 4 and lost <= 4 * (pace.switched_off + 1), "four steps a try, the one under way too"
@@ -331,7 +331,7 @@ def test_a_draft_that_loses_rests_and_is_tried_again():
 
 
 def test_a_draft_that_wins_goes_on():
-    pace = Pace(4, 4)
+    pace = DraftController(4, 4)
     assert steps(pace, 500, 3, {None: 1.0, 4: 2.0}) == [None] * 4 + [4] * 496
     assert pace.switched_off == 0 and pace.expected_s / pace.taken_s == pytest.approx(1.5, rel=0.02)
 
@@ -341,7 +341,7 @@ def test_k_adapts():
     takes = {None: 1.0} | {k: 1 + 0.1 * k for k in (1, 2, 4, 8, 16)}
 
     def settled(given: Callable[[int], int], seconds: dict) -> int:
-        pace = Pace(None, 16)
+        pace = DraftController(None, 16)
         for _ in range(400):
             proposed = None if pace.plain_left else pace.k
             pace.stepped(proposed, [1 if proposed is None else 1 + given(proposed)], seconds[proposed], 0.0)
@@ -353,9 +353,11 @@ def test_k_adapts():
 
 
 def test_rows_of_k_that_adapts_draw_the_same(always, model, monkeypatch):
-    monkeypatch.setattr(Pace, "WINDOW", 2)
-    sizes, check = set(), Speculating.check
-    monkeypatch.setattr(Speculating, "check", lambda rows, given: sizes.add(given.shape[1]) or check(rows, given))
+    monkeypatch.setattr(DraftController, "WINDOW", 2)
+    sizes, check = set(), SpeculativeDecoder.check
+    monkeypatch.setattr(
+        SpeculativeDecoder, "check", lambda rows, given: sizes.add(given.shape[1]) or check(rows, given)
+    )
     engine = speculating(model, ModelDraft(TWO, lambda *_: near(model, size=0.02)), None)
     asked = request(3, 120)
     assert draws(engine.generate(PROMPT, asked)) == draws(Engine(model).generate(PROMPT, asked))
@@ -368,8 +370,10 @@ def test_what_is_off_for_a_while_catches_up(model, draft, monkeypatch):
     monkeypatch.setattr(ModelDraft, "PART", 5)
     engine, asked = speculating(model, draft), request(3, 120)
     choices = itertools.cycle([0] * 3 + [1] * 13)
-    monkeypatch.setattr(Pace, "plain_left", property(lambda _: next(choices), lambda *_: None), raising=False)
-    monkeypatch.setattr(Pace, "RECENT", 0)
+    monkeypatch.setattr(
+        DraftController, "plain_left", property(lambda _: next(choices), lambda *_: None), raising=False
+    )
+    monkeypatch.setattr(DraftController, "RECENT", 0)
     monkeypatch.setattr("statistics.median", lambda _: 1.0)
     assert draws(engine.generate(PROMPT, asked)) == draws(Engine(model).generate(PROMPT, asked))
     if draft.name == "model":
@@ -404,9 +408,9 @@ def test_steps_compile_once(monkeypatch):
     model = random_model(replace(TWO, n_layer=1))
     plain, engine = Engine(model), Engine(model, compile=True)
     engine.use(Speculation(ModelDraft(model.args, lambda *_: near(model)), 3), 3)
-    monkeypatch.setattr(Pace, "SETTLE", 2)
-    monkeypatch.setattr(Pace, "TIMED", -1)
-    monkeypatch.setattr(Pace, "PATIENCE", math.inf)
+    monkeypatch.setattr(DraftController, "SETTLE", 2)
+    monkeypatch.setattr(DraftController, "TIMED", -1)
+    monkeypatch.setattr(DraftController, "PATIENCE", math.inf)
     engine.generate(PROMPT, request(3, 9))
     assert len(engine.decoder.steps) == 2
     with torch.compiler.set_stance("fail_on_recompile"):

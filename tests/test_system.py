@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import GQA, PROMPT, ROOT, random_model, request
 
-from cli.system import Notes, Stream, begin, start
+from cli.system import SafeStderr, Stream, begin, start
 from engine.engine import Engine
 from engine.graphs import notify
 from layers import kernels
@@ -39,7 +39,7 @@ class Terminal(io.StringIO):
 def on_a_terminal() -> Iterator[Terminal]:
     """Both streams of a command, on one terminal."""
     terminal = Terminal()
-    with redirect_stdout(Stream(terminal)), redirect_stderr(Notes(terminal)):
+    with redirect_stdout(Stream(terminal)), redirect_stderr(SafeStderr(terminal)):
         yield terminal
 
 

@@ -27,8 +27,8 @@ from cache import KVCache, NoCache
 from cli.ranks import Ranks
 from engine.engine import Engine
 from engine.request import Request, Sampling
-from layers.moe import Mixture
-from layers.rope import Turning
+from layers.moe import MoEConfig
+from layers.rope import RopeConfig
 from loading.checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
@@ -43,8 +43,8 @@ KINDS = {
     "mqa": (replace(BASE, n_kv_head=1), None),
     "tied": (replace(BASE, tied_output=True), None),
     "alibi": (replace(BASE, alibi=True, windows=(None, 4), score_softcap=2.0, post_norms=True), None),
-    "experts": (replace(BASE, mixture=Mixture(5, 2, 48, True, shared=32, dense=(1,))), None),
-    "int8": (replace(BASE, mixture=Mixture(3, 2, 48, False)), "int8"),
+    "experts": (replace(BASE, mixture=MoEConfig(5, 2, 48, True, shared=32, dense=(1,))), None),
+    "int8": (replace(BASE, mixture=MoEConfig(3, 2, 48, False)), "int8"),
     "packed": (replace(BASE, dim=512, hidden_dim=512, vocab_size=512), None),  # large enough, in the longest request
     "int4": (BASE, "int4"),  # at 4 ranks, attention.wo is cut inside its groups of 32
 }
@@ -116,8 +116,8 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
-TURNS = replace(GQA, turning=Turning(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
-EXPERTS = replace(GQA, mixture=Mixture(5, 2, 48, True, shared=24, dense=(1,)))
+TURNS = replace(GQA, turning=RopeConfig(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
+EXPERTS = replace(GQA, mixture=MoEConfig(5, 2, 48, True, shared=24, dense=(1,)))
 
 
 @pytest.mark.parametrize("args", [ALIBI, TURNS, EXPERTS], ids=["ALiBi", "rotary", "experts"])
@@ -157,7 +157,7 @@ def test_a_part_has_a_share_of_heads_and_widths():
     """Of groups of keys one at least, and the whole vocabulary."""
     for world, heads, groups, *widths in ((1, 12, 2, 96, 48, 24), (2, 6, 1, 48, 24, 12), (4, 3, 1, 24, 12, 6)):
         whole, part = (
-            replace(GQA, n_head=heads, n_kv_head=groups, hidden_dim=dense, mixture=Mixture(5, 2, width, True, shared))
+            replace(GQA, n_head=heads, n_kv_head=groups, hidden_dim=dense, mixture=MoEConfig(5, 2, width, True, shared))
             for heads, groups, dense, width, shared in ((12, 2, 96, 48, 24), (heads, groups, *widths))
         )
         assert Shard(world - 1, world).local(whole) == part
@@ -176,7 +176,7 @@ def test_logits_and_tokens_are_put_together_in_their_order(monkeypatch):
     monkeypatch.setattr("tp.COLLECTIVES", Collectives)
     shard = Shard(1, 3, "some")
     assert torch.equal(shard.gather(held[1]), torch.cat([*held], -1))
-    assert torch.equal(shard.agree(held[1]), held[0])
+    assert torch.equal(shard.broadcast(held[1]), held[0])
 
 
 def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:

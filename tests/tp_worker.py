@@ -37,7 +37,7 @@ from engine.chat import Conversation
 from engine.drafts import LayersDraft, ModelDraft, PromptDraft
 from engine.engine import Engine, Run
 from engine.request import Request
-from engine.speculate import Draft, Pace, Speculating, Speculation
+from engine.speculate import Draft, DraftController, Speculation, SpeculativeDecoder
 from loading.checkpoint import load_model
 
 
@@ -128,10 +128,10 @@ class Apart(Draft):
     def __init__(self, rank: int) -> None:
         self.rank, self.steps = rank, 0
 
-    def begin(self, rows: Speculating) -> Self:
+    def begin(self, rows: SpeculativeDecoder) -> Self:
         return self
 
-    def propose(self, rows: Speculating, k: int) -> Tensor | None:
+    def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         self.steps += 1
         ahead = 1 + self.rank + torch.arange(k)
         return (rows.token + ahead) % rows.model.args.vocab_size if self.steps % (2 + self.rank) else None
@@ -149,7 +149,7 @@ def draw_with_drafts(checkpoint: str, out: str) -> None:
             return draw(logits + 2 * torch.randn(logits.shape, generator=generator), *rest, **more)
 
         engine_module.draw = speculate.draw = moved  # type: ignore[attr-defined]
-    Pace.SETTLE, Pace.PATIENCE = 1, math.inf
+    DraftController.SETTLE, DraftController.PATIENCE = 1, math.inf
     load = partial(load_model, saved)
     drafts = [LayersDraft(1), ModelDraft(saved.args, load), PromptDraft(), Apart(ranks.rank)]
     drawn = {}
