@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, random_tokens, request
+from conftest import ALIBI, GQA, WINDOW, Letters, draws, random_model, random_tokens, request, slow
 from torch import Tensor
 
 from engine import batch
@@ -303,6 +303,7 @@ def test_rows_are_kept_busy(monkeypatch):
     assert tally.busy == sum(lengths) - 256 and tally.busy >= 0.85 * tally.capacity, tally
 
 
+@slow
 def test_one_compiled_step_serves_prompts_that_come_and_go(monkeypatch):
     """Traced and guarded as ever, without the C++ compiler: groups, rows that leave at the end, another batch of other
     sizes. Oracle: the eager step's tokens, in fp64. The random numbers, which take most of the time to trace, are not

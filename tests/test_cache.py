@@ -468,8 +468,9 @@ def test_int8_moves_log_probabilities_no_more_than_bfloat16(bias):
     assert 0 < (int8 - exact).abs().mean() < (half - exact).abs().mean()
 
 
+@slow
 @needs_stories
-@pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 0.02), pytest.param(torch.float32, 0.004, marks=slow)])
+@pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 0.02), (torch.float32, 0.004)])
 def test_log_probabilities_on_real_stories_hardly_move(dtype, bound):
     """stories15M: the mean over stories of |log-probability with int8 - without| of each next token, in the second half
     of a story that follows the first half. In bfloat16 most of it is bfloat16's own rounding."""

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import GQA, random_model, random_tokens
+from conftest import GQA, random_model, random_tokens, slow
 
 from cache import KVCache, NoCache
 from engine.engine import decode
@@ -93,6 +93,7 @@ def test_what_is_shared_or_small_stays(monkeypatch):
     assert isinstance(model.layers[0].feed_forward.w2, PackedLinear)
 
 
+@slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
     """One compiled step for N = 3 and 17; its logits are those of the plain eager step within the dtype's rounding."""

@@ -437,6 +437,7 @@ def test_what_turns_by_the_length_so_far_is_refused(model):
         engine.generate(PROMPT, request())
 
 
+@slow
 @needs_stories
 @pytest.mark.parametrize("mode,least", [("int8", 0.85), ("int4", 0.6)])
 def test_a_quantised_copy_is_a_good_draft(always, mode, least):
