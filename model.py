@@ -1,7 +1,7 @@
-"""The network: a Llama-style decoder.
+"""Llama-style decoder.
 
-It knows nothing of how samples share a context. Every attention layer hands its queries, keys and values to
-`cache.attend`; what is held, read and shared is decided by the cache that the caller passes (cache.py).
+Sharing of contexts is invisible here: every attention layer passes its queries, keys and values to `cache.attend`, and
+the caller's cache (cache.py) decides what is stored, read and shared.
 
 Shapes: N rows, S positions in this call, H query heads, G key/value heads, D head dimension, V vocabulary. Positions
 are absolute and count from 0 at the first token of the context.
@@ -24,13 +24,13 @@ from layers.rope import RopeConfig, RopeScaling, alibi_slopes, all_frequencies, 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The shape of a network. head_dim need not be dim // n_head; n_kv_head divides n_head (1: MQA, n_head: MHA).
+    """Model hyperparameters. head_dim need not be dim // n_head; n_kv_head divides n_head (1: MQA, n_head: MHA).
 
-    windows: per layer, how many positions back a position sees, itself included; None: all. () is None for every layer.
-    alibi: positions weigh by distance instead of turning queries and keys. norm_offset: what is added to the weight of
-    every norm. pre_norms, post_norms: a norm before, and one after, attention and the feed-forward part. qk_norm: of
-    each head's queries and keys; qk_norm_whole: of all heads' as one. mixture: of experts, as feed-forward parts.
-    max_positions: of the config, where rope scaling reaches beyond it, to context_limit; None: context_limit.
+    windows: sliding-window size per layer, current token included; None: full attention; (): full attention in every
+    layer. alibi: ALiBi instead of rotary embeddings. norm_offset: added to the weight of every norm. pre_norms,
+    post_norms: norms before, and after, attention and feed-forward. qk_norm: norm of queries and keys per head;
+    qk_norm_whole: over all heads at once. mixture: mixture of experts as feed-forward. max_positions:
+    max_position_embeddings of the config, if rope scaling extends it to context_limit; None: context_limit.
     """
 
     dim: int
@@ -72,24 +72,24 @@ class ModelArgs:
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
-        """Layers, key/value heads G and head dimension D: of a KVCache."""
+        """Shape of a KVCache: layers, key/value heads G, head dimension D."""
         return self.n_layer, self.n_kv_head, self.head_dim
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers in the keys and values of one token, all layers together."""
+        """Elements of the keys and values of one token, summed over layers."""
         return 2 * self.n_layer * self.n_kv_head * self.head_dim
 
 
 class Attend(Protocol):
-    """What the network asks of a cache."""
+    """Interface of a cache to the attention layers."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """q [N,H,S,D], k [N,G,S,D], v [N,G,S,D], input_pos [N,S] -> [N,H,S,D] in q's dtype."""
+        """Compute attention: q [N,H,S,D], k, v [N,G,S,D], input_pos [N,S] -> [N,H,S,D] in q's dtype."""
 
 
 class OffsetRMSNorm(nn.RMSNorm):
-    """RMSNorm whose weight is stored less `offset`, and applied in fp32 (Gemma)."""
+    """RMSNorm scaled by (weight + offset), in fp32 (Gemma)."""
 
     def __init__(self, size: tuple[int, ...], eps: float, offset: float) -> None:
         super().__init__(size, eps)
@@ -104,7 +104,7 @@ def make_norm(args: ModelArgs, *size: int) -> nn.RMSNorm:
 
 
 class Linear(nn.Linear):
-    """Uninitialised: its weights are loaded, and to draw them on the meta device takes a second of imports."""
+    """Uninitialised: weights are loaded, and initialising on the meta device costs a second of imports."""
 
     def reset_parameters(self) -> None:
         pass
@@ -147,7 +147,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated linear unit; Shazeer 2020 (arXiv 2002.05202)."""
+    """Gated linear unit; Shazeer 2020 (arXiv 2002.05202)."""
 
     def __init__(self, args: ModelArgs, width: int) -> None:
         super().__init__()
@@ -182,9 +182,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens [N,S] at input_pos [N,S] -> logits [N,S,V], reading and writing keys and values through `cache`.
+    """Decoder: tokens [N,S] at input_pos [N,S] -> logits [N,S,V], reading and writing keys and values through `cache`.
 
-    The weights are uninitialised until they are loaded or drawn.
+    The weights are uninitialised until loaded or drawn.
     """
 
     def __init__(self, args: ModelArgs) -> None:
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         self.place_constants()
 
     def place_constants(self) -> None:
-        """Recomputes the fp32 constants (RoPE, ALiBi) on the device of the weights."""
+        """Recompute the fp32 constants (RoPE, ALiBi) on the device of the weights."""
         args, weight = self.args, self.tok_embeddings.weight
         rope = args.head_dim, args.rope_theta, args.rope_scaling, args.turning
         self.frequencies = all_frequencies(*rope).to(weight.device)
@@ -206,23 +206,23 @@ class Transformer(nn.Module):
         for block, window in zip(self.layers, args.windows or [None] * args.n_layer, strict=True):
             plain = window is None and slopes is None and args.score_softcap is None
             block.attention.score_mod = None if plain else ScoreMod(window, slopes, args.score_softcap)
-        # The models that scale embeddings were trained with the scale rounded to their dtype.
+        # Models that scale embeddings were trained with the scale rounded to their dtype.
         self.embedding_scale = torch.tensor(args.embedding_scale, dtype=weight.dtype, device="cpu").item()
 
     def _apply(self, fn, recurse: bool = True) -> Self:
-        # Not buffers: .to(bfloat16) would round them.
+        # The constants are not buffers, since .to(bfloat16) would round them.
         super()._apply(fn, recurse)
         self.place_constants()
         return self
 
     def tie_output(self) -> None:
-        """Shares the embedding table with the output, where the model is made so. Loading by assignment unties it."""
+        """Share the embedding table with the output layer if args.tied_output. Loading by assignment unties it."""
         if self.args.tied_output:
             self.output.weight = self.tok_embeddings.weight
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
-        """The last layer's output [N,S,dim], before the final norm: for callers that need few of the logits. layers:
-        stop after so many of them."""
+        """Return the last layer's output [N,S,dim] before the final norm, for callers that need few logits. layers:
+        number of layers to run; None: all."""
         x = self.tok_embeddings(tokens) * self.embedding_scale  # [N,S,dim]
         cos, sin = self.rotation(input_pos)
         for layer in list(self.layers)[:layers]:
@@ -230,11 +230,11 @@ class Transformer(nn.Module):
         return x
 
     def rotation(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the angles by which queries and keys turn: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
+        """Return cos and sin of the rotary angles: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
         return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.turning.scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N,S,dim] -> [N,S,V]."""
+        """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]."""
         cap, scale, x = self.args.logit_softcap, self.args.logit_scale, self.norm(hidden)
         logits = self.output(x if scale == 1 else x * scale)
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -244,6 +244,6 @@ class Transformer(nn.Module):
 
 
 def empty_model(args: ModelArgs) -> Transformer:
-    """The network without memory for its weights."""
+    """Build the network on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return Transformer(args)

@@ -1,12 +1,12 @@
-"""Quantises the linear layers of a model, and writes them with the recipe into one file beside its config.json.
+"""Quantise the linear layers of a model, and write them with the recipe into one file beside its config.json.
 
 python quantize.py --checkpoint_path checkpoints/X/model.pth --mode int8
 python quantize.py --checkpoint_path checkpoints/X/model.pth --mode int4 --groupsize 32
 python quantize.py --checkpoint_path checkpoints/X/model.pth --mode int4-gptq --calibration_file TEXT
 
 int8 is symmetric with a scale per output channel, int4 asymmetric with a scale and a zero per group. In every mode an
-output head of its own is int8; one tied to the embedding stays with it. The embedding, a tied head, and layers that the
-groups do not divide are kept in 16 bits; norms and biases as they are.
+untied output head is int8. The embedding, with a head tied to it, and layers whose inputs the groups do not divide are
+kept in 16 bits; norms and biases are unchanged.
 
 Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale; S positions.
 """
@@ -56,7 +56,7 @@ from loading.tokenizer import load_tokenizer
 from model import Transformer, empty_model
 
 MODES = ("int8", "int4", "int4-gptq")
-# What a calibrated block quantises together, in the order of its computation: layers with the same input, or experts.
+# Layers quantised together in a calibrated block, in order of computation: those with the same input, or experts.
 STAGES = (
     ("attention.wq", "attention.wk", "attention.wv"),
     ("attention.wo",),
@@ -65,16 +65,16 @@ STAGES = (
     ("feed_forward.shared.w1", "feed_forward.shared.w3"),
     ("feed_forward.shared.w2",),
 )
-TOKENS_AT_ONCE = 2048  # of calibration text, in one pass through a block
+TOKENS_AT_ONCE = 2048  # calibration tokens in one pass through a block
 
 
 class Reached(Exception):
-    """Ends a pass through a block where the layer that it was made for has its input."""
+    """Signal that ends a pass through a block once the observed layer has its input."""
 
 
 @dataclass
 class Inputs:
-    """All inputs x of a linear layer: the sum of x x^T, fp32 [in,in], and how many they are."""
+    """Statistics of the inputs x of a linear layer: the sum of x x^T, fp32 [in,in], and their number."""
 
     hessian: Tensor
     tokens: int = 0
@@ -86,12 +86,12 @@ class Inputs:
 
 
 def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
-    """What `run` gives a linear layer, or each of its experts. run ends at that layer."""
+    """Collect the inputs that `run` gives a linear layer, or each of its experts. run ends at that layer."""
     linears = layer if isinstance(layer, ExpertLinear) else [layer]
     found = [Inputs(torch.zeros([linear.get_parameter("weight").shape[1]] * 2)) for linear in linears]
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x, *ends = inputs  # the rows of each expert end there
+        x, *ends = inputs  # ends: of each expert's rows
         parts = x.tensor_split(ends[0][:-1].tolist()) if ends else [x]
         for each, part in zip(found, parts, strict=True):
             each.add(part)
@@ -104,14 +104,14 @@ def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
 
 @dataclass
 class Block:
-    """The int4 layers of a block, by name, and which of them were rounded."""
+    """Int4 layers of a block, by name, and the names of those that were only rounded."""
 
     layers: dict[str, Int4Weight]
     rounded: list[str]
 
 
 class Calibration:
-    """The inputs of one block after another, for a text that passes through a network."""
+    """Activations of a calibration text as it passes through a network, block by block."""
 
     def __init__(self, model: Transformer, tokens: Tensor) -> None:
         """tokens [sequences,S]."""
@@ -121,7 +121,7 @@ class Calibration:
         self.sequences = max(1, TOKENS_AT_ONCE // tokens.shape[1])
 
     def run(self, block: nn.Module, keep: bool = False) -> None:
-        """Passes all inputs through the block. keep: its outputs become the inputs of the next."""
+        """Run all inputs through the block. keep: its outputs become the inputs of the next."""
         for part in self.hidden.split(self.sequences):
             with suppress(Reached):
                 output = block(part.float(), *self.rotation, self.positions.expand(len(part), -1), NoCache())
@@ -129,8 +129,8 @@ class Calibration:
                     part.copy_(output)
 
     def quantise(self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool) -> Block:
-        """Those layers of the block: each sees what the layers before it make of the text once they are quantised. An
-        expert that saw fewer tokens than it has inputs is rounded: its Hessian says too little."""
+        """Quantise `layers` of the block, each on the activations of the quantised layers before it. An expert that saw
+        fewer tokens than it has inputs is rounded, since its Hessian is singular."""
         found: dict[str, Int4Weight] = {}
         rounded: list[str] = []
         for stage in STAGES:
@@ -157,8 +157,8 @@ def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
 def calibrated(
     model: Transformer, recipe: Recipe, tokens: Tensor, folder: Path, rounded: list[str]
 ) -> Iterator[dict[str, Quantised]]:
-    """The int4 layers of one block after another; `rounded` gets the names of those that were rounded. What is done is
-    kept in `folder`, and found there by the next run.
+    """Yield the int4 layers of one block after another; `rounded` collects the names of those that were rounded.
+    Finished blocks are kept in `folder` for the next run.
 
     Memory: the mapped model, one block in fp32, the inputs of a block, and one Hessian with its factors, or those of
     all experts.
@@ -182,8 +182,8 @@ def calibrated(
 
 
 def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(layer -> "int8" or "int4", those that the groups do not divide). A tied head is neither. Raises ValueError
-    where the groups divide no layer."""
+    """Return layer -> "int8" or "int4", and the layers that the groups do not divide. A tied head is in neither. Raises
+    ValueError if the groups divide no layer."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if model.args.tied_output:
         del linears["output"]
@@ -197,8 +197,8 @@ def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[s
 
 
 def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
-    """[sequences,S], spread evenly over the text, each after a BOS where the tokenizer has one: its activations are
-    like no other's, and every prompt has it. Raises ValueError where the text is too short, or S too long."""
+    """Return tokens [sequences,S] spread evenly over the text, each after BOS if the tokenizer has one: its activations
+    are like no other's, and every prompt has it. Raises ValueError if the text is too short, or S too long."""
     limit = checkpoint.args.context_limit
     count, length = options.calibration_sequences, options.calibration_seq_length
     length = min(2048, limit) if length is None else length
@@ -222,7 +222,7 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
 
 
 def plain_layers(recipe: Recipe, state: dict[str, Tensor]) -> Iterator[dict[str, Quantised]]:
-    """Those layers of the recipe that need no text, one at a time."""
+    """Yield the layers of the recipe that need no calibration, one at a time."""
     for name, kind in recipe.layers.items():
         if kind == "int8":
             yield {name: quantise_int8(state[f"{name}.weight"])}
@@ -231,7 +231,7 @@ def plain_layers(recipe: Recipe, state: dict[str, Tensor]) -> Iterator[dict[str,
 
 
 def with_progress(steps: Iterable[dict[str, Quantised]], layers: int) -> Iterator[dict[str, Quantised]]:
-    """The steps; on stderr, where that is a terminal, how many of so many layers are done, and the time left."""
+    """Pass the steps through, showing on stderr, if it is a terminal, the layers done and the time left."""
     begin, done = time.perf_counter(), 0
     for step in steps:
         yield step
@@ -243,7 +243,7 @@ def with_progress(steps: Iterable[dict[str, Quantised]], layers: int) -> Iterato
 
 
 def quantised_state(state: dict[str, Tensor], found: dict[str, Quantised]) -> dict[str, Tensor]:
-    """The tensors to write: those matrices that are not quantised in 16 bits."""
+    """Return the tensors to write; matrices that are not quantised are in 16 bits."""
     wide = {name for name, tensor in state.items() if tensor.dim() == 2 and tensor.itemsize > 2}
     new = {name: t.bfloat16() if name in wide and "norm" not in name else t for name, t in state.items()}
     for layer, weight in found.items():
@@ -253,7 +253,7 @@ def quantised_state(state: dict[str, Tensor], found: dict[str, Quantised]) -> di
 
 
 def blocks_folder(output: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
-    """Where finished blocks of this very run lie until its end. What another run left there goes."""
+    """Return the folder of this run's finished blocks, removed at its end. Removes blocks of any other run."""
     folder = output.with_name(f"{output.name}.blocks.unfinished")
     sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in checkpoint.weights]
     key = json.dumps([asdict(recipe), sources])
@@ -266,7 +266,7 @@ def blocks_folder(output: Path, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 
 @torch.no_grad()
 def quantise(options: argparse.Namespace) -> Path:
-    """Writes the quantised checkpoint; returns its path. Raises ValueError or OSError."""
+    """Write the quantised checkpoint and return its path. Raises ValueError or OSError."""
     source, mode, text = options.checkpoint_path, options.mode, options.calibration_file
     checkpoint = read_checkpoint(source)
     if checkpoint.recipe is not None:

@@ -1,9 +1,9 @@
-"""Tensor parallelism: which part of every weight a rank holds, as one table, and the sums that make the parts whole.
+"""Tensor parallelism: shard table and all-reduces.
 
-Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053), section 3: of two products in a row the first is split by its
-outputs and the second by its inputs, so that a layer needs two all-reduces of [N,S,dim], one after attention and one
-after the feed-forward part. Attention, and so the cache, holds a rank's own heads. The network knows nothing of this:
-the sums are hooks on its modules. The collectives are functional, so a compiled step stays one graph.
+Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053), section 3: of two consecutive linear layers the first is split by
+outputs and the second by inputs, so a layer needs two all-reduces of [N,S,dim], one after attention and one after
+feed-forward. Attention, and so the cache, holds a rank's own heads. The network is unchanged: the all-reduces are hooks
+on its modules. The collectives are functional, so a compiled step stays one graph.
 
 Shapes: N rows, S positions, k tokens that a step may give a row, V vocabulary.
 """
@@ -22,7 +22,7 @@ from model import Embedding, ModelArgs, Transformer
 
 COLLECTIVES = torch.ops._c10d_functional
 
-# Of each module that is split: the dimension of its weight [out,in], and what is divided among the ranks.
+# Per module: the dimension of its weight [out,in] that is split, and the size that is divided among the ranks.
 TABLE = {
     "attention.wq": (0, "n_head"),
     "attention.wk": (0, "n_kv_head"),
@@ -31,7 +31,7 @@ TABLE = {
     "feed_forward.w1": (0, "hidden_dim"),
     "feed_forward.w3": (0, "hidden_dim"),
     "feed_forward.w2": (1, "hidden_dim"),
-    "feed_forward.w1.*": (0, "width"),  # of every expert
+    "feed_forward.w1.*": (0, "width"),  # every expert
     "feed_forward.w3.*": (0, "width"),
     "feed_forward.w2.*": (1, "width"),
     "feed_forward.shared.w1": (0, "shared"),
@@ -44,16 +44,16 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a network that this rank of `world` holds. group: the name of the process group of those that hold
-    the other parts; "": none, and nothing is summed."""
+    """One rank's part of a network split over `world` ranks. group: name of the process group of the ranks that hold
+    the other parts; "": none, and nothing is reduced."""
 
     rank: int = 0
     world: int = 1
     group: str = ""
 
     def local(self, args: ModelArgs) -> ModelArgs:
-        """The shape of this rank's part: of heads and feed-forward width; the vocabulary stays whole. Raises ValueError
-        where they cannot be divided."""
+        """Return the args of this rank's part, with heads and feed-forward width divided; the vocabulary stays whole.
+        Raises ValueError if they cannot be divided."""
         world, mixture = self.world, args.mixture
         heads, groups, widths = args.n_head, args.n_kv_head, [args.hidden_dim]
         if mixture is not None:
@@ -71,8 +71,8 @@ class Shard:
         return replace(each, hidden_dim=args.hidden_dim // world)
 
     def cut(self, module: str, args: ModelArgs) -> tuple[int, int, int] | None:
-        """(dimension, begin, end) of this rank's part of a module's weight; None: the whole. Where there are fewer
-        heads of keys than ranks, each is held by several."""
+        """Return (dimension, begin, end) of this rank's slice of a module's weight; None: the whole. With fewer
+        key/value heads than ranks, several ranks hold the same head."""
         name = re.sub(r"\.\d+$", ".*", re.sub(r"^layers\.\d+\.", "", module))
         dim, divided = TABLE.get(name, (0, ""))
         count = (vars(args) | (vars(args.mixture) if args.mixture else {})).get(divided, 0)
@@ -84,20 +84,20 @@ class Shard:
         return dim, begin * size, end * size
 
     def part(self, name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
-        """This rank's part of a parameter, in memory of its own, so that the file that it was in can be let go."""
+        """Return this rank's slice of a parameter, copied so that the mapped file can be released."""
         module, _, kind = name.rpartition(".")
         if self.world == 1:
             return tensor
         if (cut := self.cut(module, args)) is None:
             return tensor.clone()
         dim, begin, end = cut
-        if kind == "bias" and dim == 1:  # is added to a sum: once
+        if kind == "bias" and dim == 1:  # added on rank 0 only, since the outputs are all-reduced
             return tensor.clone() if self.rank == 0 else torch.zeros_like(tensor)
         return tensor.narrow(dim, begin, end - begin).clone(memory_format=torch.contiguous_format)
 
     def attach(self, model: Transformer) -> None:
-        """Makes a network whose weights are this rank's parts compute what the whole one does. Its args stay those of
-        the whole; a cache for it is of the `local` shape."""
+        """Install the hooks that make a network of this rank's weights compute what the whole network does. Its args
+        stay those of the whole; a cache for it has the `local` shape."""
         args, heads = model.args, self.local(model.args).n_head
         for block in model.layers:
             mod = block.attention.score_mod
@@ -115,13 +115,13 @@ class Shard:
             model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, cut[1], self)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks; the result is the same on each."""
+        """All-reduce over the ranks; the result is the same on each."""
         if not self.group:
             return tensor
         return COLLECTIVES.wait_tensor(COLLECTIVES.all_reduce(tensor, "sum", self.group))
 
     def gather(self, logits: Tensor) -> Tensor:
-        """[N,S,V/world] of each rank -> [N,S,V]."""
+        """All-gather the logits: each rank's [N,S,V/world] -> [N,S,V]."""
         if not self.group:
             return logits
         parts = COLLECTIVES.all_gather_into_tensor(logits.contiguous(), self.world, self.group)
@@ -129,14 +129,14 @@ class Shard:
         return parts.movedim(0, -2).flatten(-2)  # [N,S,V]
 
     def broadcast(self, tokens: Tensor) -> Tensor:
-        """Rank 0's tokens, for all: another kind of CPU may round a draw to the other side."""
+        """Broadcast rank 0's tokens to all: on another type of CPU rounding may change a draw."""
         if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
 
 
 def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:
-    """Whether so many ranks can each hold as much of the network."""
+    """Return whether heads and widths divide evenly among `world` ranks."""
     return not any(size % world for size in (heads, *widths)) and (groups % world == 0 or world % groups == 0)
 
 
@@ -144,14 +144,14 @@ WHOLE = Shard()
 
 
 class VocabularyEmbedding(Embedding):
-    """An embedding table of which each rank holds the rows from `begin` on that `weight` has."""
+    """Vocabulary-parallel embedding: each rank holds in `weight` the rows of the table from `begin` on."""
 
     def __init__(self, weight: Tensor, begin: int, shard: Shard) -> None:
         nn.Module.__init__(self)
         self.weight, self.begin, self.shard = weight, begin, shard
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [N,S] -> [N,S,dim]."""
+        """Look up own tokens and all-reduce: tokens [N,S] -> [N,S,dim]."""
         own = tokens - self.begin
         foreign = (own < 0) | (own >= len(self.weight))
         x = F.embedding(own.masked_fill(foreign, 0), self.weight)  # [N,S,dim]

@@ -1,1 +1,1 @@
-"""What a person sees and types: flags, console, jobs, conversations, ranks."""
+"""Command-line interface: flags, console output, batch jobs, chat, ranks."""

@@ -1,4 +1,4 @@
-"""What comes of a run, and how it is told: the stopwatch, the console, the ranking as it is shown, the report."""
+"""Console output: timing, progress, printed samples, JSON report."""
 
 import argparse
 import gzip
@@ -28,8 +28,8 @@ from loading.tokenizer import Tokenizer
 
 
 def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Tells which names of control tokens stand in prompts, since some models read them as such tokens (for code to be
-    filled in)."""
+    """Print a note if prompts contain names of control tokens, which are text here but which some models expect as
+    tokens (code infilling)."""
     names = list(dict.fromkeys(name for prompt in prompts for name in tokenizer.names.cut(prompt)[1::2]))
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -37,7 +37,7 @@ def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
         print(f"note: {told}: give such tokens by their ids, from Python", file=sys.stderr)
 
 
-# The flags that decide the samples of a prompt, besides --seed.
+# The flags, besides --seed, that determine the samples of a prompt.
 DECIDING = (
     "checkpoint_path",
     "dtype",
@@ -59,7 +59,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Stopwatch(Monitor):
-    """Times a run."""
+    """Monitor that times a run."""
 
     def __init__(self) -> None:
         self.begin = self.last = time.perf_counter()
@@ -93,11 +93,11 @@ class Stopwatch(Monitor):
 
 
 class Bar:
-    """A progress bar on stderr, where that is a terminal."""
+    """Progress bar on stderr, if stderr is a terminal."""
 
     def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and sys.stderr.isatty()
-        self.stands = False  # on the screen
+        self.stands = False  # whether a bar is on the screen
 
     def show(self, share: float, note: str, seconds: float) -> None:
         if self.shown:
@@ -112,10 +112,9 @@ class Bar:
 
 
 class Console(Stopwatch):
-    """Shows a run to a person: one sample live on stdout as it comes, several as a progress bar on stderr.
+    """Monitor that shows a run: one sample is streamed to stdout, several get a progress bar on stderr.
 
-    Used as a context manager around a run: where it is interrupted, what is finished is printed, and the best of what
-    is not.
+    Used as a context manager around a run: if interrupted, it prints the finished samples and the best unfinished one.
     """
 
     def __init__(
@@ -127,21 +126,21 @@ class Console(Stopwatch):
         earlier: Sequence[Sample] = (),
         turn: int | None = None,
     ) -> None:
-        """prompt: what --echo prints before a sample. earlier: the samples of a run of the same request before. turn:
-        of a conversation, from 1 on."""
+        """prompt: printed before each sample by --echo. earlier: samples of a previous run of the same request. turn:
+        of a conversation, from 1."""
         super().__init__()
         self.options, self.plan, self.device = options, plan, device
         self.prompt, self.earlier = prompt or "", earlier
         self.streams, self.unranked = options.num_samples == 1 and options.format != "jsonl", options.unranked
         self.marks: dict[str, Any] = {"settings": settings_of(options)} | ({} if turn is None else {"turn": turn})
-        self.told: set[int] = set()  # the samples that are printed
+        self.told: set[int] = set()  # indices of the samples already printed
         self.bar = Bar(self.options.quiet)
         self.begun = 0  # steps before this wave
         self.rows: Sequence[Row] = ()  # of this wave
-        self.ranked: list[Ranked] = []  # what an interrupted run leaves
+        self.ranked: list[Ranked] = []  # what an interrupted run printed
 
     def hold(self) -> None:
-        """Shows nothing as it comes: the run will be repeated."""
+        """Show nothing during the run, which will be repeated."""
         self.streams = self.unranked = False
 
     def done(self, sample: Sample) -> None:
@@ -151,7 +150,7 @@ class Console(Stopwatch):
             self.tell(sample)
 
     def tell(self, sample: Sample) -> None:
-        """Prints a sample as one object, without a rank."""
+        """Print a sample as one JSON object, without a rank."""
         self.told.add(sample.index)
         line = sample_fields({"sample": sample.index}, sample, self.marks)
         print(json.dumps(line, ensure_ascii=False), flush=True)
@@ -178,14 +177,14 @@ class Console(Stopwatch):
             self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
 
     def show_live(self, pieces: Generator[Piece]) -> None:
-        """Runs to the end, and prints the text as it comes where there is one sample; of a compiled run from its first
-        step on, which may take long: inside a line nothing could tell."""
+        """Run to the end, printing text as it arrives if there is one sample. A compiled run prints after its first
+        step, which may take minutes: no status can be shown inside a line."""
         text = self.prompt if self.streams and self.options.echo else ""
         if not self.plan.compiled:
             print(text, end="", flush=True)
             text = ""
         try:
-            with closing(pieces):  # now, and not when an interrupt has been forgotten
+            with closing(pieces):  # now, not at garbage collection after an interrupt
                 for piece in pieces:
                     text += piece.text * self.streams
                     if self.step_s or not self.plan.compiled:
@@ -197,7 +196,7 @@ class Console(Stopwatch):
             print(text, end="", flush=True)
 
     def show(self, samples: Sequence[Sample]) -> list[Ranked]:
-        """Prints these samples, unless they were shown live; returns their ranking as far as --top."""
+        """Print these samples, unless they were streamed; return their ranking up to --top."""
         ranked = rank(samples, self.options.rank)[: self.options.top]
         self.put(ranked, samples)
         return ranked
@@ -205,7 +204,7 @@ class Console(Stopwatch):
     def put(self, ranked: Sequence[Ranked], samples: Sequence[Sample]) -> None:
         if self.options.unranked:
             for sample in samples:
-                if sample.index not in self.told:  # another replica's, or one that was stopped
+                if sample.index not in self.told:  # another replica's, or an interrupted one
                     self.tell(sample)
         elif not self.streams:
             print_samples(ranked, self.options, self.prompt, self.marks)
@@ -228,8 +227,8 @@ class Console(Stopwatch):
 
 
 def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, Any]) -> dict[str, object]:
-    """A sample as one JSON object. place: its number and rank. marks: the flags that decide it, and in a conversation
-    the turn."""
+    """Return a sample as one JSON object. place: its number and rank. marks: the flags that determine it, and the turn
+    of a conversation."""
     fields = asdict(sample)
     del fields["index"]
     return place | {"seed": fields.pop("seed")} | marks | fields | {"mean_logprob": sample.mean_logprob}
@@ -240,7 +239,7 @@ def placed(each: Ranked) -> dict[str, int]:
 
 
 def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, Any]) -> None:
-    """The samples on stdout: text, under headings where there may be several, or one JSON object a line."""
+    """Print samples to stdout: text, with headings if there may be several, or one JSON object per line."""
     before = prompt if options.echo else ""
     for each in ranked:
         drawn = each.sample
@@ -256,7 +255,7 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
 
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
-    """The part of the report that was decided before the run. quantised: the mode, None where weights are plain."""
+    """Return the part of the report known before the run. quantised: the mode; None for unquantised weights."""
     single = extends_context(engine.args, plan.workload, engine.device, engine.dtype, plan.rows_at_once)
     return {
         "attention": request.attention,
@@ -285,14 +284,14 @@ PATHS = {
 
 
 def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compiled_prefill: bool) -> dict[str, object]:
-    """The measured part of the report: medians over the steps of all runs. Values that do not apply are None, as are
-    the times of a prompt whose reading was compiled on the way."""
+    """Return the measured part of the report: medians over the steps of all runs. Values that do not apply are None, as
+    are the times of a prefill that included compilation."""
     steps = [second for run in runs for second in run.step_s]
     first, steps = (steps[:1], steps[1:]) if plan.compiled else ([], steps)
     step = statistics.median(steps) if steps else None
     drawn = sum(run.decode_tokens for run in runs)
     rate = drawn / (sum(steps) + step * len(first)) if step else None
-    reads = [run for run in (runs[1:] if compiled_prefill else runs) if run.first_token_s]  # not interrupted before
+    reads = [run for run in (runs[1:] if compiled_prefill else runs) if run.first_token_s]  # with a first token
     prefill_s = statistics.median(run.prefill_s for run in reads) if reads else None
     peak, mapped = peak_memory(device)
     return {
@@ -304,7 +303,7 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
         "decode_ms_per_step": step and 1000 * step,
         "tokens_per_s_per_sample": rate and rate / plan.rows_at_once,
         "tokens_per_s": rate,
-        # The first compiled call compiles: what it took beyond a step.
+        # The first compiled call compiles: its time beyond a step.
         "compile_s": first[0] - (step or 0.0) if first else None,
         "kv_context_bytes": plan.context,
         "kv_decoded_bytes": plan.decoded,
@@ -317,7 +316,7 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
 
 
 def summary(report: dict, plan: Plan) -> str:
-    """Three lines: what ran, how fast, in how much memory."""
+    """Return three lines: what ran, how fast, in how much memory."""
 
     def number(name: str, form: str = ".3g") -> str:
         return "-" if report[name] is None else format(report[name], form)
@@ -356,7 +355,7 @@ def print_report(report: dict[str, object]) -> None:
 
 @contextmanager
 def profiled(path: Path) -> Iterator[None]:
-    """Write a trace of what runs inside, also where it is interrupted."""
+    """Write a trace of the block, also if it is interrupted."""
     profile = torch.profiler.profile()
     try:
         with profile:
@@ -366,9 +365,9 @@ def profiled(path: Path) -> Iterator[None]:
 
 
 def export(profile: torch.profiler.profile, path: Path) -> None:
-    """Raises OSError where the trace was not written to its end: of a disk that is full PyTorch does not tell, but
-    nothing more can be written to that file."""
-    trace = path.with_name("trace")  # one that ends in .gz PyTorch would write elsewhere first
+    """Write the trace. Raises OSError if it is incomplete: PyTorch does not report a full disk, but writing more to the
+    file fails."""
+    trace = path.with_name("trace")  # PyTorch would write a name in .gz elsewhere first
     profile.export_chrome_trace(str(trace))
     with trace.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,9 +1,9 @@
-"""A batch as a job: prompts from a file, samples to a file, and where a run that was killed goes on.
+"""Batch jobs: prompts from a file, samples to a file, resuming a killed run.
 
-The output is JSON lines. The first is a header: all that decides the samples. Then the lines of each prompt when it is
-finished, at once and at the end, so that what a kill leaves is whole prompts, and at most one that is not: it is told
-by its ranks, which are not all there, and drawn again. A file has one writer: each replica of a run has its own, which
-the first one takes into the output at the end, or the next run that goes on.
+The output is JSON lines. The first is a header with everything that determines the samples. The lines of each prompt
+are appended at once when it finishes, so a killed run leaves whole prompts and at most one partial, found by missing
+ranks and redrawn. A file has one writer: each replica writes its own, which the first replica merges into the output at
+the end, or the next run that resumes it.
 """
 
 import argparse
@@ -35,16 +35,16 @@ Id = str | int
 OWN = frozenset(
     "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
 )
-CONFIGS = ("config.json", "generation_config.json")  # what they decide is told from what was read of them
-DEEPEST = 100  # levels of a line of JSON
-# Bytes of a block, and blocks of all files of a model, that tell it from others of its size.
+CONFIGS = ("config.json", "generation_config.json")  # hashed as parsed, not as bytes
+DEEPEST = 100  # nesting levels of a line of JSON
+# Fingerprint of a model: bytes per block, and blocks over all its files.
 BLOCK, BLOCKS = 1 << 12, 1 << 12
 
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt as its file has it. number: of its line, from 1. said: a text, or the messages of a conversation.
-    fields: what is carried over."""
+    """One prompt of the input file. number: of its line, from 1. said: a text, or the messages of a conversation.
+    fields: copied to the output."""
 
     number: int
     id: Id
@@ -53,7 +53,7 @@ class Record:
 
 
 def nests(value: object, levels: int) -> bool:
-    """Whether lists and objects lie in each other for more than so many levels."""
+    """Return whether lists and objects nest deeper than `levels`."""
     layer = [value]
     for _ in range(levels):
         held = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)]
@@ -62,8 +62,8 @@ def nests(value: object, levels: int) -> bool:
 
 
 def parse_json(line: str) -> Any:
-    """What a line of JSON says, which can be written again. Raises ValueError where it is none, UnicodeError where an
-    escape is half of a character."""
+    """Parse a line of JSON that can be written again. Raises ValueError if it is not JSON, UnicodeError if an escape is
+    half of a surrogate pair."""
     try:
         value = json.loads(line)
         if nests(value, DEEPEST):
@@ -81,7 +81,7 @@ MEANT = {"[": "write each part of the array on its own line", "{": "write each o
 
 
 def parse_prompt(line: str) -> Any:
-    """`parse_json` of a line of prompts. Where it is none the error says what to do with what it may be."""
+    """Parse a line of prompts as `parse_json` does; the error says how to fix what the line seems to be."""
     try:
         return parse_json(line)
     except UnicodeError:
@@ -92,7 +92,7 @@ def parse_prompt(line: str) -> Any:
 
 
 def parse(number: int, line: str) -> Record:
-    """A JSON line: a text, or an object with prompt or messages. Raises ValueError where it is neither."""
+    """Parse a JSON line: a text, or an object with prompt or messages. Raises ValueError if it is neither."""
     value = parse_prompt(line)
     if isinstance(value, list):
         raise ValueError(f"a whole array; {MEANT['[']}")
@@ -116,18 +116,18 @@ def parse(number: int, line: str) -> Record:
 
 
 def parts_of(data: bytes, separator: str | None) -> list[bytes]:
-    """The lines of a file, or what stands between separators. A newline of a separator is a line end of either form."""
+    """Split a file into lines, or at a separator. A newline in the separator matches LF and CRLF."""
     if separator is None:
         return data.split(b"\n")
     between = re.escape(separator.replace("\r\n", "\n").encode()).replace(b"\\\n", b"\r?\n")
-    # The last line may lack its end, with which a separator may end too.
+    # The last line may lack its newline, with which a separator may end too.
     *parts, last = re.split(between, data if data.endswith(b"\n") else data + b"\n")
     return [*parts, without_newline(last)]
 
 
 def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:
-    """The prompts of a file, and what is wrong with the lines that are none. separator: of plain texts; None: the file
-    is JSON lines. Empty lines, and empty texts between separators, are none."""
+    """Read the prompts of a file, and the errors of its invalid lines. separator: between plain texts; None: the file
+    is JSON lines. Empty lines, and empty texts between separators, are skipped."""
     found: dict[str, Record] = {}
     bad = []
     for number, part in enumerate(parts_of(data, separator), 1):
@@ -148,7 +148,7 @@ def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list
 
 
 def encode(records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder) -> tuple[list[Prompt], list[str]]:
-    """The tokens of each prompt, messages by `spoken`, and what is wrong with those that have none."""
+    """Encode each prompt, messages with `spoken` and texts with `plain`; also return the errors of those that fail."""
     prompts, bad = [], []
     for record in records:
         try:
@@ -161,7 +161,7 @@ def encode(records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder) -
 
 
 def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
-    """Names the lines that cannot be used, where they may be left out. Raises ValueError where not."""
+    """Warn about invalid lines that may be skipped. Raises ValueError if they may not."""
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     if bad and not options.skip_bad:
         raise ValueError(f"{options.prompts}, {bad[0]}{more}: mend it, or --skip_bad")
@@ -171,8 +171,8 @@ def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells a model from others: by shape, recipe and end tokens, and by sizes and blocks of its weights and tokenizer,
-    from beginning to end."""
+    """Hash what identifies a model: its shape, recipe and end tokens, and the sizes and blocks of its weights and
+    tokenizer files, from beginning to end."""
     digest = hashlib.sha256(repr((checkpoint.args, checkpoint.recipe, sorted(checkpoint.eos_ids))).encode())
     tokenizer = [path for path in companions(checkpoint.folder) if path.name not in CONFIGS]
     paths = [*sorted(checkpoint.weights), *tokenizer]
@@ -200,8 +200,8 @@ def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
 
 @dataclass
 class ResumeState:
-    """State of an output to resume. done: the ids, as JSON, of the prompts that are whole. torn: whether there is more
-    in a file than those."""
+    """State of an output to resume. done: ids, as JSON, of the finished prompts. torn: whether a file has more than
+    those."""
 
     header: dict[str, Any] | None = None
     done: set[str] = field(default_factory=set)
@@ -227,7 +227,7 @@ def place_of(value: object) -> Place | None:
 
 
 def lines_of(path: Path) -> Iterator[tuple[bytes, Place | None]]:
-    """Each line of an output file, but for a header by itself, and where it belongs; None: it was cut."""
+    """Yield each line of an output file, except a header line, with its place; None: it was cut off."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
             try:
@@ -239,12 +239,12 @@ def lines_of(path: Path) -> Iterator[tuple[bytes, Place | None]]:
 
 
 def whole_lines(path: Path, done: set[str]) -> Iterator[bytes]:
-    """The lines of an output file that belong to these prompts."""
+    """Yield the lines of an output file that belong to the prompts in `done`."""
     return (line for line, place in lines_of(path) if place is not None and place.id in done)
 
 
 def read_file(path: Path) -> ResumeState:
-    """Read the state of one file. Raises ValueError where it was not begun by a job."""
+    """Read the state of one file. Raises ValueError if no job started it."""
     if not path.exists():
         return ResumeState()
     with path.open("rb") as file:
@@ -272,7 +272,7 @@ def read_file(path: Path) -> ResumeState:
 
 
 def read_begun(path: Path) -> ResumeState:
-    """Read the state of an output and its replicas' files. Raises ValueError where they were not begun by one job."""
+    """Read the state of an output and its replicas' files. Raises ValueError unless one job started them all."""
     begun = read_file(path)
     for each in replica_files(path):
         other = read_file(each)
@@ -283,7 +283,7 @@ def read_begun(path: Path) -> ResumeState:
 
 
 def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None:
-    """Raises ValueError where a file was begun by another command."""
+    """Raise ValueError if another command started the file."""
     if begun.header is None:
         return
     for name, value in header.items():
@@ -296,8 +296,8 @@ def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None
 
 @dataclass(frozen=True)
 class Job:
-    """prompts: those that this replica is to draw; left: of all replicas. fields: what is carried over, by the id as
-    JSON. begun: what an earlier run has finished."""
+    """One replica's share of a batch. prompts: those that this replica draws; left: how many all replicas draw. fields:
+    copied to the output, by id as JSON. begun: what an earlier run finished."""
 
     prompts: list[Prompt]
     left: int
@@ -309,7 +309,7 @@ class Job:
 def make_header(
     checkpoint: Checkpoint, seed: int, ends: Iterable[int], prompts: str, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """All that decides the samples of a job. prompts: their digest. settings: flags, but for where the model lies."""
+    """Build the header: all that determines the samples. prompts: their digest. settings: flags but the model path."""
     known = {"model": fingerprint(checkpoint), "seed": seed, "draw": RULE, "ends": sorted(ends), "prompts": prompts}
     return known | {name: value for name, value in settings.items() if name != "checkpoint_path"}
 
@@ -322,8 +322,8 @@ def set_up_job(
     checkpoint: Checkpoint,
     dialogue: ChatEncoder,
 ) -> Job:
-    """Make this replica's share of the prompts that are still to be drawn. Raises ValueError where a line cannot
-    be used, or the output was begun by another command."""
+    """Collect this replica's share of the remaining prompts. Raises ValueError if a line is invalid or another command
+    started the output."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
     ends = [] if options.ignore_eos else dialogue.eos_ids
@@ -342,20 +342,20 @@ def set_up_job(
 
 
 class Output:
-    """The file that a job appends to, which has no other writer meanwhile.
+    """The file that a job appends to, as its only writer.
 
-    apart: the header is a line by itself. Else it is a field of the first line, for readers that know no header.
+    apart: the header is a line by itself. Otherwise it is a field of the first line, for readers that expect no header.
     """
 
     def __init__(self, path: Path, apart: bool = True) -> None:
-        self.path, self.apart = Path(os.path.realpath(path)), apart  # a link stays one
+        self.path, self.apart = Path(os.path.realpath(path)), apart  # a symlink stays one
         self.held = ExitStack()
         self.file: BinaryIO | None = None
-        self.header: dict[str, Any] | None = None  # that is not yet in the file
+        self.header: dict[str, Any] | None = None  # not yet written to the file
 
     def begin(self, begun: ResumeState, header: dict[str, Any]) -> None:
-        """Opens the file for this run alone, with its header, without what a kill has left of a prompt, and with what
-        replicas have finished. Raises ValueError where another run holds it, or one of theirs."""
+        """Lock the file for this run, write its header, drop partial prompts and merge the files of replicas. Raises
+        ValueError if another run holds one of the files or has changed them."""
         others = replica_files(self.path)
         with ExitStack() as stack:
             self.file, *_ = [stack.enter_context(hold(path)) for path in (self.path, *others)]
@@ -364,12 +364,12 @@ class Output:
             own = read_file(self.path)
             if own.header is None or own.torn:
                 self.rewrite(own.done, header)
-                self.file = stack.enter_context(hold(self.path))  # which is another file by now
+                self.file = stack.enter_context(hold(self.path))  # rewriting replaced the file
             self.merge(others, own.done)
             self.held = stack.pop_all()
 
     def rewrite(self, done: set[str], header: dict[str, Any]) -> None:
-        """The file with its header and the lines of these prompts alone."""
+        """Rewrite the file with its header and only the lines of the prompts in `done`."""
         lines = whole_lines(self.path, done)
         if self.apart:
             lines = chain([json.dumps({"header": header}).encode() + b"\n"], lines)
@@ -385,7 +385,7 @@ class Output:
         write_file(self.path, write)
 
     def append(self, block: bytes) -> None:
-        """The lines of a prompt, in one write. Raises OSError."""
+        """Append the lines of a prompt in one write. Raises OSError."""
         assert self.file is not None, "an output is begun first"
         if self.header is not None:
             block, self.header = b"".join(headed(block.splitlines(True), self.header)), None
@@ -415,13 +415,13 @@ class Output:
 
 @contextmanager
 def hold(path: Path) -> Iterator[BinaryIO]:
-    """A file to append to, which no other process holds meanwhile. Raises ValueError where one does."""
+    """Open a file for appending, locked against other processes. Raises ValueError if one holds it."""
     with path.open("ab", buffering=0) as file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on every system: there nothing keeps two runs apart
+        except ImportError:  # missing on some systems, where nothing is locked
             pass
         except BlockingIOError:
             raise ValueError(f"another run writes to {path}: wait for it, or give another --output") from None
@@ -429,13 +429,13 @@ def hold(path: Path) -> Iterator[BinaryIO]:
 
 
 def headed(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
-    """Lines of JSON objects, of which the first has the header."""
+    """Yield lines of JSON objects, with the header added to the first."""
     for number, line in enumerate(lines):
         yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
 
 
 class Progress:
-    """What a person sees of a batch: a bar while it runs, a report at its end."""
+    """Progress bar of a batch while it runs, and its report at the end."""
 
     def __init__(self, quiet: bool, total: int, tally: BatchStats) -> None:
         self.bar, self.total, self.tally = Bar(quiet), total, tally
@@ -448,7 +448,7 @@ class Progress:
         self.bar.show(self.done / self.total, note, seconds * (self.total / self.done - 1))
 
     def report(self, replicas: Sequence[tuple[BatchStats, int]]) -> dict[str, Any]:
-        """replicas: the tally of each, and how many of its prompts could not be run."""
+        """Build the report. replicas: statistics of each, and how many of its prompts were refused."""
         tally, seconds = BatchStats(), time.perf_counter() - self.begin
         for each, _ in replicas:
             tally.add(each)
@@ -468,7 +468,7 @@ class Progress:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """Three lines: what ran, how fast, what sharing saved."""
+    """Return three lines: what ran, how fast, what sharing saved."""
     refused, before = report["prompts_refused"], report["prompts_done_before"]
     notes = f", {refused} could not be run" * bool(refused) + f", {before} done before" * bool(before)
     how = "compiled" if report["compiled"] else "eager"
@@ -485,7 +485,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def block_of(outcome: Outcome, fields: dict[str, Any], options: argparse.Namespace) -> str:
-    """The lines of a prompt: its best samples, or why there are none."""
+    """Return the lines of a prompt: its best samples, or its error."""
     begin = {"id": outcome.prompt.id, **fields}
     if outcome.error is not None:
         return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"

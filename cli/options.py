@@ -1,4 +1,4 @@
-"""The flags of the command line, every default once, and the checks that need nothing but them: not even PyTorch."""
+"""Command-line flags with their defaults, and the checks that need nothing else, not even PyTorch."""
 
 import argparse
 import re
@@ -17,7 +17,7 @@ STORY = "Once upon a time"
 
 
 def size(text: str) -> int:
-    """Bytes of "4GB", "512MiB", "1.5e9". Raises argparse.ArgumentTypeError where it is no size."""
+    """Parse bytes such as "4GB", "512MiB", "1.5e9". Raises argparse.ArgumentTypeError if it is not a size."""
     units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     number = text.rstrip("KMGTIBkmgtib ")
     try:
@@ -30,12 +30,12 @@ def size(text: str) -> int:
 
 
 def unescaped(text: str) -> str:
-    r"""The text with \n, \t, \r and \\ as the characters that they stand for."""
+    r"""Replace the escapes \n, \t, \r and \\ by their characters."""
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
 def add_batch(flag: Callable[..., None]) -> None:
-    """The flags of --prompts."""
+    """Add the flags of --prompts."""
     lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
     flag("--prompts", help=lines, metavar="FILE")
     flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
@@ -45,7 +45,7 @@ def add_batch(flag: Callable[..., None]) -> None:
 
 
 def build_parser() -> OneLineParser:
-    """Every flag and every default of the command line."""
+    """Build the parser with all flags and defaults of the command line."""
     parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
     flag = parser.flag
     parser.section("model")
@@ -104,7 +104,7 @@ def build_parser() -> OneLineParser:
 
 
 def output_flags(flag: Callable[..., None]) -> None:
-    """Those of the group "output"."""
+    """Add the flags of the section "output"."""
     form = "jsonl is one object a line, best first; default: text, with --prompts jsonl"
     flag("--format", form, choices=("text", "jsonl"))
     flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
@@ -118,8 +118,8 @@ def output_flags(flag: Callable[..., None]) -> None:
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with every check that needs nothing else. What does not pass ends the process with one line and
-    status 2."""
+    """Parse the command line and run every check that needs nothing else. On an error the process exits with one line
+    and status 2."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
@@ -145,7 +145,7 @@ def request_of(options: argparse.Namespace) -> Request:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises ValueError where a value is out of range, or flags do not go together."""
+    """Raise ValueError if a value is out of range or flags conflict."""
     request_of(options)
     for name in ("num_runs", "top", "synthetic_prompt", "tp"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -175,7 +175,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 
 def check_batch(options: argparse.Namespace) -> None:
-    """Raises ValueError where flags do not go with --prompts, or ask for it."""
+    """Raise ValueError if flags conflict with --prompts or require it."""
     alone = {
         "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
         "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None, "repetition_penalty": 1.0, "unranked": False,
@@ -194,7 +194,7 @@ def check_batch(options: argparse.Namespace) -> None:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError where --report, --profile or --output cannot be written."""
+    """Raise ValueError if --report, --profile or --output cannot be written."""
     if options.output is not None and not options.resume:
         check_new(options.output)
     outputs = [path for path in (options.report, options.profile, options.output) if path is not None]
@@ -207,8 +207,8 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
-    """Raises ValueError where what is written would replace the prompts, the heads of a draft, or a file of a model,
-    under whatever name."""
+    """Raise ValueError if an output would overwrite the prompts, the heads of a draft or a file of a model, under
+    whatever name."""
     read = [options.prompt_file, options.prompts, *options.draft[1:], *models]
     files = {identity(Path(path)) for path in read if path is not None}
     for path in (options.report, options.profile, options.output):
@@ -217,7 +217,7 @@ def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> No
 
 
 def read_prompts(options: argparse.Namespace) -> bytes:
-    """What --prompts names. Raises ValueError where it cannot be read."""
+    """Read the file or stdin that --prompts names. Raises ValueError if it cannot be read."""
     try:
         return read_bytes(None if options.prompts == "-" else Path(options.prompts))
     except OSError as error:
@@ -225,7 +225,7 @@ def read_prompts(options: argparse.Namespace) -> bytes:
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
-    """The prompt's text; None for a synthetic one, and in --interactive without one. Raises ValueError where it is
+    """Read the prompt's text; None for a synthetic one, and in --interactive without one. Raises ValueError if it is
     empty or not UTF-8."""
     text, name = options.prompt, options.prompt_file
     if name is None and (text is not None or options.synthetic_prompt or options.interactive):

@@ -1,12 +1,12 @@
-"""The processes of one run under torchrun: who is who, what they agree on, and how one of them fails.
+"""Processes of one run under torchrun: their roles, how they agree, and how a failure of one ends all.
 
-Consecutive ranks hold one network together (tp.py); where there are more, replicas of it divide the samples. What a run
-decides from a clock, a terminal, free memory or chance, rank 0 decides for all. Without torchrun a run is alone, and
-everything here gives back what it is given.
+Consecutive ranks hold one network together (tp.py); further ranks are replicas, which divide the samples. Whatever
+depends on a clock, a terminal, free memory or chance, rank 0 decides for all. Without torchrun there is one process,
+and everything here returns what it is given.
 
-There are three ways to wait. `share` broadcasts what rank 0 has, who may wait for a person or a pipe. `gather` and
-`wait` are for where some have more to do than others. `all` and `agree` are for what all do alike: they end a run whose
-ranks have lost each other. In each, a process that died is noticed at once.
+There are three ways to wait. `share` broadcasts the value of rank 0, which may wait for a person or a pipe. `gather`
+and `wait` are for uneven work. `all` and `agree` are for even work: they end a run whose ranks have lost each other. In
+each, the death of a process is noticed at once.
 """
 
 import atexit
@@ -26,16 +26,16 @@ from tp import WHOLE, Shard
 
 T = TypeVar("T")
 
-SHORT = timedelta(minutes=10)  # as long as one may compile
-LONG = timedelta(days=30)  # a download, a batch, a person
+SHORT = timedelta(minutes=10)  # the longest that a rank may compile
+LONG = timedelta(days=30)  # waiting for a download, a batch or a person
 FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. shard: its part of the network. local: its rank on its machine, local_world_size: the
-    processes there. control: the process group for Python objects, with a short timeout, patient: the same with a long
-    one; None where this process is alone."""
+    """This process among all. shard: its part of the network. local: its rank on its machine; local_world_size: the
+    processes there. control: process group for Python objects with a short timeout; patient: the same with a long one;
+    None for a single process."""
 
     rank: int = 0
     replica: int = 0
@@ -48,11 +48,11 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Whether it decides, and writes."""
+        """Whether this rank decides and writes."""
         return self.rank == 0
 
     def all(self, value: T, patient: bool = False) -> list[T]:
-        """Every rank's value, in the order of the ranks."""
+        """Gather every rank's value, in rank order."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * dist.get_world_size()
@@ -60,8 +60,8 @@ class Ranks:
         return values
 
     def agree(self, make: Callable[[], T], patient: bool = False) -> T:
-        """What `make` gives on each rank. Where it fails on any, all end: rank 0 by a ValueError with the first's
-        reason, the others with status 2. patient: it may take one much longer than others."""
+        """Run `make` on each rank and return its result. If it fails on any, all end: rank 0 with a ValueError giving
+        the first reason, the others with status 2. patient: one rank may take much longer than others."""
         value, error = self.attempt(make)
         self.end_if([each for each in self.all(error, patient) if each is not None])
         return value  # type: ignore[return-value]
@@ -85,40 +85,40 @@ class Ranks:
             return None, f"rank {self.rank}: {failure}" if self.rank else str(failure)
 
     def end_if(self, errors: Sequence[str]) -> None:
-        """Ends all ranks where there are errors."""
+        """End all ranks if there are errors."""
         if errors and self.leads:
             raise ValueError(errors[0])
         if errors:
-            with suppress(RuntimeError):  # until rank 0 has said it and is gone: who ends first ends all
+            with suppress(RuntimeError):  # until rank 0 has printed it and exited: the first exit ends all
                 dist.barrier(self.control)
             raise SystemExit(2)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every replica, on all ranks, however long one takes."""
+        """Gather the value of every replica on all ranks, however long one takes."""
         return self.all(value, patient=True)[:: self.shard.world]
 
     def wait(self) -> None:
-        """Until all are here, who may have had more to do than others."""
+        """Wait for all ranks, some of which may have had more to do."""
         if self.patient is not None:
             dist.barrier(self.patient)
 
     def samples(self, total: int) -> range:
-        """The indices of the samples that this replica draws; the first draw the most. Raises ValueError where there is
-        not one for each."""
+        """Return the indices of the samples that this replica draws; the first replicas draw the most. Raises
+        ValueError if there are fewer samples than replicas."""
         if 0 < total < self.replicas:
             raise ValueError(f"-n {total} is less than one for each of {self.replicas} replicas: give a larger --tp")
         begin, end = (-(-replica * total // self.replicas) for replica in (self.replica, self.replica + 1))
         return range(begin, end)
 
     def describe(self, report: dict[str, Any]) -> dict[str, Any]:
-        """What the report of rank 0 says of all."""
+        """Return the report's fields that cover all ranks, given that of rank 0."""
         counts, rates = (self.gather(report[name]) for name in ("num_samples", "tokens_per_s"))
         total = None if None in rates else sum(rates)
         return {"num_samples": sum(counts), "tokens_per_s": total, "tp": self.shard.world, "replicas": self.replicas}
 
 
 class Listener(Stream):
-    """stdout of the one rank that writes. Where its reader has left, the run goes on, since others take part in it."""
+    """stdout of the writing rank. If its reader leaves the run continues, since other ranks take part in it."""
 
     def failed(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):
@@ -127,8 +127,8 @@ class Listener(Stream):
 
 
 def join(tp: int | None, device: torch.device) -> Ranks:
-    """Joins the processes that torchrun started. tp: ranks that hold one network; None: those of a machine. Raises
-    ValueError where they cannot be divided so, or where there are fewer devices on a machine."""
+    """Join the processes that torchrun started. tp: ranks per network; None: those of a machine. Raises ValueError if
+    they cannot be divided so, or if a machine has too few devices."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if tp not in (None, 1):
             raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
@@ -144,13 +144,13 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     each = alone.agree(lambda: group_size(tp, world, machines))
     alone.agree(lambda: take_device(device, local))
     group, _ = dist.new_subgroups(each, timeout=SHORT)
-    # A network that is whole needs no sums; where it is all there is, they are made all the same, as a check.
+    # A whole network needs no all-reduce; a single process runs it all the same, as a check.
     shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
     return Ranks(rank, rank // each, world // each, shard, local, local_world_size, control, patient)
 
 
 def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
-    """The ranks that hold one network: those of a machine, unless asked otherwise. machines: of each rank's."""
+    """Return the ranks per network: those of a machine unless tp is given. machines: processes on each rank's."""
     each = machines[0] if tp is None else tp
     if world % each or (tp is None and len(set(machines)) > 1):
         fits = " or ".join(str(number) for number in range(1, world + 1) if world % number == 0)
@@ -161,7 +161,7 @@ def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
 
 
 def take_device(device: torch.device, local: int) -> None:
-    """On CUDA, each process of a machine takes a device of its own."""
+    """On CUDA, select a device of its own for each process of a machine. Raises ValueError if there are too few."""
     if device.type != "cuda":
         return
     if device.index is not None or local >= torch.cuda.device_count():
@@ -172,7 +172,7 @@ def take_device(device: torch.device, local: int) -> None:
 
 
 def lost_rank(error: BaseException) -> str | None:
-    """What a failed collective means to the user; None where the error is another."""
+    """Explain a failed collective to the user; None if the error is another."""
     known = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
     if not dist.is_initialized() or not known:
         return None

@@ -1,4 +1,4 @@
-"""A conversation on the command line: lines and commands, the replies that are kept, Ctrl-C."""
+"""Interactive chat on the command line: input lines and commands, kept replies, Ctrl-C."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from loading.files import counted
 
 
 class Repl:
-    """--interactive. room: tokens that the conversation may come to hold, prompt and replies together."""
+    """The loop of --interactive. room: the most tokens that the conversation can hold, prompts and replies together."""
 
     def __init__(
         self,
@@ -36,18 +36,18 @@ class Repl:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all that was said; the system prompt stays."""
+        """Clear the conversation; the system prompt stays."""
         self.conversation = Conversation(self.engine, self.request)
         self.dialogue.messages.clear()
-        self.turns: list[tuple[str, Mark, int]] = []  # of each its text, and how far all had come before it
-        self.again = 0  # how often the last turn was drawn anew
+        self.turns: list[tuple[str, Mark, int]] = []  # text of each turn, and the state before it: mark, messages
+        self.again = 0  # how often the last turn was regenerated
 
     def say(self, text: str) -> None:
         if not self.options.quiet:
             print(text, file=sys.stderr)
 
     def run(self, line: str | None) -> None:
-        """A turn for the line, if one is given, then one per line of stdin, until it ends or Ctrl-C comes twice."""
+        """Run a turn for `line`, if given, then one per line of stdin, until it ends or Ctrl-C is pressed twice."""
         self.say(f"{self.options.checkpoint_path}, seed {self.request.seed}; /help lists the commands, /exit ends")
         if self.room < self.engine.args.context_limit:
             self.say(f"memory holds a conversation of {self.room} tokens, the model {self.engine.args.context_limit}")
@@ -65,15 +65,15 @@ class Repl:
             line = None
 
     def obey(self, line: str) -> bool:
-        """A command, or else a turn; an empty line is neither. Returns whether the conversation goes on."""
+        """Run a command or else a turn; ignore an empty line. Returns whether the conversation continues."""
         if (command := COMMANDS.get(line.strip())) is not None:
             return command(self)
         self.again = 0
         return not line or self.turn(line)
 
     def turn(self, text: str) -> bool:
-        """A turn of which a reply is kept, or nothing changes: it is refused, or stopped before a word was said, or
-        while the reply was being picked. Returns whether the conversation goes on."""
+        """Run a turn; unless a reply is kept nothing changes: the turn was refused, or interrupted before its first
+        token or while picking. Returns whether the conversation continues."""
         before, kept = (self.conversation.mark(), len(self.dialogue.messages)), len(self.turns)
         try:
             return self.draw(text)
@@ -101,7 +101,7 @@ class Repl:
         except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
             told = error if isinstance(error, ValueError | FloatingPointError) else out_of_memory(error)
             if told is None or not (self.ranks.control is None or isinstance(error, ValueError)):
-                raise  # of several, the others may not have failed, and wait
+                raise  # other ranks may not have failed, and wait
             if self.ranks.leads:
                 print_error(f"{told}; /reset begins anew" if self.turns else told)
             return True
@@ -117,12 +117,12 @@ class Repl:
         return True
 
     def back_to(self, mark: Mark, messages: int) -> None:
-        """Forget what was said since."""
+        """Drop everything after this state of the conversation."""
         self.conversation.back_to(mark)
         del self.dialogue.messages[messages:]
 
     def fitting(self, tokens: int) -> Request:
-        """The request for a turn of so many tokens, its replies no longer than what is left."""
+        """Return the request for a turn of `tokens` tokens, its replies limited to the room left."""
         left = self.room - len(self.conversation.history) - tokens
         length = min(self.request.max_new_tokens, max(1, left))
         if 1 <= left < self.request.max_new_tokens:
@@ -131,7 +131,7 @@ class Repl:
         return replace(self.request, max_new_tokens=length, first_index=index)
 
     def take_back(self) -> str | None:
-        """Forgets the last turn, and returns its text; None where there is none."""
+        """Remove the last turn and return its text; None if there is none."""
         if not self.turns:
             self.say("there is no turn to take back")
             return None
@@ -140,8 +140,8 @@ class Repl:
         return text
 
     def redraw(self) -> bool:
-        """The last turn again, with the next samples of the same seed. Where no other reply is kept, the one that was
-        there is."""
+        """Repeat the last turn with the next samples of the same seed. Unless another reply is kept, restore the
+        previous one."""
         turns, history, messages = list(self.turns), list(self.conversation.history), list(self.dialogue.messages)
         if (text := self.take_back()) is None:
             return True
@@ -192,10 +192,10 @@ COMMANDS: dict[str, Callable[[Repl], bool]] = {
 
 
 def ask(question: str) -> str | None:
-    """A line of stdin, None at its end. The question goes to stderr, since stdout is for samples; on a terminal there
-    is line editing, and a history, and with GNU readline lines that are pasted together come together."""
+    """Read a line of stdin; None at its end. The prompt goes to stderr, since stdout is for samples; a terminal has
+    line editing and a history, and GNU readline returns pasted lines as one."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        with suppress(ImportError):  # not on every system
+        with suppress(ImportError):  # missing on some systems
             import readline
 
             readline.parse_and_bind("set enable-bracketed-paste on")
@@ -208,7 +208,7 @@ def ask(question: str) -> str | None:
 
 
 def pick(ranked: Sequence[Ranked]) -> Sample | None:
-    """Asks which reply to keep, until a number answers; an empty answer keeps the best. None: the input has ended."""
+    """Ask which reply to keep until the answer is a number; an empty answer keeps the best. None: end of input."""
     numbers = {str(each): ranked[each - 1].sample for each in range(1, len(ranked) + 1)}
     while (answer := ask(f"keep [1-{len(ranked)}]: ")) is not None:
         if (answer.strip() or "1") in numbers:

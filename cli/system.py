@@ -1,6 +1,6 @@
-"""A command and the system that it runs in: streams that are closed or full, Ctrl-C at any moment, files written whole.
+"""Process and streams of a command: closed or full streams, Ctrl-C at any moment, checks of input and output files.
 
-`start` goes before the imports that take seconds, so nothing slow is imported here.
+`start` runs before the imports that take seconds, so nothing slow is imported here.
 """
 
 import codecs
@@ -17,21 +17,21 @@ from typing import Any, NoReturn, TextIO
 
 from layers.notices import Notice
 
-LONGEST = 300  # characters of the line that tells an error
-INTERRUPTED = 130  # the exit status where the user stopped a command
-LONGEST_INPUT = 1 << 30  # bytes; what is piped in may never end
+LONGEST = 300  # characters of an error line
+INTERRUPTED = 130  # exit status if the user interrupted a command
+LONGEST_INPUT = 1 << 30  # bytes; piped input may never end
 
 
 def escape(error: UnicodeError) -> tuple[str, int]:
     """Replace characters that the encoding lacks by JSON escapes, so that JSON lines stay valid."""
-    import json  # not before Ctrl-C ends the imports
+    import json  # imported late: Ctrl-C must be handled first
 
     assert isinstance(error, UnicodeEncodeError)
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def escaping(stream: TextIO) -> TextIO:
-    """The stream, which escapes the characters that its encoding lacks, unless the user has another way."""
+    """Make a stream escape the characters that its encoding lacks, unless the user chose otherwise. Returns it."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
         codecs.register_error("escape", escape)
         stream.reconfigure(errors="escape")
@@ -39,11 +39,11 @@ def escaping(stream: TextIO) -> TextIO:
 
 
 class Stream:
-    """stdout. Where it cannot be written the error names it; a reader who has left is no error."""
+    """stdout. A failed write raises an error that names it; BrokenPipeError passes, since a reader may leave."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.inside = False  # a line that is not ended
+        self.inside = False  # an unfinished line
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -63,7 +63,7 @@ class Stream:
         return len(text)
 
     def flush(self) -> None:
-        clear_status()  # input() writes past this object
+        clear_status()  # input() bypasses this object
         try:
             self.stream.flush()
         except OSError as error:
@@ -71,12 +71,12 @@ class Stream:
 
 
 class SafeStderr(Stream):
-    """stderr. Where it cannot be written the command goes on: what matters is on stdout and in files."""
+    """stderr. Failed writes are ignored: what matters is on stdout and in files."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.null = os.open(os.devnull, os.O_WRONLY)
-        self.status = ""  # the line on the screen that tells what the command is doing
+        self.status = ""  # the status line on the screen
         self.quiet = False
 
     def hush(self) -> None:
@@ -114,7 +114,7 @@ class SafeStderr(Stream):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is written meanwhile goes nowhere, also by a library that has no Python. For one thread at a time."""
+        """Discard stderr output inside the block, also of native libraries. For one thread at a time."""
         kept = os.dup(2)
         try:
             os.dup2(self.null, 2)
@@ -144,12 +144,12 @@ def cache_folder() -> Path:
 
 
 def start() -> None:
-    """What a command does first: it has all three streams, of warnings only Notices reach the user, and Ctrl-C ends the
-    imports without a traceback."""
-    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # else the next file opened would be one of the streams
+    """Prepare a command: open all three streams, show only Notices of all warnings, and let Ctrl-C end the imports
+    without a traceback."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next opened file would become one of the streams
         pass
     os.close(null)
-    # Started without one of them (">&-"), Python has None there.
+    # If one was closed (">&-"), Python has None there.
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = Stream(escaping(sys.stdout or open(os.devnull, "w")))
     sys.stderr = SafeStderr(sys.stderr or open(os.devnull, "w"))
@@ -162,7 +162,7 @@ def start() -> None:
 
 
 def begin(quiet: bool) -> None:
-    """Tell that what takes seconds begins: imports, then the model; but not if quiet, nor in a rank but the first."""
+    """Show that slow work begins, imports and then the model; not if quiet, nor on ranks other than 0."""
     if isinstance(sys.stderr, SafeStderr):
         if quiet or os.environ.get("RANK", "0") != "0":
             sys.stderr.hush()
@@ -170,20 +170,20 @@ def begin(quiet: bool) -> None:
 
 
 def leave(*_: object) -> NoReturn:
-    with suppress(RuntimeError):  # in the middle of a write
+    with suppress(RuntimeError):  # interrupted inside a write
         clear_status()
     os._exit(INTERRUPTED)
 
 
 def finish(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a command that has started, and ends the process with its exit status."""
+    """Run a started command and exit with its status."""
     interruptible = signal.getsignal(signal.SIGINT) is leave
     try:
         if interruptible:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main() or 0
         if interruptible:
-            signal.signal(signal.SIGINT, leave)  # what Python tidies up has no traceback either
+            signal.signal(signal.SIGINT, leave)  # no traceback during Python's cleanup either
         if status == 0:
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -196,13 +196,13 @@ def finish(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what Python still holds for it would raise again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python's buffer would raise again at exit
     sys.exit(status)
 
 
 def print_error(error: object) -> int:
-    """Tells an error on stderr in one line, of a long one the beginning and the end, which has the remedy. Returns the
-    exit status, 2."""
+    """Print a one-line error to stderr, eliding the middle of a long one: the remedy is at its end. Returns the exit
+    status, 2."""
     text = " ".join(f"error: {error}".split())
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[5 - LONGEST // 2 :]}"
@@ -211,8 +211,8 @@ def print_error(error: object) -> int:
 
 
 def read_bytes(path: Path | None) -> bytes:
-    """All of a file that may be a pipe; None: of stdin. Raises ValueError where it does not end within LONGEST_INPUT
-    bytes, or within memory."""
+    """Read all of a file, which may be a pipe; None: stdin. Raises ValueError if it is longer than LONGEST_INPUT bytes
+    or memory."""
     data = bytearray()
     with suppress(MemoryError), nullcontext(sys.stdin.buffer) if path is None else path.open("rb") as file:
         while len(data) <= LONGEST_INPUT:
@@ -223,18 +223,18 @@ def read_bytes(path: Path | None) -> bytes:
 
 
 def without_newline(data: bytes) -> bytes:
-    """The bytes without the line end that echo, or an editor, has put behind them."""
+    """Strip the line end that echo or an editor has added."""
     return data[: -1 - data.endswith(b"\r\n")] if data.endswith(b"\n") else data
 
 
 def check_writable(path: Path) -> None:
-    """Raises ValueError where no file can be written there, in place of one or as a new one."""
-    target = os.path.realpath(path)  # what a link names
+    """Raise ValueError if a file can be neither created nor replaced there."""
+    target = os.path.realpath(path)  # the target of a symlink
     try:
         fits = stat.S_ISREG(os.stat(target).st_mode) and os.access(target, os.W_OK)
     except FileNotFoundError:
         fits = not os.path.lexists(target)
-    except OSError:  # a name that is too long, a circle of links
+    except OSError:  # name too long, symlink loop
         fits = False
     if not (fits and os.access(os.path.dirname(target), os.W_OK)):
         raise ValueError(f"{path} cannot be written: give a plain file in a folder that exists")
@@ -253,6 +253,6 @@ def replica_files(output: Path) -> list[Path]:
 
 
 def check_new(output: Path) -> None:
-    """Raises ValueError where an earlier run has begun an output."""
+    """Raise ValueError if an earlier run has started this output."""
     if found := [each for each in (output, *replica_files(output)) if each.exists()]:
         raise ValueError(f"{found[0]} exists: add --resume to go on with it, or give another file")

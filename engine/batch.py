@@ -1,14 +1,13 @@
-"""Many prompts, N samples of each: what they begin with alike is read once, and rows of all of them decode together.
+"""Continuous batching of many prompts, N samples each: shared prefixes are prefilled once, all rows decode together.
 
     prompts = [Prompt("a", engine.encode("Once upon a time")), Prompt("b", engine.encode("The cat"))]
     for outcome in generate_many(engine, prompts, Request(num_samples=8)):
         print(outcome.prompt.id, [sample.text for sample in outcome.samples])
 
-The chain: the root, which all prompts begin with, in one row; groups, which some begin with; the rest of each prompt;
-its samples. The rows of a cache are taken again when what they held is done: where a row begins, how much of it is
-written and which row it continues are tensors that change in place, so that prompts come and go within one compiled
-step.
-Shapes: N samples of a prompt, C rows that decode together, R prompts that are held, T tokens of all rows that are read,
+The chain of caches: the root, a prefix of all prompts, in one row; groups, prefixes of some; the rest of each prompt;
+its samples. Rows of a cache are reused once their prompt or sample is finished: where a row begins, how much of it is
+written and which row it continues are tensors that change in place, so prompts come and go within one compiled step.
+Shapes: N samples per prompt, C rows that decode together, R prompts in memory, T tokens of all rows in a prefill,
 H query heads, G key/value heads, D head dimension, L slots, V vocabulary.
 """
 
@@ -33,15 +32,15 @@ from engine.scoring import SMALL, Node, Rows, batches, shared, tree
 from model import ModelArgs
 from sampling import uniform
 
-# Rows that decode together, if memory holds them: at 64 a step on a CPU is bound by operations (docs/benchmarks.md).
+# Rows that decode together, memory permitting: at 64 a step on a CPU is compute-bound (docs/benchmarks.md).
 ROWS = {"cpu": 64, "cuda": 512}
-# Tokens that a root and a group must have, since every step pays for a further link of the chain.
+# The fewest tokens of a root and a group, since every step pays for a further link of the chain.
 ROOT, GROUP = 8, 64
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """id: unlike all others of a batch; it is a part of the random numbers."""
+    """A prompt of a batch. id: unique within the batch; part of the seed of its samples."""
 
     id: str | int
     tokens: Sequence[int]
@@ -49,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The samples of a prompt in order of their index, or why there are none."""
+    """The samples of a prompt, ordered by index, or the reason why there are none."""
 
     prompt: Prompt
     samples: list[Sample]
@@ -57,16 +56,16 @@ class Outcome:
 
 
 def seed_of(seed: int, id: str | int) -> int:
-    """The seed of a prompt's samples, of 53 bits: a run of that prompt alone with this seed draws the same."""
+    """Derive the 53-bit seed of a prompt's samples: a run of that prompt alone with this seed generates the same."""
     digest = hashlib.sha256(json.dumps([seed, id]).encode()).digest()
     return int.from_bytes(digest[:8]) >> 11
 
 
 @dataclass
 class BatchStats:
-    """Counters of a batch. rows: that decode together. asked: tokens of its prompts. read: tokens that the network has
-    read for them. busy: rows of all steps that drew for an unfinished sample, of `capacity` in all. kv_bytes_saved:
-    peak bytes of keys and values that a copy of its context for each row would have needed in addition."""
+    """Counters of a batch. rows: decoding together. drawn: tokens generated. asked: tokens of its prompts. read: tokens
+    prefilled for them. busy: rows that sampled for an unfinished sample, summed over steps, out of `capacity`.
+    kv_bytes_saved: peak bytes of keys and values that one context copy per row would have needed in addition."""
 
     rows: int = 0
     prompts: int = 0
@@ -79,27 +78,27 @@ class BatchStats:
     kv_bytes_saved: int = 0
 
     def add(self, other: "BatchStats") -> None:
-        """What another replica has done."""
+        """Add the counters of another replica or run."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts, by number, that begin alike. length: of what they share, the root included."""
+    """Prompts, by number, with a shared prefix. length: tokens of the prefix, root included."""
 
     length: int
     members: tuple[int, ...]
 
     @property
     def saved(self) -> int:
-        """Tokens that are held once and not for every member."""
+        """Tokens saved by storing the prefix once instead of for every member."""
         return self.length * (len(self.members) - 1)
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """What prompts begin with alike. root: tokens of what all share. lengths: of all prompts."""
+    """Shared prefixes of prompts. root: tokens of the prefix that all share. lengths: tokens of each prompt."""
 
     root: int
     groups: tuple[Group, ...]
@@ -107,8 +106,8 @@ class Sharing:
 
     @classmethod
     def among(cls, prompts: Sequence[Sequence[int]], share: bool = True) -> "Sharing":
-        """The last token of a prompt is shared with none, so that each has one whose logits it draws from. share:
-        whether anything may be."""
+        """Find the prefixes to share. A prompt's last token is never shared, so that each has logits of its own to
+        sample from. share: whether to share at all."""
         leaves = [Node(tuple(tokens), 2, (number,)) for number, tokens in enumerate(prompts)]
         leaves.sort(key=lambda leaf: leaf.tokens)  # type: ignore[arg-type, return-value]
         lengths = tuple(map(len, prompts))
@@ -125,11 +124,11 @@ class Sharing:
 
     @property
     def longest_rest(self) -> int:
-        """Tokens of the longest rest of a prompt."""
+        """The most tokens that a prompt has after its shared prefix."""
         return max(length - behind for length, (_, behind) in zip(self.lengths, self.places(), strict=True))
 
     def places(self) -> list[tuple[int, int]]:
-        """For each prompt the number of its group, from 1, or 0, and the tokens that it shares."""
+        """Return for each prompt the number of its group (from 1; 0: none) and the tokens that it shares."""
         found = [(0, self.root)] * len(self.lengths)
         for number, group in enumerate(self.groups, 1):
             for member in group.members:
@@ -137,7 +136,7 @@ class Sharing:
         return found
 
     def order(self) -> list[int]:
-        """The prompts in the order in which they begin: as given, but the members of a group together."""
+        """Return the prompts in the order in which they start: as given, but the members of a group together."""
         first = list(range(len(self.lengths)))
         for group in self.groups:
             for member in group.members:
@@ -146,15 +145,15 @@ class Sharing:
 
 
 def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
-    """The groups that save the most tokens, where a prompt is in one at most: each is a node, or some below it. above:
-    tokens that all have read."""
-    found: list[tuple[Node, int]] = []  # each node before those below it, and the tokens read at its end
+    """Choose the groups that save the most tokens, each prompt in at most one: for each subtree its top node, or the
+    best groups below it. above: tokens of the root, which all share."""
+    found: list[tuple[Node, int]] = []  # parents before children; each with the prefix length at its end
     todo = [(node, above) for node in roots]
     while todo:
         node, begin = todo.pop()
         found.append((node, begin + len(node.tokens)))
         todo += [(child, found[-1][1]) for child in node.children]
-    best: dict[int, tuple[int, int, list[tuple[Node, int]]]] = {}  # members at or below a node, what the best save
+    best: dict[int, tuple[int, int, list[tuple[Node, int]]]] = {}  # by node id: members below, tokens saved, groups
     for node, length in reversed(found):
         below = [best.pop(id(child)) for child in node.children]
         members, saved = len(node.ends) + sum(each[0] for each in below), sum(each[1] for each in below)
@@ -167,7 +166,7 @@ def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
 
 
 def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:
-    """The rows that decode together, if memory holds them, after the longest prompt, as often as they are filled."""
+    """Return the workload to plan: rows that decode together behind the longest prompt, run as often as they fill."""
     total = len(lengths) * request.num_samples
     rows = min(total, request.rows_at_once or ROWS[device.type])
     return replace(request, num_samples=rows).workload(max(lengths), -(-total // rows))
@@ -175,7 +174,7 @@ def workload(lengths: Sequence[int], request: Request, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is held at once: rows that decode, prompts, groups. bytes: with the weights."""
+    """What fits into memory at once: decoding rows, prompts, groups. bytes: needed, weights included."""
 
     rows: int
     prompts: int
@@ -184,15 +183,15 @@ class Capacity:
 
     @classmethod
     def of(cls, rows: int, plan: Plan, sharing: Sharing, n: int) -> "Capacity":
-        """The samples of a prompt end one by one while its keys and values stay: so up to twice the prompts that fill
-        the rows, or with one sample of each a quarter more, which are read together."""
+        """Size the capacity for `rows` rows, n samples per prompt. A prompt's keys and values stay until its last
+        sample ends: so up to twice the prompts that fill the rows; if n is 1, a quarter more, prefilled together."""
         fill = -(-rows // n)
         prompts = min(len(sharing.lengths), fill + (fill if n > 1 else fill // 4))
         groups = min(len(sharing.groups), prompts // 2 + 1)
         token = plan.context // plan.workload.context
         held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
         held = held * token + rows * plan.decoded_per_sample
-        # Of a group any rows may be, and as many, as a power of two, are folded for each (RowMap).
+        # Any rows may belong to one group, so as many, as a power of two, are folded for each group (RowMap).
         share = 1 << max(1, (rows - 1).bit_length())
         folded = max(rows, prompts * n, (groups + 1) * share if sharing.groups else 0)
         linked = bool(sharing.root or sharing.groups)
@@ -201,7 +200,7 @@ class Capacity:
 
     @classmethod
     def within(cls, plan: Plan, sharing: Sharing, n: int) -> "Capacity":
-        """The most that fits into the available memory; or one row, which may not, with as many prompts as it keeps."""
+        """Return the largest capacity that fits into memory; at least one row and its prompts, even if they do not."""
         rows = plan.rows_at_once
         while rows > 1 and cls.of(rows, plan, sharing, n).bytes > plan.available:
             rows -= 1
@@ -209,22 +208,22 @@ class Capacity:
 
 
 class RowMap(Link):
-    """An ancestor whose children change while they decode, a few of them at a time: all in place."""
+    """A link whose children are reassigned in place during decoding, a few at a time."""
 
     def __init__(self, cache: KVCache, length: Tensor, children: int, share: int | None = None) -> None:
-        """length [R]. share: the most children of one row; None: as many as there are, as a power of two."""
+        """length [R]: written slots. share: the most children of a row; None: their number, as a power of two."""
         self.cache, self.length, self.share = cache, length, share
         self.place = torch.zeros(children, dtype=torch.long, device=length.device)
         self.index = torch.zeros_like(self.place)
         self.group = self.place.new_zeros(cache.rows * (share or 2))
 
     def seat(self, parents: Sequence[int | None]) -> None:
-        """The ancestor's row that each child continues; None: none, and what it reads is not used."""
+        """Set the ancestor's row that each child continues; None: idle, its output is not used."""
         shares: list[list[int]] = [[] for _ in range(self.cache.rows)]
         for child, parent in enumerate(parents):
             if parent is not None:
                 shares[parent].append(child)
-        n = self.share or max(2, 1 << (max(map(len, shares)) - 1).bit_length())  # never 1: that would be another step
+        n = self.share or max(2, 1 << (max(map(len, shares)) - 1).bit_length())  # never 1: that recompiles
         place = [0] * len(parents)
         for parent, share in enumerate(shares):
             for at, child in enumerate(share):
@@ -236,18 +235,18 @@ class RowMap(Link):
         self.group = self.group.copy_(group) if len(group) == len(self.group) else group.to(self.place.device)
 
     def keep(self, rows: Sequence[int]) -> "RowMap":
-        """For so many children, who are still to be seated."""
+        """Return a map for len(rows) children, which `seat` has yet to assign."""
         assert self.length is not None
         return RowMap(self.cache, self.length, len(rows), self.share)
 
 
 class SlotPool:
-    """A cache of `rows` rows with room for `slots` slots, which are taken and given back one by one."""
+    """A cache of `rows` rows of up to `slots` slots each; rows are taken and given back one by one."""
 
     def __init__(self, engine: Engine, rows: int, slots: int) -> None:
         self.cache = KVCache.empty(engine.args.kv_shape, rows, 0, engine.model.norm.weight, slots)
         self.length, self.slots = self.cache.start.clone(), slots
-        self.used = [0] * rows  # slots
+        self.used = [0] * rows  # slots of each row
         self.free = list(range(rows))[::-1]
 
     def take(self, start: int, length: int) -> int:
@@ -257,7 +256,7 @@ class SlotPool:
         return row
 
     def give_back(self, row: int) -> None:
-        """Free the slots of a row and zero them: a masked slot has weight 0, and 0 * nan is nan."""
+        """Free a row and zero its slots: a masked slot has weight 0, and 0 * nan is nan."""
         for each in self.cache.tensors:
             each[row, :, : self.used[row]] = 0
         self.free.append(row)
@@ -265,11 +264,11 @@ class SlotPool:
 
     @property
     def tokens(self) -> int:
-        """Slots that are used."""
+        """Slots in use."""
         return sum(self.used)
 
     def view(self, row: int, links: tuple[Link, ...] = ()) -> KVCache:
-        """One row by itself, of the slots that it uses."""
+        """Return one row as a cache of its own, limited to the slots in use."""
         view = copy(self.cache)
         part = slice(row, row + 1)
         view.start, view.links = self.cache.start[part], links
@@ -278,10 +277,10 @@ class SlotPool:
 
 
 class Reading(Rows):
-    """Prompts that are read together, end to end, and kept: each in a row of a shelf."""
+    """Several prompts prefilled together, packed end to end; each is stored in a row of a slot pool."""
 
     def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], shelf: SlotPool) -> None:
-        """nodes: one for each prompt, whose `ends` is its row."""
+        """nodes: one per prompt, whose `ends` is its row in the pool `shelf`."""
         self.cache = shelf.cache
         super().__init__(nodes, begin, links, self.cache.start.device)
         lengths = torch.tensor([len(node.tokens) for node in nodes], device=self.tokens.device)
@@ -290,7 +289,7 @@ class Reading(Rows):
         self.row, self.slot = rows.repeat_interleave(lengths), self.input_pos[0] - begin  # [T] twice
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """As Rows.attend."""
+        """Store k and v, then attend as Rows.attend."""
         self.cache.k[layer][self.row, :, self.slot] = k[0].transpose(0, 1)  # [T,G,D]
         self.cache.v[layer][self.row, :, self.slot] = v[0].transpose(0, 1)
         return super().attend(layer, q, k, v, input_pos, mod)
@@ -298,8 +297,8 @@ class Reading(Rows):
 
 @dataclass
 class ActivePrompt:
-    """A prompt that has been read, or is about to be. row, group: its own and its group's row, each on its shelf. left:
-    samples that are not finished. error: why there will be none."""
+    """A prompt that is prefilled, or about to be. row, group: its own and its group's row, each in its slot pool. left:
+    unfinished samples. error: the reason why there will be none."""
 
     number: int
     prompt: Prompt
@@ -312,11 +311,11 @@ class ActivePrompt:
 
 
 class Batch:
-    """The samples of many prompts, while they are drawn.
+    """Scheduler that generates the samples of many prompts.
 
-    places: for each of the C rows that decode together, the prompt and the sample that it draws for; None: idle, at
-    position 0 of its own. moved: whether rows have become idle since samples were given any. ready: samples whose first
-    token is drawn and that wait for a row.
+    places: for each of the C rows that decode together, its prompt and sample; None: idle, at position 0 of its own.
+    moved: whether rows have become idle since the last assignment. ready: samples that have their first token and wait
+    for a row.
     """
 
     def __init__(
@@ -325,14 +324,14 @@ class Batch:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
         self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
         scaling = engine.args.rope_scaling
-        # With scaling by length a token is rotated by that of its whole sequence: nothing is shared.
+        # Scaling by length rotates a token by the length of its whole sequence: nothing can be shared.
         self.shares = scaling is None or not scaling.by_length
         sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
         plan = plan or engine.plan_workload(workload(sharing.lengths, request, engine.device))
         engine.prepare(plan)
         self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
         room = Capacity.within(plan, sharing, request.num_samples)
-        if room.bytes > plan.available:  # the plan has counted a row and its prompt alone
+        if room.bytes > plan.available:  # fall back to one row and its prompt, as planned
             sharing = Sharing(0, (), sharing.lengths)
             room = Capacity(1, 1, 0, plan.needed)
         self.sharing, self.room = sharing, room
@@ -346,13 +345,13 @@ class Batch:
         self.build()
 
     def build(self) -> None:
-        """The chain, with nothing read."""
+        """Allocate the chain of caches, with nothing prefilled."""
         engine, room, sharing, like = self.engine, self.room, self.sharing, self.engine.model.norm.weight
         self.root = KVCache.empty(engine.args.kv_shape, 1, sharing.root, like)
         self.groups = SlotPool(engine, room.groups + 1, sharing.longest_group)
-        self.groups.free.pop()  # row 0, of length 0, is for those that are in no group
-        self.resident: dict[int, int] = {0: 0}  # the row of each group that is held
-        self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # members that are not finished
+        self.groups.free.pop()  # row 0, of length 0, is for prompts without a group
+        self.resident: dict[int, int] = {0: 0}  # the row of each group in memory
+        self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # unfinished members
         self.shelf = SlotPool(engine, room.prompts, sharing.longest_rest)
         self.cache = KVCache.empty(engine.args.kv_shape, room.rows, 0, like, self.request.max_new_tokens)
         self.cache.links = (RowMap(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
@@ -360,14 +359,14 @@ class Batch:
             self.cache.links += (RowMap(self.groups.cache, self.groups.length, room.rows),)
         if sharing.root:
             self.cache.links += (Link(self.root, [0] * room.rows, None),)
-        self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # of one row
+        self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # for a single row
         self.token = torch.zeros(room.rows, 1, dtype=torch.long, device=like.device)
         self.input_pos = self.token.clone()
         self.samples, self.seeds = self.token[:, 0].clone(), self.token[:, 0].clone()
 
     @torch.no_grad()
     def outcomes(self) -> Iterator[Outcome]:
-        """Each prompt when its last sample is finished."""
+        """Yield each prompt when its last sample is finished."""
         if self.sharing.root:
             tokens = self.prompts[0].tokens[: self.sharing.root]
             self.engine.prefill(self.root, tokens, self.request.prefill_chunk, SILENT)
@@ -389,7 +388,7 @@ class Batch:
         yield from ended
 
     def admit(self) -> None:
-        """Gives idle rows to samples that wait, and reads further prompts where there are too few."""
+        """Assign waiting samples to idle rows, and prefill further prompts if too few wait."""
         idle = [at for at, place in enumerate(self.places) if place is None] if self.moved else []
         if not idle:
             self.moved = False
@@ -403,30 +402,30 @@ class Batch:
         token, start, sample, seed = torch.tensor(entries, device=self.token.device).T
         self.token[rows, 0], self.input_pos[rows, 0] = token, start
         self.cache.start[rows] = start
-        for each in self.cache.tensors:  # as SlotPool.give_back
+        for each in self.cache.tensors:  # no nan in masked slots (SlotPool.give_back)
             each[rows] = 0
-        self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # what was made for the old ones is void
+        self.samples, self.seeds = self.samples.clone(), self.seeds.clone()  # new identity: UniformBlocks starts over
         self.samples[rows], self.seeds[rows] = sample, seed
-        self.moved = bool(self.ended)  # by their first token: first they are handed out
+        self.moved = bool(self.ended)  # a first token may end a prompt: hand it out first
         self.seat()
 
     def entry(self, place: tuple[ActivePrompt, Row] | None) -> tuple[int, int, int, int]:
-        """Of a row: its last token, where that is, the sample's index, its seed. An idle one is before all others, as
-        ALiBi wants it, whose biases are relative to the last position of a step."""
+        """Return a row's last token, its position, the sample's index and seed. An idle row is before all others, as
+        ALiBi requires, whose biases are relative to the last position of a step."""
         if place is None:
             return 0, 0, 0, 0
         held, row = place
         return row.sample.tokens[-1], len(held.prompt.tokens), row.sample.index, held.seed
 
     def seat(self) -> None:
-        """Tells the links which row of theirs each row continues."""
+        """Update in each link which of its rows each decoding row continues."""
         parents = [None if place is None else (place[0].row, place[0].group) for place in self.places]
         seats = [link for link in self.cache.links if isinstance(link, RowMap)]
         for link, each in zip(seats, zip(*((p or (None, None)) for p in parents), strict=True), strict=False):
             link.seat(each)
 
     def next_prompts(self) -> list[ActivePrompt]:
-        """The waiting prompts that have room, in order."""
+        """Take the waiting prompts that fit, in order, prefilling groups that are not in memory."""
         found: list[ActivePrompt] = []
         n = self.request.num_samples
         while self.waiting and self.shelf.free:
@@ -455,7 +454,7 @@ class Batch:
         self.tally.read += len(tokens)
 
     def read(self, found: Sequence[ActivePrompt]) -> None:
-        """Reads the rest of each prompt, short ones of the same group together, and draws the first tokens."""
+        """Prefill the rest of each prompt, short ones of one group together, and sample the first tokens."""
         chunk, model = self.request.prefill_chunk, self.engine.model
         for group, behind in sorted({self.at[held.number] for held in found}):
             view = (Link(self.groups.view(self.resident[group]), [0], None),) if group else ()
@@ -478,7 +477,7 @@ class Batch:
                 self.start([short[node.ends[0]][0] for node in nodes], model.logits(hidden[:, reading.last])[0])
 
     def start(self, found: Sequence[ActivePrompt], logits: Tensor) -> None:
-        """Draws the first token of every sample from the logits [prompts,V] before it."""
+        """Sample the first token of every sample from the logits [prompts,V] before it."""
         positions, seeds = (
             torch.tensor(each, device=logits.device)[:, None]
             for each in ([len(held.prompt.tokens) for held in found], [held.seed for held in found])
@@ -494,17 +493,16 @@ class Batch:
                 self.ready.extend((held, row) for row in held.rows if row.sample.finish_reason is None)
 
     def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Tokens and log-probabilities [C], the same for all ranks that hold a part of the network: they decide which
-        rows go on."""
+        """Broadcast tokens and log-probabilities [C], so that all ranks of a sharded network finish the same rows."""
         if self.engine.shard.world == 1:
             return drawn
-        both = self.engine.shard.broadcast(torch.stack([each.double() for each in drawn]))  # of which each token is one
+        both = self.engine.shard.broadcast(torch.stack([each.double() for each in drawn]))  # exact for token ids
         return both[0].long(), both[1]
 
     def record(self, places: Sequence[tuple[ActivePrompt, Row] | None], drawn: Sequence[tuple[Tensor, Tensor]]) -> int:
-        """Brings what steps have drawn, [C] each, to the host, and ends what is done. Returns the tokens recorded."""
+        """Sync the output of steps, [C] each, to the host; finish samples. Returns the number of tokens recorded."""
         count = 0
-        tokens, logprobs = (torch.stack(part, 1).tolist() for part in zip(*drawn, strict=True))  # [C][steps] twice
+        tokens, logprobs = (torch.stack(part, 1).tolist() for part in zip(*drawn, strict=True))  # [C][steps] each
         for place, *new in zip(places, tokens, logprobs, strict=True):
             if place is None:
                 continue
@@ -524,19 +522,19 @@ class Batch:
         return count
 
     def fail(self, held: ActivePrompt, error: str) -> None:
-        """End a prompt that has no samples; its rows leave with those that are done."""
+        """End a prompt without samples; its rows become idle with the finished ones."""
         held.error, held.left = error, 0
         self.ready = deque(each for each in self.ready if each[0] is not held)
         self.release(held)
 
     def end(self, held: ActivePrompt) -> None:
-        """One more sample of a prompt is finished; with the last, what it held is free."""
+        """Count a finished sample of a prompt; release the prompt after its last one."""
         held.left -= 1
         if not held.left:
             self.release(held)
 
     def release(self, held: ActivePrompt) -> None:
-        """Hand out a prompt, and give back what it held."""
+        """Queue a prompt's outcome; free its row, and its group's after the last member."""
         self.shelf.give_back(held.row)
         group = self.at[held.number][0]
         self.remaining[group] -= 1
@@ -547,7 +545,7 @@ class Batch:
         self.tally.prompts += held.error is None
 
     def shrink(self) -> None:
-        """Where nothing waits, rows that are done leave when half are."""
+        """Compact the batch once half of its rows have finished, if nothing waits."""
         if self.waiting or self.ready:
             return
         kept = rows_to_keep([place is not None for place in self.places])
@@ -559,13 +557,13 @@ class Batch:
             self.seat()
 
     def advance(self) -> None:
-        """The steps to the next look at what they drew."""
+        """Run decode steps up to the next sync, and record their tokens."""
         longest = max(len(place[1].sample.tokens) for place in self.places if place is not None)
         slots = min(self.request.max_new_tokens, bucket(longest + self.look - 1))
         self.cache.resize(slots)
         last, drawn = self.cache.start[:, None] + slots - 1, []
         for _ in range(self.look):
-            where = self.input_pos.minimum(last)  # a row that is done may be further than the slots in view
+            where = self.input_pos.minimum(last)  # clamp: a finished row may be past the visible slots
             inputs = StepInput(self.token, where, self.samples, self.seeds)
             drawn.append(self.agreed(self.step(inputs, self.cache)))
             self.token, self.input_pos = drawn[-1][0][:, None], self.input_pos + 1
@@ -580,7 +578,7 @@ class Batch:
 
 
 def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
-    """Why a prompt cannot be run; None: it can."""
+    """Return the reason why a prompt cannot be run; None if it can."""
     try:
         request.check_length(args.context_limit, len(prompt.tokens))
         check_tokens(prompt.tokens, args.vocab_size)
@@ -596,12 +594,12 @@ def generate_many(
     tally: BatchStats | None = None,
     plan: Plan | None = None,
 ) -> Iterator[Outcome]:
-    """Draws request.num_samples continuations of each prompt, and gives each prompt when it is finished; first those
+    """Generate request.num_samples continuations of each prompt, and yield each prompt when it is finished; first those
     that cannot be run, with the reason. A sample is a function of (request.seed, the prompt's id, its index), and in
-    fp32 that of the prompt alone, drawn with the seed `seed_of`. A prompt whose logits are not finite cannot be run, as
-    is noticed while it is. tally: is kept up to date. plan: of the `workload`, where it is made already.
+    fp32 equals that of the prompt run alone with the seed `seed_of`. A prompt fails while running if its logits are not
+    finite. tally: updated in place as the batch runs. plan: for `workload`, if already made.
 
-    Raises ValueError, before any kernel runs, where ids repeat, or the request is not for many prompts or does not fit.
+    Raises ValueError, before any kernel runs, if ids repeat, or the request is not for many prompts or does not fit.
     """
     if len({json.dumps(prompt.id) for prompt in prompts}) < len(prompts):
         raise ValueError("two prompts have the same id: each needs one of its own")
@@ -632,13 +630,13 @@ def generate_many(
 
 
 def is_read_anew(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
-    """Whether rows of the prompt may come to be read anew (RopeScaling.crosses), each when it has grown so long."""
+    """Return whether rows of the prompt may grow so long that their cache is recomputed (RopeScaling.crosses)."""
     scaling, length = args.rope_scaling, len(prompt.tokens)
     return scaling is not None and scaling.crosses(length, length + request.max_new_tokens)
 
 
 def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: BatchStats) -> Outcome:
-    """A prompt by itself, as a request of its own."""
+    """Run one prompt as a request of its own."""
     assert request.seed is not None
     tokens, samples, error = len(prompt.tokens), list[Sample](), None
     try:

@@ -1,8 +1,8 @@
-"""A conversation: its texts to token ids by the model's own chat template, and the context that grows by them.
+"""Chat: encode turns by the model's chat template, and grow a context with them.
 
-A template is rendered as transformers' apply_chat_template does it, in jinja2's sandbox; what it wrote is then cut at
-the names of control tokens. What a message says is never one of them: a mark is put inside every such name in it before
-the template sees it, and taken out again after the cut.
+Templates are rendered as by transformers' apply_chat_template, in jinja2's sandbox; the text is then split at the names
+of control tokens. Message text never becomes a control token: a mark is inserted into every such name in it before
+rendering, and removed after the split.
 """
 
 import json
@@ -27,33 +27,33 @@ from loading.files import check_plain, read_text
 from loading.tokenizer import JSONTokenizer, Tokenizer
 from loading.vocabulary import continued, read_metadata
 
-Message = dict[str, Any]  # role, content, and what else a template knows: tool_calls, name, ...
+Message = dict[str, Any]  # role, content, and further fields of templates: tool_calls, name, ...
 PROGRAM = Path(__file__).with_name("templates.py")
-RENDERING_SECONDS, RENDERING_PATIENCE = 5, 60.0  # of CPU time; by the clock, where the system cannot limit CPU time
+RENDERING_SECONDS, RENDERING_PATIENCE = 5, 60.0  # CPU time; wall time, if the system cannot limit CPU time
 RENDERING_MEMORY, RENDERING_LENGTH = 1 << 29, 10**7  # bytes; characters beyond those of the messages
 
 
 class Renderer:
-    """Renders chat templates in a process of its own (templates.py), started for the first and used for all.
+    """Renderer of chat templates in a child process (templates.py), started at first use and reused.
 
-    A template is a program: there it can take no more time and memory than it may have, and cannot end this process.
+    A template is a program: the child's time and memory are limited, and it cannot end this process.
     """
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.child: subprocess.Popen[bytes] | None = None
-        self.owner = 0  # the process that started it: a fork may not share its pipes
+        self.owner = 0  # pid of the parent: a fork must not share the pipes
 
     def start(self) -> subprocess.Popen[bytes]:
         limits = map(str, (RENDERING_SECONDS, RENDERING_MEMORY, RENDERING_LENGTH))
-        # A session of its own: Ctrl-C is for this process, which then ends the other.
+        # A new session: Ctrl-C reaches only this process, which then ends the child.
         return subprocess.Popen(
             [sys.executable, "-P", str(PROGRAM), *limits],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 
     def render(self, template: str, values: dict[str, Any]) -> str:
-        """Raises ValueError where the template fails or passes a limit."""
+        """Render a template. Raises ValueError if it fails or exceeds a limit."""
         request = json.dumps([template, values]).encode() + b"\n"
         with self.lock:
             if self.child is None or self.owner != os.getpid():
@@ -63,12 +63,12 @@ class Renderer:
             timer.start()
             try:
                 assert child.stdin is not None and child.stdout is not None
-                with suppress(BrokenPipeError):  # it has ended: nothing answers
+                with suppress(BrokenPipeError):  # the child has ended: no answer
                     child.stdin.write(request)
                     child.stdin.flush()
                 answer = json.loads(child.stdout.readline() or "{}")
             except BaseException:
-                self.stop(child)  # or its answer would be taken for that of the next request
+                self.stop(child)  # or its answer would be read as the next request's
                 raise
             finally:
                 timer.cancel()
@@ -91,7 +91,7 @@ class Renderer:
 
 @cache
 def renderer() -> Renderer:
-    """Return the renderer that this process shares."""
+    """Return the shared renderer of this process."""
     return Renderer()
 
 
@@ -108,9 +108,9 @@ def as_messages(said: Messages | Sequence[Message]) -> Messages:
 
 
 def parse_messages(said: object, tools: object = None) -> Messages:
-    """Messages as OpenAI's interface writes them: what is null is left out, content in parts of text is joined.
+    """Parse messages in the format of OpenAI's API: null fields are dropped, text parts of a content joined.
 
-    Raises ValueError that names the message.
+    Raises ValueError naming the malformed message.
     """
     if not isinstance(said, list) or not said:
         raise ValueError("messages are not a list of objects with role and content")
@@ -136,11 +136,11 @@ def parse_message(number: int, said: object) -> Message:
 
 @dataclass(frozen=True)
 class Chat:
-    """A chat template and what it needs. bos_token, eos_token: their names, "" for none. tool_use: the template for
+    """A chat template and its settings. bos_token, eos_token: their names, "" for none. tool_use: the template for
     messages with tools, "" for the same.
 
-    legacy: the text behind a control token begins with SentencePiece's prefix space too. So it is in Meta's Llama 2, in
-    transformers 4 unless tokenizer_config.json says `legacy: false`, in transformers 5 only if it says `legacy: true`.
+    legacy: text after a control token also gets SentencePiece's prefix space, as in Meta's Llama 2, in transformers 4
+    unless tokenizer_config.json says `legacy: false`, in transformers 5 only if it says `legacy: true`.
     """
 
     template: str
@@ -150,7 +150,7 @@ class Chat:
     tool_use: str = ""
 
     def render(self, said: Messages | Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text of the conversation. Raises ValueError with the template's message where it cannot be rendered."""
+        """Render the conversation to text. Raises ValueError with the template's message if that fails."""
         said = as_messages(said)
         names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         values: dict[str, Any] = {"messages": said.turns, "tools": said.tools, "documents": None}
@@ -158,7 +158,7 @@ class Chat:
         values["add_generation_prompt"] = add_generation_prompt
         try:
             return renderer().render(self.tool_use if said.tools and self.tool_use else self.template, values)
-        except (ValueError, TypeError, OSError) as error:  # TypeError: a value that JSON does not know
+        except (ValueError, TypeError, OSError) as error:  # TypeError: a value that JSON cannot encode
             roles = [message["role"] for message in said.turns]
             hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""
             raise ValueError(
@@ -166,7 +166,7 @@ class Chat:
             ) from error
 
 
-# The form that Llama 2 was trained on: https://github.com/meta-llama/llama, chat_completion.
+# Format that Llama 2 was trained on: https://github.com/meta-llama/llama, chat_completion.
 LLAMA2 = Chat(
     "{% for message in messages %}{% if message.role == 'user' %}{% set system = '' %}"
     "{% if loop.previtem is defined and loop.previtem.role == 'system' %}"
@@ -179,9 +179,9 @@ LLAMA2 = Chat(
 
 
 def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
-    """The chat template beside a tokenizer, `default` where there is none: LLAMA2 for a Llama 2 chat model.
+    """Read the chat template beside a tokenizer; `default` if there is none: LLAMA2 for a Llama 2 chat model.
 
-    Raises ValueError where the metadata or the template cannot be read.
+    Raises ValueError if the metadata or the template cannot be read.
     """
     metadata = read_metadata(folder)
     found, path = metadata.get("chat_template"), folder / "chat_template.jinja"
@@ -210,7 +210,7 @@ def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
 
 
 def unused(chat: Chat, said: Messages) -> tuple[str, str]:
-    """Two characters for private use that occur neither in the template nor in what is said."""
+    """Return two private-use characters that occur neither in the template nor in the messages."""
     taken = set(chat.template + chat.tool_use + json.dumps([said.turns, said.tools], ensure_ascii=False))
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in taken)
     return next(free), next(free)
@@ -218,23 +218,22 @@ def unused(chat: Chat, said: Messages) -> tuple[str, str]:
 
 @lru_cache(maxsize=8)
 def parts_of(names: tuple[str, ...]) -> tuple[frozenset[str], frozenset[str]]:
-    """Return all prefixes and all suffixes of the names, except plain words: a template may well write `<|`, a role and
-    `|>`."""
+    """Return all prefixes and suffixes of the names, except plain words: a template may write `<|`, a role, `|>`."""
     heads = (name[:end] for name in names for end in range(1, len(name)))
     tails = (name[begin:] for name in names for begin in range(1, len(name)))
     return frozenset(filter(re.compile(r"\W").search, heads)), frozenset(filter(re.compile(r"\W").search, tails))
 
 
 def text_guard(tokenizer: Tokenizer, mark: str) -> Callable[[str], str]:
-    """A function that puts `mark` into a text: inside every name of a control token, and before or behind a part of a
-    name that other text, put beside this one by a template, could complete."""
+    """Return a function that inserts `mark` into a text: inside every control-token name, and at a text's beginning or
+    end next to a part of a name that adjacent template text could complete."""
     names = tokenizer.names
     heads, tails = parts_of(tuple(names.tokens))
     longest = max(map(len, names.tokens), default=0)
     whole = re.compile(f"(?={names.pattern.pattern})(.)", re.DOTALL)
 
     def guard(text: str) -> str:
-        begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # a template may trim it
+        begin, end = len(text) - len(text.lstrip()), len(text.rstrip())  # a template may trim spaces
         if any(text[max(begin, end - size) : end] in heads for size in range(1, longest)):
             text = text[:end] + mark + text[end:]
         if any(text[begin : begin + size] in tails for size in range(1, longest)):
@@ -245,7 +244,7 @@ def text_guard(tokenizer: Tokenizer, mark: str) -> Callable[[str], str]:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same JSON with every text in it changed, names of fields included."""
+    """Apply `change` to every string of a JSON value, field names included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -260,7 +259,7 @@ def defused(said: Messages, tokenizer: Tokenizer, mark: str) -> Messages:
 
 
 def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
-    """Whether text after a control token is encoded as a prompt is. A tokenizer.json says so by itself."""
+    """Return whether text after a control token is encoded like a prompt. A tokenizer.json defines that itself."""
     if not isinstance(tokenizer, JSONTokenizer):
         return chat.legacy
     tokenizer.backend.made.encode_special_tokens = False
@@ -270,7 +269,7 @@ def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
 
 
 def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begins: bool) -> list[int]:
-    """Ids of rendered text whose messages are defused by `mark`. begins: it is the beginning of the prompt."""
+    """Encode rendered text whose messages are defused by `mark`. begins: the text begins the prompt."""
     parts = tokenizer.names.cut(rendered)
     prefixes = tokenizer.encode("a") != continued(tokenizer.encode, "a")
     bare_first = prefixes and not begins
@@ -288,16 +287,16 @@ def encode_chat(chat: Chat, tokenizer: Tokenizer, rendered: str, mark: str, begi
 
 
 def opening_tokens(chat: Chat, tokenizer: Tokenizer, system: str | None, user: str) -> list[int]:
-    """Ids of the first prompt, as prompt_tokens."""
+    """Encode the first turn, as prompt_tokens."""
     before = [] if system is None else [{"role": "system", "content": system}]
     return prompt_tokens(chat, tokenizer, [*before, {"role": "user", "content": user}])
 
 
 def prompt_tokens(chat: Chat, tokenizer: Tokenizer, said: Messages | Sequence[Message]) -> list[int]:
-    """Ids of a whole conversation, with BOS once, whether or not the template writes it, and the generation prompt;
-    where the last message is the assistant's, up to its last word, from which the model goes on.
+    """Encode a whole conversation, with BOS once, whether or not the template writes it, and the generation prompt; if
+    the last message is the assistant's, up to its last word, for the model to continue.
 
-    Raises ValueError where the template refuses or drops a message.
+    Raises ValueError if the template refuses or drops a message.
     """
     said = as_messages(said)
     mark, sentinel = unused(chat, said)
@@ -305,14 +304,14 @@ def prompt_tokens(chat: Chat, tokenizer: Tokenizer, said: Messages | Sequence[Me
     safe = defused(said, tokenizer, mark)
     rendered = unfinished(chat, safe, sentinel) if said.turns[-1]["role"] == "assistant" else chat.render(safe)
     ids, bos = encode_chat(chat, tokenizer, rendered, mark, begins=True), tokenizer.bos_id
-    # The template may write white space before it.
+    # The template may write whitespace before BOS.
     if bos is None or (bos in ids and not tokenizer.decode(ids[: ids.index(bos)]).strip()):
         return ids
     return [bos, *ids]
 
 
 def tagged(value: Any, tag: str) -> Any:
-    """The same with `tag` behind what a template is there to write: contents, and the names of functions."""
+    """Append `tag` to the texts that a template must write: contents, and the names of functions."""
     if isinstance(value, str):
         return value and value + tag
     if isinstance(value, dict):
@@ -323,11 +322,11 @@ def tagged(value: Any, tag: str) -> Any:
 
 
 def check_all_written(chat: Chat, said: Messages, sentinel: str) -> None:
-    """Raises ValueError that names a message, or the tools, of which the template writes nothing."""
-    tags: dict[str, str] = {}  # what each is behind
+    """Raise ValueError naming a message, or the tools, if the template does not write it."""
+    tags: dict[str, str] = {}  # the text that each is appended to
 
     def tag(value: Any, what: str) -> Any:
-        new = f"{sentinel}{len(tags)}{sentinel}"  # digits, which no template spells otherwise
+        new = f"{sentinel}{len(tags)}{sentinel}"  # digits, which no template changes
         if (changed := tagged(value, new)) != value:
             tags[new] = what
         return changed
@@ -355,7 +354,7 @@ def split_at(chat: Chat, said: Messages, sentinel: str, add_generation_prompt: b
 
 
 def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
-    """Render up to the last word of the last message, as transformers' continue_final_message."""
+    """Render up to the last word of the last message, like transformers' continue_final_message."""
     *before, last = said.turns
     if last.get("tool_calls"):
         raise ValueError("the last message calls tools: add what they answer, or leave the calls out")
@@ -367,7 +366,7 @@ def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
 
 
 def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> tuple[str, str]:
-    """What the template writes behind the last reply, where the user then says `user`, and the mark that defuses it."""
+    """Return what the template writes from the last reply to the one after turn `user`, and the defusing mark."""
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's: a turn follows a reply")
     said = Messages([*messages, {"role": "user", "content": user}])
@@ -379,15 +378,15 @@ def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], u
 
 
 def next_tokens(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> list[int]:
-    """Ids that follow the text of the last reply: the end of its turn, the user's turn and the generation prompt.
+    """Encode what follows the last reply's text: the end of its turn, the user's turn and the generation prompt.
 
-    messages: all so far, the last one an assistant's. Raises ValueError where the template refuses or drops it.
+    messages: all so far, the last one an assistant's. Raises ValueError if the template refuses or drops one.
     """
     return encode_chat(chat, tokenizer, *after_reply(chat, tokenizer, messages, user), begins=False)
 
 
 def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
-    """The control token that the template writes directly after a reply, spaces aside; empty where it writes none."""
+    """Return the control token that the template writes directly after a reply, spaces aside; empty if none."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     rest, _ = after_reply(chat, tokenizer, messages, "a")
     text, *parts = tokenizer.names.cut(rest)
@@ -395,9 +394,9 @@ def end_of_turn_ids(chat: Chat, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool | None, interactive: bool) -> Chat | None:
-    """The template to talk by: where it is asked for, and in --interactive where the model has one, unless refused.
+    """Choose the chat template: if asked for, and with --interactive if the model has one, unless refused.
 
-    Raises ValueError where it is asked for and there is none, nor the control tokens of Llama 2's form.
+    Raises ValueError if it is asked for and there is none, nor the control tokens of Llama 2's format.
     """
     if asked is False or not (asked or interactive):
         return None
@@ -409,7 +408,7 @@ def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool | None, interact
 
 
 class ChatEncoder:
-    """What is said in turn, as token ids: by a chat template, or, where chat is None, the bare texts after BOS."""
+    """Encoder of chat turns to token ids: by a chat template, or, if chat is None, as plain text after BOS."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, chat: Chat | None, system: str | None) -> None:
         if system is not None and chat is None:
@@ -417,17 +416,17 @@ class ChatEncoder:
         self.tokenizer, self.vocab_size, self.chat, self.system = tokenizer, vocab_size, chat, system
         self.messages: list[Message] = []
         self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        # A model trained on texts that BOS alone separates ends one by beginning the next.
+        # A model trained on texts separated only by BOS ends a text with the next BOS.
         self.eos_ids = tokenizer.eos_ids | set(self.bos)
         if chat is not None:
-            with suppress(ValueError):  # a template of one turn: a second one is refused when it comes
+            with suppress(ValueError):  # a one-turn template: a second turn is refused later
                 self.eos_ids |= end_of_turn_ids(chat, tokenizer)
 
     def encode_turn(self, text: str) -> list[int]:
-        """What to append to the context for the user's next text. Raises ValueError where it cannot be said."""
+        """Encode the user's next turn, to append to the context. Raises ValueError if it cannot be encoded."""
         try:
             (text + (self.system or "")).encode()
-        except UnicodeEncodeError as error:  # how Python passes on bytes that are not UTF-8
+        except UnicodeEncodeError as error:  # surrogates: Python's form of bytes that are not UTF-8
             raise ValueError(f"the text is not UTF-8 (character {error.start}): convert it") from error
         if self.chat is not None and self.messages:
             tokens = next_tokens(self.chat, self.tokenizer, self.messages, text)
@@ -438,7 +437,7 @@ class ChatEncoder:
         return self.checked(tokens)
 
     def encode_messages(self, messages: Messages | Sequence[Message]) -> list[int]:
-        """A whole conversation, with the system text before it where it has none. Raises as `encode_turn`."""
+        """Encode a whole conversation, with the system prompt first unless it has one. Raises as `encode_turn`."""
         if self.chat is None:
             raise ValueError("messages need a chat template: leave out --no-chat")
         said = messages if isinstance(messages, Messages) else parse_messages(list(messages))
@@ -451,63 +450,63 @@ class ChatEncoder:
         return tokens
 
     def keep(self, text: str, reply: str) -> None:
-        """Both were said."""
+        """Append the user turn and the kept reply."""
         if not self.messages and self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
 class Mark(NamedTuple):
-    """A position to return to: slots of the context, tokens of the history."""
+    """A position to roll back to: slots of the context, tokens of the history."""
 
     slots: int
     history: int
 
 
 class Conversation:
-    """A context that grows by what the user says and the reply that is kept. Nothing is computed twice, unless the
-    model rotates by the length of its context and that has changed."""
+    """A context that grows by each user turn and kept reply. Nothing is computed twice, unless the model's RoPE depends
+    on the length of the context and that has changed."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
         if request.kv_dtype != "auto":
             raise ValueError(f"kv_dtype {request.kv_dtype}: a context that grows is not held so, give auto")
         self.engine, self.request = engine, request
         self.context = KVCache.empty(engine.args.kv_shape, 1, 0, engine.model.norm.weight)
-        self.history: list[int] = []  # the tokens of the context, then the pending ones
-        self.read = 0  # the length of the history when a prompt was last read
+        self.history: list[int] = []  # tokens of the context, then the pending ones
+        self.read = 0  # length of the history at the last prefill
         self.replies: dict[int, KVCache] = {}  # keys and values of the last turn's samples
 
     @property
     def pending(self) -> list[int]:
-        """Tokens that are kept, but not yet in the context."""
+        """Kept tokens that are not yet in the context."""
         return self.history[self.context.slots :]
 
     def mark(self) -> Mark:
         return Mark(self.context.slots, len(self.history))
 
     def back_to(self, mark: Mark) -> None:
-        """Forget all that came since."""
-        self.context.resize(min(mark.slots, self.context.slots))  # fewer where a turn that failed was to read all anew
+        """Roll back to a mark."""
+        self.context.resize(min(mark.slots, self.context.slots))  # fewer if a failed turn was to recompute all
         self.history, self.replies = self.history[: mark.history], {}
 
     def go_on_from(self, history: Sequence[int]) -> None:
-        """Take over a history that begins with what the context holds; the next turn reads the rest of it."""
+        """Replace the history by one that begins with the context's tokens; the next turn reads the rest."""
         self.history, self.replies = list(history), {}
 
     def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> list[Sample]:
-        """Reads the user's tokens and draws replies. Raises ValueError, with nothing changed, where they do not fit."""
+        """Read the user's tokens and draw replies. Raises ValueError, with nothing changed, if they do not fit."""
         run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
         deque(self.draw(run), maxlen=0)
         return run.samples
 
     def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Generator[Piece]:
-        """`turn`, piece by piece as the text comes."""
+        """Stream `turn`: yield pieces of text as they are drawn."""
         return self.draw(Run(self.engine, self.request, [*self.history, *tokens], monitor), live=True)
 
     def draw(self, run: Run, live: bool = False) -> Generator[Piece]:
         scaling, end = self.engine.args.rope_scaling, len(run.history)
         if scaling is not None and scaling.regime(self.read) != scaling.regime(end):
-            self.context.resize(0)  # its keys would be rotated otherwise today
+            self.context.resize(0)  # its keys would now be rotated differently
         slots = self.context.slots
         try:
             self.context.resize(end, end + run.own_slots if run.extends else 0)
@@ -517,15 +516,15 @@ class Conversation:
             self.replies = {}
             yield from run.draw(self.context, logits, live, self.replies)
         finally:
-            self.context.resize(slots)  # what was not read, or was drawn in it, goes
+            self.context.resize(slots)  # drop slots not read, or drawn in place
 
     def keep(self, reply: Sample) -> None:
-        """Goes on from this reply of the last turn: its keys and values move into the context."""
+        """Continue from this reply of the last turn: move its keys and values into the context."""
         tokens, tokenizer = reply.text_tokens, self.engine.tokenizer
-        if tokenizer is not None and reply.finish_reason == "stop":  # only what was shown: no part of the stop string
+        if tokenizer is not None and reply.finish_reason == "stop":  # only shown text: no part of the stop string
             while tokens and len(continuation_text(tokenizer, self.history, tokens)) > len(reply.text or ""):
                 tokens = tokens[:-1]
-        if reply.index in self.replies:  # a reply that another replica drew is read with the next turn
+        if reply.index in self.replies:  # another replica's reply is read with the next turn
             cached = tokens[: len(reply.tokens) - 1]  # the last token drawn was never run
             self.context.append(self.replies[reply.index], len(cached))
         self.history += tokens

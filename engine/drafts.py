@@ -1,4 +1,4 @@
-"""The four drafts of speculative decoding, and how the command line names them.
+"""Drafts of speculative decoding: prompt look-up, early exit, a second model, Medusa; and their flags.
 
 Shapes: N rows, k proposals, T context length, V vocabulary, as in speculate.py.
 """
@@ -26,10 +26,10 @@ from tp import WHOLE, VocabularyEmbedding
 
 
 class PromptDraft(Draft):
-    """Prompt look-up (Saxena 2023): what followed where a row's last tokens stood before, in its own text or in the
-    context. The index of the context is made once for a run."""
+    """Prompt look-up (Saxena 2023): proposes what followed the latest earlier occurrence of a row's last n-gram, in its
+    own text or in the context. The index of the context is built once per run."""
 
-    name, sizes = "prompt", (3, 2)  # tokens that are looked up, and, where they are not found, fewer
+    name, sizes = "prompt", (3, 2)  # n-gram lengths, in order of look-up
     context: Tensor
     vocabulary: int
     index: dict[int, tuple[Tensor, Tensor]]
@@ -49,20 +49,20 @@ class PromptDraft(Draft):
         return mine
 
     def keys(self, tokens: Tensor, n: int) -> Tensor:
-        """A number for each run of n tokens: [...,L] -> [...,L-n+1]. Three tokens of 2^20 each fit into 63 bits."""
+        """Encode each n-gram as one integer: [...,L] -> [...,L-n+1]. Three tokens of 2^20 each fit into 63 bits."""
         windows = tokens.unfold(-1, n, 1)  # [...,L-n+1,n]
         return (windows * self.vocabulary ** torch.arange(n, device=tokens.device)).sum(-1)
 
     def tokens(self, rows: SpeculativeDecoder, where: Tensor) -> Tensor:
-        """The tokens of each row at its positions [N,S]."""
+        """Return the tokens of each row at its positions `where` [N,S]."""
         T = len(self.context)
         own = rows.text.gather(1, (where - T).clamp_min(0))
         return torch.where(where < T, self.context[where.clamp(0, T - 1)], own)
 
     def followed(self, rows: SpeculativeDecoder, n: int, end: Tensor) -> Tensor:
-        """The position [N,1] that follows the latest run of tokens equal to the n before `end`; 0: there is none."""
+        """Return the position [N,1] after the latest n-gram equal to the n tokens before `end`; 0: there is none."""
         context, key = self.context, self.keys(self.tokens(rows, end - rows.arange(n, 0, -1)), n)  # [N,1]
-        before = context[len(context) - min(len(context), n - 1) :]  # a run may begin in the context
+        before = context[len(context) - min(len(context), n - 1) :]  # an n-gram may begin in the context
         text = torch.cat([before.expand(len(end), -1), rows.text[:, : rows.view]], 1)
         keys = self.keys(text, n)
         after = len(context) - len(before) + n + rows.arange(keys.shape[1])
@@ -70,12 +70,12 @@ class PromptDraft(Draft):
         if n not in self.index:
             return own
         ordered, places = self.index[n]
-        at = (torch.searchsorted(ordered, key, right=True) - 1).clamp_min(0)  # the last of equal ones
+        at = (torch.searchsorted(ordered, key, right=True) - 1).clamp_min(0)  # the last of equal keys
         return torch.where((own == 0) & (ordered[at] == key), places[at] + n, own)
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         end = rows.input_pos + 1  # [N,1]
-        moved, self.end = self.source + end - self.end, end  # it goes on where it was found, while that agrees
+        moved, self.end = self.source + end - self.end, end  # continue the last match while it agrees
         last = rows.arange(1, 3)
         agrees = (self.tokens(rows, moved - last) == self.tokens(rows, end - last)).all(1, keepdim=True)
         self.source = torch.where(agrees & (self.source > 0), moved, 0)
@@ -85,22 +85,22 @@ class PromptDraft(Draft):
         if not self.source.any():
             return None
         found = torch.where(self.source == 0, end - 1, self.source)
-        return self.tokens(rows, found + rows.arange(k) % (end - found))  # what is shorter than k repeats
+        return self.tokens(rows, found + rows.arange(k) % (end - found))  # a match shorter than k repeats
 
     def keep(self, rows: Sequence[int]) -> None:
         self.source, self.end = self.source[rows], self.end[rows]
 
 
 def sound(draft: Draft, tokens: Tensor, logprobs: Tensor) -> Tensor:
-    """The tokens that a draft has drawn. Raises ValueError where its logits hold nan or infinity."""
+    """Return a draft's tokens. Raises ValueError if its logits hold nan or infinity."""
     if not math.isfinite(float(logprobs.sum())):
         raise ValueError(f"the draft, {draft.name}: its logits are not finite: give another, or --dtype float32")
     return tokens
 
 
 class LayersDraft(Draft):
-    """The target's first layers with its own norm and head (early exit: LayerSkip, arXiv 2404.16710). Their keys and
-    values are the target's own: verification writes them again."""
+    """The target's first layers with its own norm and head (early exit: LayerSkip, arXiv 2404.16710). They use
+    the target's cache: verification overwrites their keys and values."""
 
     step: Step
     cache: KVCache
@@ -125,21 +125,21 @@ class LayersDraft(Draft):
 
 
 class ModelDraft(LayersDraft):
-    """Another model of the same vocabulary, with a chain of caches of its own over the same context. Its embedding may
-    have more or fewer rows than the target's, whose last ones are padding."""
+    """A second model of the same vocabulary, with its own chain of caches over the same context. Its embedding may have
+    more or fewer rows than the target's, whose last ones are padding."""
 
-    PART = 32  # positions that are made up for at a time
+    PART = 32  # positions to catch up at a time
     engine: Engine
     context: KVCache
-    base: int  # slots before those of the rows
+    base: int  # slots before the rows' own
 
     def __init__(self, args: ModelArgs, load: Callable[..., Transformer]) -> None:
-        """load: device, dtype, rows -> the model."""
+        """load(device, dtype, rows): returns the model."""
         self.name, self.layers, self.args, self.load = "model", args.n_layer, args, load
 
     def place(self, engine: Engine, rows: int) -> None:
         model = self.load(engine.device, engine.dtype, rows)
-        if self.args.vocab_size < engine.args.vocab_size:  # it reads nothing where the target has a token that it lacks
+        if self.args.vocab_size < engine.args.vocab_size:  # tokens that only the target has embed as 0
             model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, 0, WHOLE)
         self.engine = Engine(model)
         self.weights = self.engine.weights.total
@@ -154,7 +154,7 @@ class ModelDraft(LayersDraft):
 
     def begin(self, rows: SpeculativeDecoder) -> Self:
         mine, run = copy(self), rows.run
-        self.context.resize(run.begin)  # what an earlier wave of one row wrote there goes
+        self.context.resize(run.begin)  # drop what an earlier one-row wave wrote
         mine.cache = self.context if run.extends else KVCache.fork(self.context, len(rows.samples), 0, run.own_slots)
         mine.base = mine.cache.slots
         mine.step = rows.network(self.engine.model)
@@ -162,7 +162,7 @@ class ModelDraft(LayersDraft):
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         self.cache.resize(self.base + rows.view)
-        for behind in range(rows.behind, 0, -self.PART):  # positions that the target alone has run
+        for behind in range(rows.behind, 0, -self.PART):  # positions run by the target alone
             where = rows.input_pos - rows.arange(behind, max(0, behind - self.PART), -1)
             where = where.clamp_min(rows.run.begin)  # [N,PART]
             self.engine.model.hidden(rows.text.gather(1, where - rows.run.begin), where, self.cache)
@@ -173,13 +173,13 @@ class ModelDraft(LayersDraft):
 
 
 class MedusaDraft(Draft):
-    """Heads that read the last layer's output (Cai et al. 2024, arXiv 2401.10774): head i proposes the token i + 2
-    positions after the one that was run. `tokens` in the file names the tokens that heads tell apart; without: all."""
+    """Medusa heads on the last layer's output (Cai et al. 2024, arXiv 2401.10774): head i proposes the token i + 2
+    positions after the one that was run. `tokens` in the file: token ids of the heads' logits; without it: all."""
 
     name = "medusa"
 
     def __init__(self, path: Path, args: ModelArgs) -> None:
-        """Maps a medusa_lm_head.pt. Raises ValueError where it is none for a network of this shape."""
+        """Map a medusa_lm_head.pt. Raises FileNotFoundError, or ValueError if its shapes do not fit the network."""
         if not path.exists():
             raise FileNotFoundError(f"no file at {path}: give a medusa_lm_head.pt")
         state: Any = unpickle(path)
@@ -202,7 +202,7 @@ class MedusaDraft(Draft):
         self.ids = None if self.ids is None else self.ids.to(engine.device)
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
-        if rows.hidden is None:  # after a plain step, or the prompt: this step makes it
+        if rows.hidden is None:  # after prefill or a plain step: this step computes it
             return rows.token.expand(-1, k)
         x = rows.model.norm(rows.hidden)  # [N,1,dim]
         heads = (F.linear(x + F.silu(F.linear(x, *block)), output) for *block, output in self.heads[:k])
@@ -211,11 +211,11 @@ class MedusaDraft(Draft):
 
 
 def check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
-    """Raises ValueError where the two models' tokens are not the same, with the first that differs."""
+    """Raise ValueError naming the first token in which the two vocabularies differ."""
     if draft.folder.resolve() == target.folder.resolve():
         return
     ours, theirs = load_tokenizer(target.folder), load_tokenizer(draft.folder)
-    begun = [each.encode("a")[-1:] for each in (ours, theirs)]  # a text's first token may lose its space
+    begun = [each.encode("a")[-1:] for each in (ours, theirs)]  # a text's first token may lose its leading space
     names = [{id: name for name, id in each.specials.items()} for each in (ours, theirs)]
     for id in range(max(ours.vocab_size, theirs.vocab_size)):
         texts = [
@@ -235,8 +235,8 @@ def choose_draft(
     target: Checkpoint,
     place: tuple[torch.device, torch.dtype, int],
 ) -> Speculation | None:
-    """What --draft, --draft_checkpoint_path and --speculate_k ask for, from metadata alone; None: plain decoding.
-    place: device, dtype and rows. Raises ValueError or FileNotFoundError where it cannot be."""
+    """Resolve --draft, --draft_checkpoint_path and --speculate_k from metadata alone; None: plain decoding. place:
+    device, dtype and rows. Raises ValueError or FileNotFoundError if the flags are invalid or do not fit the target."""
     kind, _, count = "".join(names[:1]).partition(":")
     if k not in (None, "auto") and not k.lstrip("-").isdecimal():
         raise ValueError(f"speculate_k {k!r} is not a number: give one of at least 1, or auto")

@@ -1,7 +1,7 @@
-"""A decode step as one graph: compiled by torch.compile, and on CUDA recorded and replayed as one launch.
+"""Decode steps as graphs: torch.compile, and on CUDA a recorded CUDA graph, replayed with one launch.
 
-PyTorch's own CUDA graphs (mode="reduce-overhead") would copy a cache that a step writes to; here a step keeps to its
-addresses. Without this file and the lines that call it all else works. Shapes: N rows, V vocabulary.
+PyTorch's own CUDA graphs (mode="reduce-overhead") would copy a cache that a step writes to; here the addresses stay
+fixed. Everything else works without this file and the lines that call it. Shapes: N rows, S positions, V vocabulary.
 """
 
 import functools
@@ -17,13 +17,13 @@ from cache import KVCache
 from layers.notices import Notice, showing
 from sampling import NOTHING
 
-LONGEST_CHAIN = 3  # links of a cache behind which a step is compiled: each length is a graph of its own
+LONGEST_CHAIN = 3  # the most links for which a step is compiled: each chain length is a graph of its own
 
 
 class StepInput(NamedTuple):
-    """The rows of a decode step besides their cache: tokens [N,1] at input_pos [N,1], the index of each row's sample
-    [N], the seed, a scalar, or [N] where rows have their own, and for the draw the tokens that each row has already
-    (repetition.py)."""
+    """Inputs of a decode step besides the cache. tokens [N,1] at input_pos [N,1]. samples [N]: the sample index of each
+    row. seed: a scalar, or [N] if rows have their own. seen: the mask of tokens that each row already has, for the
+    repetition penalty (sampling.penalised)."""
 
     tokens: Tensor
     input_pos: Tensor
@@ -37,15 +37,15 @@ Recording = tuple[Callable[[], None], tuple[Tensor, Tensor]]
 
 
 def compiled(step: Step) -> Step:
-    """A step as one graph for every N >= 2, S >= 2, context and capacity, compiled at its first call. Eager behind a
-    long chain, and for forms of a chain beyond as many as torch.compile keeps graphs of a function."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit  # a second of imports, which compiling takes anyhow
+    """Compile a step, at its first call, to one graph for every N >= 2, S >= 2, context and capacity. It runs eagerly
+    behind a long chain, and for chain layouts beyond torch.compile's recompile limit."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit  # a second of imports, needed to compile anyway
 
     def own(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
         return step(inputs, cache)
 
-    own.__code__ = own.__code__.replace()  # torch.compile keeps the graphs of all functions of one code object together
-    # Only what is marked varies: a second model in the process must not turn its other sizes into variables.
+    own.__code__ = own.__code__.replace()  # a code object of its own: torch.compile caches graphs by it
+    # Only marked sizes are dynamic: a second model in the process must not make its other sizes dynamic too.
     graph, first = torch.compile(own, fullgraph=True, dynamic=False), [showing("compiling")]
 
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -65,13 +65,12 @@ def compiled(step: Step) -> Step:
 
 @functools.cache
 def notify(text: str) -> None:
-    """Warns of a thing once."""
+    """Warn once per text."""
     warnings.warn(text, Notice, stacklevel=3)
 
 
 def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
-    """Marks the rows, positions and slots of a step's arguments as sizes that vary, so that no new value of them
-    recompiles.
+    """Mark the rows, positions and slots of a step's arguments as dynamic sizes, so that no new value recompiles it.
 
     A size of 1 cannot be marked: torch.compile always specialises on it.
     """
@@ -88,12 +87,12 @@ def mark_dynamic(inputs: StepInput, cache: KVCache) -> None:
 
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Return the one stream for all recordings: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
 def record(step: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> Recording:
-    """Runs `step`, which may compile, then records it. Returns what replays it, and the tensors that it then fills."""
+    """Warm up `step`, which may compile, then record it. Returns the replay function and the tensors that it fills."""
     with torch.cuda.device(device):
         stream = side_stream(device)
         stream.wait_stream(torch.cuda.current_stream())
@@ -108,11 +107,10 @@ def record(step: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> R
 
 
 class RecordedStep:
-    """A step that is recorded anew when an input changes its shape, or the cache its memory, as it does when rows leave
-    it or more slots come into view.
+    """A step as a CUDA graph, recorded again when an input's shape or the cache's memory changes: when rows leave or
+    more slots come into view.
 
-    Recording runs the step; that it writes its keys and values more than once changes nothing, since a position's place
-    is fixed.
+    Recording also runs the step. To write its keys and values more than once is harmless: a position's slot is fixed.
     """
 
     def __init__(self, step: Step, record: Callable[..., Recording] = record) -> None:
@@ -123,10 +121,10 @@ class RecordedStep:
     def __call__(self, inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
         layout = [(tensor.shape, tensor.dtype) for tensor in inputs] + layout_of(cache)
         if layout != self.layout:
-            self.layout, self.recording = [], None  # what it holds is free for the next one
+            self.layout, self.recording = [], None  # frees its memory for the next one
             self.inputs = StepInput(*(tensor.clone() for tensor in inputs))
             self.recording = self.record(lambda: self.step(self.inputs, cache), inputs.tokens.device)
-            self.layout = layout  # now, since recording may run out of memory
+            self.layout = layout  # only now, since recording may run out of memory
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         assert self.recording is not None
@@ -136,8 +134,8 @@ class RecordedStep:
 
 
 def layout_of(cache: KVCache) -> list[tuple]:
-    """All of a chain that a recording depends on: the kind of each cache, and where its tensors lie. Freed memory is
-    handed out again, so an address alone does not tell a new cache from an old one."""
+    """List what a recording depends on in a chain: the type of each cache, and the address, shape, strides and dtype of
+    its tensors. Freed memory is reused, so an address alone does not tell a new cache from an old one."""
     tensors = [(type(cache), tensor) for tensor in (*cache.tensors, cache.start)]
     for link in cache.links:
         own = (*link.cache.tensors, link.cache.start, link.length, link.group, link.place)

@@ -1,4 +1,4 @@
-"""Other ways to hold a context than KVCache's: in int8, and the baselines, which hold or make copies of it.
+"""Other context layouts than KVCache's: int8, and the baselines, which copy the context for each row or at each step.
 
 Without this file all samples still share one context. Shapes: N rows, S positions, G key/value heads, T context length,
 L slots of one cache, D head dimension.
@@ -16,10 +16,10 @@ from engine.request import LAYOUT_NAMES
 
 
 class SDPACache(KVCache):
-    """One scaled_dot_product_attention over every key that a row sees, side by side: a baseline and an oracle.
+    """Baseline and oracle: one scaled_dot_product_attention over all keys that a row sees, concatenated.
 
     Without ancestors (`copied`) this is the *contiguous* layout; with them (`fork`) the *expanded* layout: the
-    context is held once, but expanded by reference and concatenated with the row's own keys at every step.
+    context is stored once, but expanded by reference and concatenated with the row's own keys at every step.
     """
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
@@ -44,9 +44,9 @@ def copied(
     length: Tensor | None = None,
     kind: type[KVCache] = SDPACache,
 ) -> KVCache:
-    """The unshared layout: n copies of each row of `context`, with all that it sees, and `slots` further slots.
+    """Build the unshared layout: n copies of each row of `context`, ancestors included, with `slots` further slots.
 
-    length [context rows]: how many of the context's slots are written; None: all. kind: of the cache that is made.
+    length [context rows]: how many of the context's slots are written; None: all. kind: class of the new cache.
     """
     chain = [*reversed(context.links), Link(context, range(context.rows), length)]
     lengths = [link.lengths() for link in chain]
@@ -65,16 +65,16 @@ def copied(
 
 
 class Int8Context(KVCache):
-    """A context that is only read, held as int8: half the bytes of bfloat16 while N samples decode from it.
+    """Read-only context in int8: half the bytes of bfloat16 while N samples decode from it.
 
-    One scale for each head and token, in the dtype of the network: the largest number of a key or value becomes 127.
-    Each channel of the keys is first divided by the root of its largest number: a few channels may be much larger than
-    all others (the biases of Qwen2), and a few tokens too, hence the root. In float16, numbers beyond 65,000 would not
-    come back. What the samples decode stays in the dtype of the network.
+    One scale per head and token, in the dtype of the network: the largest magnitude in a key or value becomes 127. Each
+    channel of the keys is first divided by the square root of its largest magnitude: a few channels may be much larger
+    than all others (the biases of Qwen2), and a few tokens too, hence the root. In float16, values beyond 65,000 would
+    not be restored. What the samples decode stays in the dtype of the network.
     """
 
     def __init__(self, context: KVCache) -> None:
-        """Takes the place of `context`, which is emptied layer by layer, so that one layer at most is held twice."""
+        """Replace `context`, which is emptied layer by layer, so that at most one layer is stored twice."""
 
         def taken(
             views: list[Tensor], buffers: list[Tensor], channels: list[Tensor]
@@ -105,22 +105,22 @@ class Int8Context(KVCache):
 
 
 def channel_sizes(keys: Tensor) -> Tensor:
-    """keys [N,G,L,D] -> what each channel is divided by [N,G,1,D], in their dtype."""
+    """Compute the divisor of each channel: keys [N,G,L,D] -> [N,G,1,D], in their dtype."""
     size = keys.abs().amax(2, keepdim=True).sqrt()
     return size.masked_fill(size == 0, 1.0)
 
 
 def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
-    """[N,G,L,D], and what its channels are divided by -> int8 [N,G,L,D] and its scale [N,G,L,1], in the tensor's dtype;
-    what was all 0 stays so."""
+    """Quantise a tensor [N,G,L,D], after division by `channel` -> int8 [N,G,L,D], scales [N,G,L,1] in the tensor's
+    dtype. All-zero vectors stay zero."""
     numbers = tensor.float() / channel.float()
-    scale = (numbers.abs().amax(-1, keepdim=True) / 127).to(tensor.dtype)  # before it is used: it is rounded once
+    scale = (numbers.abs().amax(-1, keepdim=True) / 127).to(tensor.dtype)  # rounded before it is used
     divisor = scale.float().masked_fill(scale == 0, 1.0)
     return numbers.div_(divisor).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-# How N rows hold one context (context, N, slots in view, slots to reserve). Bifurcated is the engine; contiguous, a
-# copy for each row, and expanded, which copies at each step, are baselines.
+# How N rows store one context: (context, N, visible slots, slots to reserve) -> cache. Bifurcated is the engine's own;
+# contiguous, a copy for each row, and expanded, a copy at each step, are baselines.
 LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = dict(
     zip(LAYOUT_NAMES, (KVCache.fork, copied, SDPACache.fork), strict=True)
 )

@@ -1,4 +1,4 @@
-"""What is decided before anything is loaded, from plain values: device, dtype, memory, packing, whether to compile."""
+"""Planner: device, dtype, memory, packing and compilation, decided from plain values before anything is loaded."""
 
 import ctypes
 import os
@@ -27,9 +27,9 @@ from model import ModelArgs, Transformer
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of a network's weights. per_step: those that a decode step reads, which is all but an embedding table that
-    is not the output too. experts: those among them of which it reads but what its rows choose. tied: an embedding that
-    is the output too, of which a packed copy may be made."""
+    """Weight sizes of a network in bytes. per_step: weights that a decode step reads, all but an untied embedding.
+    experts: the expert weights among them, of which a step reads only those that its rows are routed to. tied: an
+    embedding shared with the output head, of which a packed copy may be made."""
 
     total: int
     per_step: int
@@ -37,23 +37,23 @@ class WeightSizes:
     tied: int = 0
 
     def read(self, mixture: MoEConfig | None, rows: int) -> int:
-        """What a step of so many rows is expected to read, were every expert equally likely."""
+        """Return the expected weight bytes read by a step of `rows` rows, assuming uniform routing."""
         unread = 0 if mixture is None else self.experts * (1 - mixture.expected(rows) / mixture.experts)
         return self.per_step - round(unread)
 
     def with_packed(self, tied: int) -> Self:
-        """With a packed copy of the tied output, of so many bytes; 0: without, for good."""
+        """Add a packed copy of the tied output, of `tied` bytes; 0: rule such a copy out."""
         return replace(self, total=self.total + tied, tied=0)
 
 
 def weigh(model: Transformer) -> WeightSizes:
-    """The weights of a network, in memory or on the meta device."""
-    tensors = chain(model.named_parameters(), model.named_buffers())  # one that is tied comes once
+    """Return the weight sizes of a network, in memory or on the meta device."""
+    tensors = chain(model.named_parameters(), model.named_buffers())  # a tied tensor is listed once
     return weigh_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
 
 
 def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
-    """sizes: the bytes of each tensor, by name (checkpoint.weight_sizes)."""
+    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
@@ -66,7 +66,7 @@ def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a workload will run. Sizes are in bytes. rows_at_once: the samples that fit together; more run in waves."""
+    """Execution plan of a workload. Sizes are in bytes. rows_at_once: samples decoded together; more run in waves."""
 
     workload: Workload
     weights: WeightSizes
@@ -74,7 +74,7 @@ class Plan:
     context: int
     context_while_read: int
     decoded_per_sample: int
-    copied_per_sample: int  # the contiguous layout's own copy of the context
+    copied_per_sample: int  # each row's copy of the context in the contiguous layout
     space: Workspace
     unshared: int
     available: int
@@ -82,8 +82,8 @@ class Plan:
     compiled: bool
     compile_reason: str
     packed: bool
-    packed_tied: int  # of the packed copy of a tied output
-    needed: int  # the most that is held: while the prompt is read, or while the rows that run together decode
+    packed_tied: int  # packed copy of a tied output
+    needed: int  # peak memory: the larger of prefill and of decoding one wave
 
     @property
     def waves(self) -> int:
@@ -91,22 +91,22 @@ class Plan:
 
     @property
     def decoded(self) -> int:
-        """Decoded keys and values of the rows that run together, when they are full."""
+        """Decoded keys and values of one wave at full length."""
         return self.decoded_per_sample * self.rows_at_once
 
     @property
     def workspace(self) -> int:
-        """Scores, logits and copies of the context, of the rows that run together."""
+        """Scores, logits and context copies of one wave."""
         return self.space.decoding(self.rows_at_once) + self.copied_per_sample * self.rows_at_once
 
     @property
     def per_step(self) -> int:
-        """What a decode step must read, halfway: weights, the context's keys and values once, half of the decoded."""
+        """Bytes read by a decode step halfway: weights, the context's keys and values once, half of the decoded."""
         return self.weights.read(self.mixture, self.rows_at_once) + self.context + self.decoded // 2
 
     @property
     def experts_read(self) -> str:
-        """In words: of how many experts that is."""
+        """Expected number of experts read per layer, as text."""
         if self.mixture is None:
             return ""
         number = self.mixture.expected(self.rows_at_once)
@@ -133,12 +133,12 @@ class Plan:
 
 
 def held_context(args: ModelArgs, work: Workload, dtype: torch.dtype) -> int:
-    """Bytes of the context's keys and values once it is read."""
+    """Return the bytes of the context's keys and values after prefill."""
     numbers = work.context * args.kv_values_per_token
     if work.kv_dtype != "int8":
         return numbers * dtype.itemsize
     scales = numbers * dtype.itemsize // args.head_dim
-    channels = args.kv_values_per_token // 2 * dtype.itemsize  # of the keys
+    channels = args.kv_values_per_token // 2 * dtype.itemsize  # the keys' per-channel scales
     return numbers + scales + channels
 
 
@@ -151,17 +151,17 @@ def plan_run(
     available: int,
     compile: bool | None = None,
 ) -> Plan:
-    """The plan for a workload. compile None: where it pays. Raises ValueError where not one sample fits `available`."""
+    """Plan a workload. compile None: compile if it pays. Raises ValueError if not one sample fits `available`."""
     context, token = work.context, args.kv_values_per_token * dtype.itemsize
     own = work.own_slots
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
     space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
     sizes = context * token, held_context(args, work, dtype)
-    read, held = (size + context * work.draft_token for size in sizes)  # while the prompt is read, and after that
+    read, held = (size + context * work.draft_token for size in sizes)  # during prefill, and after it
 
     scaling = args.rope_scaling
-    anew = scaling is not None and scaling.crosses(context, total)  # all that is held, while it is read once more
+    anew = scaling is not None and scaling.crosses(context, total)  # recomputes the cache while the old one is held
     longer = replace(space, work=replace(work, context=scaling.original_context)) if scaling and anew else space
 
     def needed(rows: int) -> int:
@@ -177,7 +177,7 @@ def plan_run(
         )
     rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
     waves = -(-work.num_samples // rows)
-    rows = -(-work.num_samples // waves)  # waves of one size
+    rows = -(-work.num_samples // waves)  # equal waves
     steps = work.runs * waves * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
@@ -213,8 +213,8 @@ def longest_context(
     available: int,
     compile: bool | None,
 ) -> int:
-    """How many tokens, prompt and new ones, fit the model, and with one sample of this workload the memory."""
-    least, most = work.max_new_tokens, max(work.max_new_tokens, args.context_limit)  # the first is taken to fit
+    """Return the most tokens, prompt and new, that fit the model and, for one sample of this workload, the memory."""
+    least, most = work.max_new_tokens, max(work.max_new_tokens, args.context_limit)  # `least` is assumed to fit
     while least < most:
         total = (least + most + 1) // 2
         try:
@@ -227,8 +227,8 @@ def longest_context(
 
 
 def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --prefill_chunk") -> ValueError | None:
-    """What it means to the user that memory has run out, and the flags that lower what is needed; None where the error
-    is another. On a CPU PyTorch raises a RuntimeError."""
+    """Turn an out-of-memory error into a ValueError naming the flags to lower; None for any other error. On a CPU
+    PyTorch raises a RuntimeError."""
     told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if not told:
         return None
@@ -237,14 +237,14 @@ def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --pref
 
 
 def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether rows that decode together need no fork: a single one goes on in the context's own cache, a chain of one.
-    But the fused kernel that splits long keys over a GPU takes no mask, and so wants the context by itself."""
+    """Return whether rows that decode together need no fork: a single row extends the context's own cache, a chain of
+    one. The fused kernel that splits long keys over a GPU takes no mask, so there the context stays separate."""
     alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
     return alone and not has_fused(device, dtype, args.head_dim)
 
 
 def human(size: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Return a human-readable size, in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -252,12 +252,12 @@ def human(size: float) -> str:
     return f"{size:.4g} TB"
 
 
-UNTOLD = 1 << 40  # free bytes of a system that does not tell
+UNTOLD = 1 << 40  # free bytes assumed on a system that does not report them
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
-    """Free bytes on the device; on a CPU also within the limit of a container (control groups, version 2), and a part
-    of them where so many processes run on it together."""
+    """Return the free bytes on the device; on a CPU, within the container's limit (control groups, version 2) and
+    divided by the `processes` that share it."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_on_cpu() // processes
 
 
@@ -266,24 +266,24 @@ def free_on_cpu() -> int:
     if not meminfo.exists():
         try:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError, OSError):  # as on Windows: --max_memory says it
+        except (AttributeError, ValueError, OSError):  # e.g. Windows: give --max_memory
             return UNTOLD
     lines = meminfo.read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # cached files give way
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])  # file cache is evictable
         free = min(free, int(limit) - used)
     return free
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep the large blocks that a step frees for the next step, for the rest of this process.
+    """Make glibc keep large blocks freed by one step for the next, for the rest of this process.
 
-    By default it hands them back to the system, and every step pays for page faults on fresh ones: at N = 64 and a
-    context of 4096 that was a third of a compiled step, whose scores are one block (docs/benchmarks.md). A setting of
-    the process, so `main` asks for it and a library does not; elsewhere than on glibc it does nothing.
+    By default glibc returns them to the system, and every step pays for page faults on fresh ones: at N = 64 and a
+    context of 4096 a third of a compiled step, whose scores are one block (docs/benchmarks.md). The setting is
+    process-wide, so `main` calls this and a library does not. No effect without glibc.
     """
     if (mallopt := libc("mallopt")) is not None:
         mallopt(ctypes.c_int(-3), ctypes.c_int(32 << 20))  # M_MMAP_THRESHOLD, at its maximum
@@ -291,11 +291,10 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory(device: torch.device) -> tuple[int, int | None]:
-    """The most bytes of its own that this process has held on the device so far, and those of mapped files that are in
-    memory for it now; None where the system does not tell them apart, and the first is of both.
+    """Return this process's own peak bytes on the device, and the bytes of mapped files resident now; None for the
+    latter if the system does not separate the two, and the peak then covers both.
 
-    Linux has the peak of both together. Files come into memory and stay, so it held them at the peak too, but for what
-    it read afterwards.
+    Linux reports the joint peak. Pages of files stay resident, so they were part of it, except those read afterwards.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), None
@@ -304,7 +303,7 @@ def peak_memory(device: torch.device) -> tuple[int, int | None]:
     status = Path("/proc/self/status")
     pages = dict(re.findall(r"^(\w+):\s+(\d+) kB", status.read_text(), re.MULTILINE)) if status.exists() else {}
     if not {"VmHWM", "RssAnon", "RssFile", "RssShmem"} <= pages.keys():
-        import resource  # not on every system
+        import resource  # not available on every system
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), None
     peak, own, *mapped = (1024 * int(pages[name]) for name in ("VmHWM", "RssAnon", "RssFile", "RssShmem"))
@@ -312,7 +311,7 @@ def peak_memory(device: torch.device) -> tuple[int, int | None]:
 
 
 def release_freed_memory(device: torch.device) -> None:
-    """Hands freed memory back to the system, between phases that need blocks of other sizes."""
+    """Return freed memory to the system, between phases that need blocks of other sizes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -321,12 +320,12 @@ def release_freed_memory(device: torch.device) -> None:
 
 
 def libc(name: str) -> Callable[..., int] | None:
-    """A function of the C library of this process, None where it has no such one."""
+    """Return a function of this process's C library; None if it has none of that name."""
     return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def choose_device(name: str) -> torch.device:
-    """--device. Raises ValueError where it is not there."""
+    """Resolve --device. Raises ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -341,7 +340,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16, except on a CPU without instructions for it. Raises ValueError on another name."""
+    """Resolve --dtype: auto is bfloat16, except on a CPU without instructions for it. Raises ValueError if unknown."""
     if name not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"dtype {name!r} is not known: use auto, bfloat16, float16 or float32")
     if name != "auto":
@@ -349,29 +348,29 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-# Decode steps that repay what packing the weights takes: some 0.5 ns a byte, of which each step saves 0.02 to 0.03.
+# Decode steps that amortise packing, which costs some 0.5 ns a byte; each step saves 0.02 to 0.03 ns a byte.
 REPAYS_PACKING = 20
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
-    """Whether to pack the weights for a run of so many decode steps, of so many rows (or of one row's positions): where
-    the feed-forward ones are large enough, it is repaid, and the rows are not so few that plain weights are streamed.
-    Experts are most of a mixture, and see their share of the rows."""
+    """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row): if the
+    feed-forward weights are large enough, the cost is amortised, and the rows are too many to stream plain weights. In
+    a mixture the rows per expert count, since most weights are the experts'."""
     large = args.dim * args.hidden_dim >= SMALLEST
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
     few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
     return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and not few
 
 
-# Seconds, measured on 2 cores, of compiling on an AVX-512 CPU with a cold compile cache; they need only be roughly
-# right. An operation is a multiplication or an addition: on a CPU in bfloat16 with instructions for it, and without.
+# Seconds, measured on 2 cores of an AVX-512 CPU with a cold compile cache; rough values suffice. An operation is a
+# multiplication or an addition; True: native bfloat16, or CUDA.
 COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
 EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
-COMPILING_SAVES = 0.25  # of a step
+COMPILING_SAVES = 0.25  # fraction of a step
 
 
 def step_operations(args: ModelArgs, context: float, rows: int) -> float:
-    """Multiplications and additions of one step: each weight of a matrix product once per row, and attention."""
+    """Count the multiplications and additions of one step: each matrix weight once per row, and attention."""
     attention = args.n_head * args.head_dim
     width = args.mixture.used * args.mixture.width + args.mixture.shared if args.mixture else args.hidden_dim
     per_layer = args.dim * (2 * attention + 2 * args.n_kv_head * args.head_dim + 3 * width)
@@ -382,23 +381,23 @@ def step_operations(args: ModelArgs, context: float, rows: int) -> float:
 def estimate_step(
     args: ModelArgs, device: torch.device, dtype: torch.dtype, context: float, rows: int, step_bytes: int
 ) -> float:
-    """Seconds of an eager step of so many rows that reads step_bytes, behind `context` tokens."""
+    """Estimate the seconds of an eager step of `rows` rows that reads step_bytes, after `context` tokens."""
     fast = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16()
     operations = step_operations(args, context, rows) * EAGER_PER_OPERATION[device.type, fast]
     return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
 
 
 def has_compiler() -> bool:
-    """Whether torch.compile would find what it needs."""
+    """Return whether torch.compile would find a C++ compiler and Python.h."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
     return bool(shutil.which(compiler)) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
-    """(whether to compile the decode step, why): where it is expected to pay within this run, unless asked otherwise.
+    """Return whether to compile the decode step, and why: if it should pay within this run, unless asked otherwise.
 
-    steps: decode steps of the run; step_seconds: of one, eagerly. The estimate uses no clock, so that the same command
-    always takes the same path.
+    steps: decode steps of the run; step_seconds: time of an eager one. The estimate uses no clock, so that the same
+    command always takes the same path.
     """
     if asked is False:
         return False, "--no-compile"

@@ -1,7 +1,7 @@
-"""What is asked of a run, in plain values.
+"""Request and sampling parameters, as plain values.
 
-PyTorch takes seconds to import, so that the command line, which needs these for its flags and their defaults, is read
-before: nothing here imports it.
+Nothing here imports PyTorch, which takes seconds: the command line needs these for its flags and their defaults, and
+--help must be fast.
 """
 
 import numbers
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from loading.files import counted
 
-# How N samples hold one context: layouts.py has the caches of that name.
+# How N samples store one context; layouts.py maps each name to its cache.
 LAYOUT_NAMES = ("bifurcated", "contiguous", "expanded")
 
 
 def as_tokens(tokens: Sequence[int]) -> list[int]:
-    """The same as a list of ints. Raises ValueError where they are none."""
+    """Convert token ids to a list of ints. Raises ValueError if one is not an integer."""
     try:
         return [operator.index(token) for token in tokens]
     except TypeError:
@@ -25,7 +25,7 @@ def as_tokens(tokens: Sequence[int]) -> list[int]:
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError where a token has no row in the model's embedding."""
+    """Raises ValueError if a token has no row in the model's embedding."""
     for id in (min(tokens, default=0), max(tokens, default=0)):
         if not 0 <= id < vocab_size:
             raise ValueError(f"token {id} is not one of the model's {vocab_size}: use the model's own tokenizer")
@@ -33,10 +33,10 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. temperature 0: the most likely one. None: that filter is off. All given filters apply, in
-    the order top_k (exactly the k most likely), top_p (the fewest that hold mass p, of what is left), min_p (those at
-    least min_p times as likely as the most likely). repetition_penalty: of the tokens that a text has already, before
-    all else (repetition.py); 1 is off."""
+    """Sampling parameters. temperature: 0 is greedy. Filters, each off if None, apply in the order top_k (exactly the k
+    most likely), top_p (the fewest of those left that hold mass p), min_p (those at least min_p times as likely as the
+    most likely). repetition_penalty: on tokens that the text already has, before all else (sampling.penalised); 1 is
+    off."""
 
     temperature: float = 0.8
     top_k: int | None = None
@@ -58,15 +58,15 @@ class Sampling:
 
 
 def new_seed() -> int:
-    """A random seed below 2^31."""
+    """Return a random seed below 2^31."""
     return int.from_bytes(os.urandom(4), "little") >> 1
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a run is to draw. context: tokens of the prompt. attention, kv_dtype, prefill_chunk, sampling: as in
-    Request. runs: of the same. drafted: tokens that a step verifies beyond the one that it draws. draft_token: bytes of
-    a token's keys and values in a draft of its own."""
+    """Size of a run, for planning. context: prompt tokens. attention, kv_dtype, prefill_chunk, sampling: as in Request.
+    runs: how often the same is run. drafted: draft tokens that a step verifies per row. draft_token: bytes per token of
+    a draft's own keys and values."""
 
     context: int
     num_samples: int
@@ -81,17 +81,17 @@ class Workload:
 
     @property
     def own_slots(self) -> int:
-        """Of a row, for what it decodes."""
+        """Slots of a row for the tokens that it decodes."""
         return self.max_new_tokens + self.drafted
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. seed: same seed, same samples; None: each call draws a new one, which its samples name. attention:
-    one of LAYOUT_NAMES. eos_ids: None is the engine's own. prefill_chunk: tokens of the
-    prompt read at a time. rows_at_once: larger num_samples run in waves of so many; None: as memory allows. kv_dtype:
-    of the context's keys and values while samples decode from it: auto, the network's, or int8. first_index: of the
-    samples; a replica draws a part of them."""
+    """Generation request. seed: same seed, same samples; None: random for each call, and recorded in its samples.
+    attention: one of LAYOUT_NAMES. eos_ids: None: the engine's. stop: stop strings. prefill_chunk: prompt tokens per
+    prefill step. rows_at_once: most rows that decode together, more run in waves; None: as memory allows.
+    kv_dtype: of the context's keys and values during decoding: auto, the network's, or int8. first_index: index of the
+    first sample, since a replica generates a part of them."""
 
     num_samples: int = 1
     max_new_tokens: int = 200
@@ -124,7 +124,7 @@ class Request:
             raise ValueError("a stop string is empty: it would end every sample at once")
 
     def check_length(self, limit: int, context: int) -> None:
-        """Raises ValueError where `context` tokens and the new ones are more than the model's limit."""
+        """Raises ValueError if there are no `context` tokens, or with the new ones more than the model's limit."""
         if context < 1:
             raise ValueError("the prompt is empty: give at least one token")
         if (total := context + self.max_new_tokens) > limit:

@@ -1,6 +1,6 @@
-"""What comes of a run's rows: their tokens to text, where each ends, pieces, the ranking.
+"""Rows and samples: detokenising, stop conditions, streaming, ranking.
 
-Nothing here draws a token: how that is done (plain steps, drafts, another replica) is the caller's.
+Tokens are sampled elsewhere: by plain steps, with drafts, or on another replica.
 """
 
 import math
@@ -14,13 +14,13 @@ import torch
 from engine.request import Request
 from loading.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what bytes that are not (yet) UTF-8 decode to
+REPLACEMENT = "\ufffd"  # what invalid or incomplete UTF-8 decodes to
 
 
 @dataclass
 class Sample:
-    """One continuation. logprobs: of each token under the untempered model. finish_reason: eos, stop or length, or
-    interrupted, where the user stopped it. text: None where there is no tokenizer. seed: of the request."""
+    """One continuation and its log-probabilities. logprobs: per token, from the raw logits. finish_reason: eos, stop,
+    length, or interrupted by the user; None: unfinished. text: None without a tokenizer. seed: of the request."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
@@ -35,18 +35,18 @@ class Sample:
 
     @property
     def is_cut(self) -> bool:
-        """Whether it did not end by itself."""
+        """Whether it was cut off instead of ending by itself."""
         return self.finish_reason in ("length", "interrupted", None)
 
     @property
     def text_tokens(self) -> list[int]:
-        """The tokens without that which ended them."""
+        """The tokens without the final EOS."""
         return self.tokens[:-1] if self.finish_reason == "eos" else self.tokens
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What has come of a sample since its last piece. finish_reason: None while it goes on."""
+    """Streaming chunk: a sample's new text and tokens. finish_reason: None while generating."""
 
     sample: int
     text: str
@@ -56,8 +56,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A sample's place (1 is best), and how many samples have its text; `sample` is the most likely of them, and of
-    those of equal tokens the one of the lowest index, since rounding may tell them apart."""
+    """One distinct text of a ranking. rank: 1 is best. count: samples with that text. sample: the most likely of them;
+    among equal tokens the one of lowest index, since rounding may separate their log-probabilities."""
 
     rank: int
     count: int
@@ -65,9 +65,9 @@ class Ranked:
 
 
 def rank(samples: Sequence[Sample], order: str = "ended") -> list[Ranked]:
-    """Samples by mean log-probability, best first; those of identical text (or tokens, where there is none) as one.
+    """Rank samples by mean log-probability, best first, merging those of identical text (or tokens, without text).
 
-    order: "ended" puts those that ended by themselves before those that their length cut; "mean" does not ask.
+    order: "ended" puts samples that ended by themselves before those cut off; "mean" makes no difference between them.
     """
     groups: dict[object, list[Sample]] = {}
     for each in sorted(samples, key=lambda sample: (order == "ended" and sample.is_cut, -sample.mean_logprob)):
@@ -80,28 +80,28 @@ def rank(samples: Sequence[Sample], order: str = "ended") -> list[Ranked]:
 
 
 class TextStream:
-    """The text of one row, piece by piece as its tokens come. A character that spans tokens is held until it is whole.
+    """Streaming detokeniser of one row. A character that spans tokens is held back until it is complete.
 
     A tokenizer may decode a token differently at the start of a text (SentencePiece drops a leading space), so a few
-    tokens of what came before are decoded along and their text is taken off again.
+    preceding tokens are decoded too, and their text is stripped again.
     """
 
     CONTEXT = 8  # tokens; more than any character spans
-    HELD = 3  # U+FFFD at the end that may still become a character, which has at most four bytes
+    HELD = 3  # trailing U+FFFD that may still become a character, which has at most four bytes
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.window = list(context[-8 * self.CONTEXT :])
         self.text = tokenizer.decode(self.window)
-        self.given = len(self.text)  # characters
+        self.given = len(self.text)  # characters of it already returned
 
     def push(self, tokens: Iterable[int]) -> str:
-        """The text that these further tokens complete; empty while a character is not whole."""
+        """Add tokens and return the text that they complete; empty while a character is incomplete."""
         tokens = list(tokens)
         window = [*self.window, *tokens]
         text, given = self.tokenizer.decode(window), self.given
         if text == self.text and not self.tokenizer.decode([*tokens, *tokens]):
-            return ""  # control tokens, which need not be remembered; twice, since a first space may be dropped
+            return ""  # control tokens, not kept; decoded twice, since a leading space may be dropped
         if not text.startswith(self.text[:given]):  # the context ended within a character
             given = len(commonprefix([text, self.text[:given]]))
         end = max(given, len(text.rstrip(REPLACEMENT)), len(text) - self.HELD)
@@ -111,8 +111,8 @@ class TextStream:
         return text[given:end]
 
     def shorten(self) -> None:
-        """Forgets all but the last tokens, from where their text is the same without those before: within a character
-        it is not."""
+        """Drop all but the last tokens, from where their text is the same without those before; inside a character it
+        is not."""
         for size in range(self.CONTEXT, self.CONTEXT + 4):
             text = self.tokenizer.decode(self.window[-size:])
             if len(text) > len(self.text) - self.given and self.text.endswith(text):
@@ -121,33 +121,33 @@ class TextStream:
                 break
 
     def flush(self) -> str:
-        """What is still held at the end: bytes that never became a character, as U+FFFD."""
+        """Return what is still held back at the end: bytes that never became a character, as U+FFFD."""
         return self.text[self.given :]
 
 
 def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text of tokens as they read after context."""
+    """Decode tokens to their text as a continuation of the context."""
     stream = TextStream(tokenizer, context)
     return stream.push(tokens) + stream.flush()
 
 
 def check_finite(logprob: float) -> None:
-    """Raises FloatingPointError for a log-probability of logits that hold nan or infinity. The host asks, which reads
-    the number anyhow: the device is not waited for."""
+    """Raises FloatingPointError if a log-probability shows that its logits hold nan or infinity. Checked on the host,
+    which reads the number anyway: no extra sync."""
     if not math.isfinite(logprob):
         raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")
 
 
 def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -> ValueError:
-    """The error of `check_finite` with the file of the weights, and what may help."""
+    """Convert `check_finite`'s error to one that names the weights, their dtype and what may help."""
     where = f"{weights} in {str(dtype).removeprefix('torch.')}"
     return ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends a sample: one of these tokens, a stop string in its text, so many tokens. names: of control tokens,
-    which have no text, where a stop string holds one."""
+    """Stop conditions: an EOS token, a stop string in the text, a length in tokens. names: of the control tokens, which
+    decode to no text; filled if a stop string contains one."""
 
     eos_ids: frozenset[int]
     stop: tuple[str, ...]
@@ -156,8 +156,8 @@ class Ending:
 
     @classmethod
     def of(cls, request: Request, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> Self:
-        """Build from a request. eos_ids: used where it names none. A stop string that is the name of a control token
-        is that token too. Raises ValueError where there is no tokenizer for stop strings."""
+        """Build from a request. eos_ids: used if it gives none. A stop string that is a control token's name also adds
+        that token to them. Raises ValueError if there are stop strings but no tokenizer."""
         ends = eos_ids if request.eos_ids is None else request.eos_ids
         if not request.stop:
             return cls(ends, (), request.max_new_tokens)
@@ -171,12 +171,12 @@ class Ending:
 
     @property
     def held(self) -> int:
-        """Characters at the end of a text that may turn out to begin a stop string."""
+        """Characters to hold back at the end of a text, since they may begin a stop string."""
         return max(map(len, self.stop), default=1) - 1
 
 
 class Row:
-    """A sample while it is drawn."""
+    """A sample being generated."""
 
     def __init__(
         self,
@@ -187,17 +187,17 @@ class Row:
         live: bool,
         seed: int | None = None,
     ) -> None:
-        """history: the tokens that it continues. live: its text is needed as it comes, and not only at its end."""
+        """history: the tokens that it continues. live: its text is streamed, not only needed at its end."""
         self.sample = Sample(index, text=None if tokenizer is None else "", seed=seed)
         self.ending, self.tokenizer, self.history = ending, tokenizer, history
         self.stream = TextStream(tokenizer, history) if tokenizer and (live or ending.stop) else None
-        self.shown = 0  # characters that pieces have given
-        self.searched = ""  # for stop strings: the text, with the names of control tokens in it
-        self.named: list[tuple[int, int]] = []  # where they begin there, and their lengths
+        self.shown = 0  # characters streamed so far
+        self.searched = ""  # for stop strings: the text with the names of control tokens
+        self.named: list[tuple[int, int]] = []  # start and length of each such name
 
     def record(self, token: int, logprob: float) -> None:
-        """Adds a token to an unfinished sample, and finishes it where its end is reached. Raises FloatingPointError
-        where its logits were not finite."""
+        """Append a token to an unfinished sample, and finish the sample if a stop condition is met. Raises
+        FloatingPointError if the logits were not finite."""
         check_finite(logprob)
         sample, stream = self.sample, self.stream
         sample.tokens.append(token)
@@ -213,7 +213,7 @@ class Row:
         piece = "" if sample.finish_reason == "eos" else stream.push([token])
         if sample.finish_reason is not None:
             piece += stream.flush()
-        # A stop string may begin in text that came before this piece.
+        # A stop string may begin in earlier text.
         overlap = max(0, len(self.searched) - self.ending.held)
         sample.text += piece
         self.searched += piece
@@ -228,7 +228,7 @@ class Row:
             sample.text, sample.finish_reason = sample.text[:end], "stop"
 
     def cut(self) -> Sample:
-        """The sample as far as it has come, if it is unfinished: the user has stopped it, maybe within `record`."""
+        """Finish the sample as interrupted, if unfinished, and return it. Ctrl-C may have come within `record`."""
         sample = self.sample
         if sample.finish_reason is None:
             del sample.tokens[len(sample.logprobs) :]
@@ -238,7 +238,7 @@ class Row:
         return sample
 
     def piece(self, before: int) -> Piece:
-        """What is new since the sample had `before` tokens. What may begin a stop string is held back."""
+        """Return what is new since the sample had `before` tokens. Text that may begin a stop string is held back."""
         sample, text = self.sample, self.sample.text or ""
         end = len(text) if sample.finish_reason is not None else max(self.shown, len(text) - self.ending.held)
         shown, self.shown = self.shown, end

@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens after given contexts; what several of them begin with is read once.
+"""Log-probabilities of given tokens after given contexts; shared prefixes are read once.
 
 The sequences form a prefix tree: the preamble that many items share, the context of an item, its endings. Large nodes
-are read one by one, depth first, into one cache, which holds the path to the node being read. Small subtrees, such as
-an item with its endings, run together as rows: a row holds a whole subtree, and a token sees those before it on its own
-branch. The rows lie end to end in one row of the network, so that none of its positions is padding; attention alone
-sees them as rows.
+are read one by one, depth first, into one cache, which holds the path to the current node. Small subtrees, such as an
+item with its endings, run together as rows: a row holds a whole subtree, and a token attends to earlier tokens of its
+own branch. The rows are packed end to end into one row of the network, without padding; only attention sees them as
+rows.
 
 Shapes: N rows, S positions of the longest, T tokens of all rows, H query heads, G key/value heads, D head dimension,
 K positions that are scored, V vocabulary.
@@ -22,16 +22,16 @@ from engine.request import check_tokens
 from engine.samples import check_finite
 from model import ModelArgs, Transformer
 
-SHORTEST = 8  # tokens that are a node of their own: to read fewer again costs less
-SMALL = 256  # tokens of a subtree that is a row; of a larger one, attention would mostly see what is masked
-CHUNK = 512  # tokens of a large node that are read at a time
-PADDED = 4  # times the tokens of a batch: what its rows may be once they are padded for attention
+SHORTEST = 8  # tokens of the shortest shared node: it is cheaper to read fewer again
+SMALL = 256  # most tokens of a subtree run as a row; in a larger one most scores would be masked
+CHUNK = 512  # tokens of a large node read at a time
+PADDED = 4  # most tokens of a batch once padded for attention, in multiples of batch_tokens
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A continuation. logprobs: of each token. greedy: whether every token was the likeliest."""
+    """Scores of a continuation. logprobs: one per token. greedy: whether every token was the likeliest."""
 
     logprobs: list[float]
     greedy: bool
@@ -39,9 +39,9 @@ class Scored:
 
 @dataclass
 class Node:
-    """tokens: what is read here, after all that the nodes above have read. At a leaf, ends: the sequences that end
-    here, by number; scored: their last positions, whose logits they ask for. All of these are here, but perhaps the
-    first, which may be the last one above."""
+    """Node of the prefix tree. tokens: read here, after those of all nodes above. At a leaf, ends: indices of the
+    sequences that end here; scored: how many of their last positions are scored. Those lie in this node, except that
+    the first may be the last position above it."""
 
     tokens: Sequence[int]
     scored: int = 0
@@ -49,8 +49,8 @@ class Node:
     children: list["Node"] = field(default_factory=list)
 
     def walk(self) -> Iterator["Node"]:
-        """This node and all under it, each before its children. Nothing here recurses: a trajectory of a thousand
-        prompts, each of which extends the last, is a tree as deep."""
+        """Yield this node and all below it, parents first. No recursion: a trajectory of a thousand prompts, each
+        extending the last, is a tree as deep."""
         todo = [self]
         while todo:
             node = todo.pop()
@@ -59,29 +59,29 @@ class Node:
 
     @property
     def size(self) -> int:
-        """Tokens of this node and of all under it."""
+        """Tokens of this node and all below it."""
         return sum(len(node.tokens) for node in self.walk())
 
 
-# A node that is still to be read: the last layer's output before it, its position.
+# A node still to be read, the last layer's output before it, its position.
 Pending = tuple[Node, Tensor, int]
-# What sequences ask for: the number of each, and the places of its scored positions.
+# Requested scores: the index of each sequence, and the places of its scored positions.
 Asked = list[tuple[int, list[int]]]
 
 
 class Rows:
-    """Subtrees, each a row, end to end, that continue what the links hold.
+    """Subtrees as rows, packed end to end, that continue the linked caches.
 
     asked: places count from 1 at the first token; 0 is the last token before all of them.
     """
 
     def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], device: torch.device) -> None:
-        """begin: the position of the rows' first tokens."""
+        """begin: position of each row's first token."""
         self.links = links
         self.asked: Asked = []
         tokens: list[int] = []
         positions: list[int] = []
-        ends: list[int] = []  # of each token, where its node's subtree ends
+        ends: list[int] = []  # for each token, the end of its node's subtree
 
         def lay(node: Node, position: int, before: int) -> None:
             first, count = len(tokens), len(node.tokens)
@@ -103,7 +103,7 @@ class Rows:
         lengths = first.diff()[:, None]  # [N,1]
         slots = torch.arange(int(lengths.max()), device=device)  # [S]
         inside = slots < lengths  # [N,S]
-        # Where each position of a row lies. Past its end that of the first token, which only other padding sees.
+        # Packed index of each row position; padding takes the first token, which only other padding sees.
         self.place = (first[:-1, None] + slots).masked_fill(~inside, 0)
         end = (torch.tensor(ends, device=device)[self.place] - first[:-1, None]).masked_fill(~inside, len(slots))
         self.visible = ((slots[:, None] >= slots) & (slots[:, None] < end[:, None]))[:, None]  # [N,1,S,S]
@@ -111,7 +111,7 @@ class Rows:
         self.inside = inside.flatten().nonzero()[:, 0]  # [T]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]."""
+        """Attend within the rows and to the linked caches: q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]."""
         rows = (tensor[0].transpose(0, 1)[self.place].transpose(1, 2) for tensor in (q, k, v))
         q_rows, k_rows, v_rows = rows  # [N,H,S,D], [N,G,S,D] twice
         mask = self.visible if mod is None else mod.mask(self.visible, self.positions, self.positions)
@@ -124,17 +124,16 @@ class Rows:
         return merge_partials(partials)[0].to(q.dtype)
 
     def end_to_end(self, tensor: Tensor) -> Tensor:
-        """[N,H,S,...] -> [1,H,T,...]."""
+        """Pack rows end to end, dropping padding: [N,H,S,...] -> [1,H,T,...]."""
         return tensor.transpose(1, 2).flatten(0, 1)[self.inside].transpose(0, 1)[None]
 
 
 class Scorer:
-    """Scores sequences with one network.
+    """Scorer of sequences that shares prefixes, for one network.
 
-    batch_tokens: rows that run together have at most so many tokens. done: is told, batch by batch and within a long
-    sequence, how many tokens of a call have been read, of how many. asked, read: tokens of all sequences so far, and
-    those that the network has read for them. path: one row that holds what is read of all nodes above the one being
-    read; the next one takes its slots again.
+    batch_tokens: most tokens of rows that run together. done(read, total): progress callback, called after each batch
+    and each chunk of a large node. asked, read: tokens of all sequences so far, and tokens that the network read for
+    them. path: one row of cache for all nodes above the current one; siblings reuse its slots.
     """
 
     def __init__(
@@ -144,30 +143,30 @@ class Scorer:
         done: Callable[[int, int], None] = lambda read, total: None,
         args: ModelArgs | None = None,
     ) -> None:
-        """args: the shape of a rank's part, where the model is one."""
+        """args: dimensions of this rank's part if the model is sharded."""
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens {batch_tokens} must be at least 1")
         self.model, self.batch_tokens, self.done, self.args = model, batch_tokens, done, args or model.args
         self.like = model.norm.weight
         scaling = model.args.rope_scaling
-        # With dynamic scaling a token is rotated by the length of its whole sequence: nothing is shared.
+        # Dynamic scaling rotates a token by the length of its whole sequence: nothing can be shared.
         self.alone = scaling is not None and scaling.by_length
         self.asked = self.read = 0
-        self.begun = self.total = 0  # tokens read before this call, and those that it reads
-        self.wanted: list[Sequence[int]] = []  # of each sequence, the tokens that are scored
+        self.begun = self.total = 0  # tokens read before this call, and in this call
+        self.wanted: list[Sequence[int]] = []  # scored tokens of each sequence
         self.found: list[Scored] = []
 
     @torch.no_grad()
     def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """sequences: context and continuation, each of at least one token. Raises ValueError where one is empty or a
-        token is not of the model, FloatingPointError where logits are not finite."""
+        """Score (context, continuation) pairs, each part of at least one token. Raises ValueError if a part is empty
+        or a token is not in the vocabulary, FloatingPointError if logits are not finite."""
         leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (context, continuation) in enumerate(sequences):
             if not context or not continuation:
                 raise ValueError(f"a {'continuation' if context else 'context'} is empty: give at least one token")
             tokens = (*context, *continuation)
             check_tokens(tokens, self.model.args.vocab_size)
-            leaves.setdefault((tokens[:-1], len(continuation)), []).append(number)  # the last one is only predicted
+            leaves.setdefault((tokens[:-1], len(continuation)), []).append(number)  # the last token is only predicted
         self.asked += sum(len(tokens) * len(ends) for (tokens, _), ends in leaves.items())
         self.wanted = [continuation for _, continuation in sequences]
         self.found = [Scored([], True)] * len(sequences)
@@ -180,7 +179,7 @@ class Scorer:
         return self.found
 
     def descend(self, roots: Sequence[Node], before: Tensor) -> None:
-        """Read nodes and all under them. before [1,dim]: the last layer's output before them."""
+        """Read nodes and all below them. before [1,dim]: the last layer's output before them."""
         todo = self.spread(roots, before, 0)
         while todo:
             node, before, begin = todo.pop()
@@ -188,8 +187,8 @@ class Scorer:
             todo += self.spread(node.children, before, begin + len(node.tokens))
 
     def spread(self, nodes: Sequence[Node], before: Tensor, begin: int) -> list[Pending]:
-        """Read the small ones of nodes that continue the first `begin` positions of the path. Returns the others, the
-        first one last. before [1,dim]: the last layer's output at the position before them."""
+        """Read the small nodes among those that continue the first `begin` positions of the path; return the others in
+        reverse order. before [1,dim]: the last layer's output at the position before them."""
         small = [] if self.alone else [node for node in nodes if node.size <= SMALL]
         links = (Link(self.path, [0], None),) if begin else ()
         for batch in batches(small, self.batch_tokens):
@@ -201,18 +200,18 @@ class Scorer:
         return [(node, before, begin) for node in reversed(large)]
 
     def run(self, node: Node, before: Tensor, begin: int) -> Tensor:
-        """Read a node into the path, and score in each chunk what is asked of it -> the last layer's output [1,dim] at
-        its end. before [1,dim]: that at the position before it."""
+        """Read a node into the path, scoring each chunk -> the last layer's output [1,dim] at its end. before [1,dim]:
+        that output at the position before it."""
         tokens = torch.tensor([node.tokens], device=self.like.device)
         count = tokens.shape[1]
-        size, scored = count if self.alone else CHUNK, count + 1 - node.scored  # the first place that is scored
+        size, scored = count if self.alone else CHUNK, count + 1 - node.scored  # the first scored place
         self.path.resize(begin + count)
         for first in range(0, count, size):
             part = tokens[:, first : first + size]
             slots = begin + first + torch.arange(part.shape[1], device=tokens.device)
             prefill = Prefill(self.path, begin + first, part.shape[1])
             hidden = torch.cat([before, self.model.hidden(part, slots[None], prefill)[0]])
-            # The first one here was the last one of the chunk before.
+            # Place 0 is the last position of the previous chunk.
             places = list(range(max(scored - first, int(first > 0)), len(hidden)))
             self.note([(number, places) for number in node.ends if places], hidden)
             self.advance(part.shape[1])
@@ -220,12 +219,12 @@ class Scorer:
         return before
 
     def advance(self, count: int) -> None:
-        """So many more tokens have been read, and scored where that is asked."""
+        """Record that `count` more tokens have been read, and report progress."""
         self.read += count
         self.done(self.read - self.begun, self.total)
 
     def note(self, asked: Asked, hidden: Tensor) -> None:
-        """Scores the next tokens of sequences at the places asked for in hidden [...,dim]."""
+        """Score the next tokens of sequences at the requested places in hidden [...,dim]."""
         if not asked:
             return
         wanted: list[int] = []
@@ -247,7 +246,7 @@ class Scorer:
             first = last
 
     def lookup(self, hidden: Tensor, at: Tensor, tokens: Tensor) -> tuple[list[float], list[bool]]:
-        """Log-probability of each of `tokens`, and whether it is the likeliest, at its place `at` in hidden [K,dim]."""
+        """Return each token's log-probability, and whether it is the likeliest, at its place `at` in hidden [K,dim]."""
         size = max(1, LOGITS_AT_ONCE[hidden.device.type] // self.model.args.vocab_size)
         logprobs = torch.empty_like(at, dtype=torch.promote_types(hidden.dtype, torch.float32))
         greedy = torch.empty_like(at, dtype=torch.bool)
@@ -255,7 +254,7 @@ class Scorer:
             here = ((at >= first) & (at < first + size)).nonzero()[:, 0]
             logits = self.model.logits(hidden[None, first : first + size])[0].to(logprobs.dtype)  # [k,V]
             places, chosen = at[here] - first, tokens[here]
-            # On a CPU an argmax takes longer than a log_softmax: it is asked only where a maximum was chosen.
+            # On a CPU argmax is slower than log_softmax: compute it only where the token has the maximum.
             likely = logits[places, chosen] == logits.amax(-1)[places]
             greedy[here] = likely
             greedy[here[likely]] = logits[places[likely]].argmax(-1) == chosen[likely]
@@ -264,11 +263,11 @@ class Scorer:
 
 
 def tree(leaves: Sequence[Node], shortest: int, depth: int = 0) -> list[Node]:
-    """Leaves in order of their tokens, of which the first `depth` have been read, under nodes of what they share, which
-    are of at least `shortest` tokens."""
+    """Build the prefix tree of leaves sorted by tokens, of which the first `depth` have been read. Inner nodes hold
+    shared tokens, at least `shortest`."""
     common = [shared(one, other) for one, other in zip(leaves, leaves[1:])]  # noqa: B905
     roots: list[Node] = []
-    todo = [(0, len(leaves), depth, roots)]  # leaves first to last - 1, under nodes that have read so many tokens
+    todo = [(0, len(leaves), depth, roots)]  # leaves first to end - 1, tokens read above them, where their nodes go
     while todo:
         first, end, depth, nodes = todo.pop()
         for last in range(first, end):
@@ -286,16 +285,16 @@ def tree(leaves: Sequence[Node], shortest: int, depth: int = 0) -> list[Node]:
 
 
 def shared(one: Node, other: Node) -> int:
-    """Tokens that two sequences begin with alike, within the contexts of both."""
+    """Return the length of the common prefix of two sequences, within the contexts of both."""
     low, high = 0, min(len(one.tokens) - one.scored, len(other.tokens) - other.scored) + 1
-    while low < high:  # the first `low` are alike, the first `high + 1` are not
+    while low < high:  # the first `low` tokens match, the first `high + 1` do not
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one.tokens[low:middle] == other.tokens[low:middle] else (low, middle - 1)
     return low
 
 
 def batches(nodes: Sequence[Node], limit: int) -> Iterator[list[Node]]:
-    """Subtrees that run together: of like sizes, with at most `limit` tokens; or one."""
+    """Yield subtrees that run together: of similar size, with at most `limit` tokens; or a single one."""
     batch: list[Node] = []
     tokens = 0
     for node in sorted(nodes, key=lambda node: -node.size):

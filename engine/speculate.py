@@ -1,12 +1,12 @@
 """Speculative decoding: a draft proposes k tokens for each row, one step of the target verifies them all.
 
-A sample's token at a position is drawn from the target's logits there by the numbers u(seed, sample, position,
-token), and from nothing else. So a step draws the tokens of k + 1 positions, given the proposals, and they stand up
-to the first that was not proposed: they are the tokens of plain decoding, whatever the draft and whenever it is used.
-A proposal that takes no chance is accepted with its probability p(x), as by the rule of Leviathan et al. 2022 (arXiv
-2211.17192) and Chen et al. 2023 (arXiv 2302.01318). A draft that draws does so by the target's numbers and filters,
-and then meets its token nearly as often as by their rule, whose samples would depend on the draft (drafter-invariant
-speculation: Daliri et al. 2024, arXiv 2408.07978; what it costs: docs/benchmarks.md).
+A sample's token at a position depends only on the target's logits there and the random numbers u(seed, sample,
+position, token). So a step draws the tokens of k + 1 positions, given the proposals, and accepts them up to and
+including the first that differs from its proposal: they are the tokens of plain decoding, for any draft at any step. A
+deterministic proposal is accepted with its probability p(x), as by the rule of Leviathan et al. 2022 (arXiv 2211.17192)
+and Chen et al. 2023 (arXiv 2302.01318). A draft that samples uses the target's numbers and filters, and is accepted
+nearly as often as by their rule, which would make samples depend on the draft (drafter-invariant speculation: Daliri
+et al. 2024, arXiv 2408.07978; its cost: docs/benchmarks.md).
 
 Shapes: N rows, k proposals, S = k + 1 positions of a step, V vocabulary.
 """
@@ -32,19 +32,19 @@ from engine.plan import WeightSizes, Workload
 from model import ModelArgs, Transformer
 from sampling import NOTHING, UniformBlocks, seen_prefixes
 
-USUAL_K, LARGEST_K = 4, 16  # proposals of a step: where nothing is said; the most that `auto` tries
+USUAL_K, LARGEST_K = 4, 16  # proposals per step: the default; the most that `auto` tries
 
 
 class Draft:
-    """What proposes tokens: made once, loaded for an engine by `place`, copied for a run by `read`, which all of its
-    waves share, and for a wave by `begin`. weights, token_bytes: what it holds, and of each token, in bytes."""
+    """Base class of drafts: created once, loaded for an engine by `place`, copied for a run by `read` (shared by its
+    waves) and for a wave by `begin`. weights, token_bytes: bytes of its weights, and of its K/V per token."""
 
     name = ""
-    longest = 1 << 20  # proposals
+    longest = 1 << 20  # most proposals per step
     weights = token_bytes = 0
 
     def place(self, engine: Engine, rows: int) -> None:
-        """Loads what it needs, for steps of `rows` rows."""
+        """Load weights for steps of `rows` rows."""
 
     def read(self, run: Run) -> Self:
         return copy(self)
@@ -53,25 +53,25 @@ class Draft:
         return copy(self)
 
     def propose(self, rows: "SpeculativeDecoder", k: int) -> Tensor | None:
-        """Tokens [N,k] for the positions after each row's last one; None where there is nothing to propose."""
+        """Return tokens [N,k] for the positions after each row's last one; None if there is nothing to propose."""
         raise NotImplementedError
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drops all rows but the given ones."""
+        """Compact to the given rows."""
 
 
 class DraftController:
-    """Whether the next step drafts, and how many tokens: by what the steps so far have given and taken.
+    """Controller of whether the next step drafts, and how many tokens, by the times and acceptances of past steps.
 
-    Plain steps come first and are timed. From then on the balance counts, in plain steps, what drafting has gained of
-    late; where it has lost more than PATIENCE, plain steps follow, more each time, and it is tried again. As no sample
-    depends on the draft, the clock may decide.
+    Plain steps come first and are timed. Then `balance` is the recent gain of drafting, in plain steps; once it
+    is below -PATIENCE, plain steps follow, more each time, before drafting is tried again. As no sample depends on the
+    draft, timings may decide.
     """
 
     SETTLE, TIMED, RECENT, PATIENCE, REST, LONGEST_REST, WINDOW = 4, 3, 7, 3.0, 128, 1024, 8
 
     def __init__(self, k: int | None, longest: int) -> None:
-        """k None: adapts, up to `longest`."""
+        """k None: adapt it, up to `longest`."""
         self.auto, self.k, self.longest = k is None, k or min(USUAL_K, longest), longest
         self.accepted: Counter[int] = Counter()
         self.draft_s = self.drafted_s = self.plain_s = self.expected_s = self.taken_s = 0.0
@@ -79,14 +79,14 @@ class DraftController:
         self.restart()
 
     def restart(self) -> None:
-        """Other rows: times are taken anew."""
+        """Reset the timings for other rows."""
         self.seconds: dict[int | None, deque[float]] = defaultdict(lambda: deque(maxlen=self.RECENT))
         self.rates: dict[int, float] = {}
         self.gains: list[float] = []
         self.plain_left, self.balance = self.SETTLE, 0.0
 
     def stepped(self, proposed: int | None, counts: list[int], seconds: float, draft_s: float) -> None:
-        """A step is over. proposed: how many tokens were, None where it was to be a plain step."""
+        """Record a finished step. proposed: tokens proposed per row; None for a planned plain step."""
         times, mean = self.seconds[proposed], sum(counts) / len(counts)
         times.append(seconds)
         self.steps, self.taken_s = self.steps + 1, self.taken_s + seconds
@@ -116,8 +116,8 @@ class DraftController:
             self.adapt(mean, plain)
 
     def adapt(self, mean: float, plain: float) -> None:
-        """After so many steps: the k that was fastest, or, from there, twice as many where most are accepted and half
-        where few are, unless that was slower."""
+        """Choose k every WINDOW drafted steps: the fastest so far; if that is the current one, double it where most
+        proposals are accepted and halve it where few are, unless that was slower."""
         self.gains.append(mean)
         if len(self.gains) < self.WINDOW:
             return
@@ -127,17 +127,17 @@ class DraftController:
         want = 2 * k if mean - 1 > 0.7 * k else k // 2 if mean - 1 < 0.4 * k else k
         best, want = max(self.rates, key=lambda each: self.rates[each]), max(1, min(want, self.longest))
         if self.rates[best] > 1.05 * rate or self.rates.get(want, rate) < rate:
-            self.k, self.rates[want] = best, 1.05 * self.rates.get(want, rate)  # not true for ever
+            self.k, self.rates[want] = best, 1.05 * self.rates.get(want, rate)  # old rates go stale
         else:
             self.k = want
 
 
 class SpeculativeDecoder(PlainDecoder):
-    """The rows of one wave, each of which takes as many tokens as are right. The host waits for every step.
+    """Speculative decoder of one wave: each row advances by its accepted tokens. The host waits for every step.
 
     token, input_pos [N,1]: the last token of each row, not yet run. text [N,L]: the tokens from position run.begin on.
-    hidden [N,1,dim]: the last layer's output where the token before it was run; None: not known. behind: the most
-    positions of a row that the target has run and the draft has not.
+    hidden [N,1,dim]: the last layer's output for the token before it; None: unknown. behind: the most positions of a
+    row that the target has run and the draft has not.
     """
 
     def __init__(self, speculation: "Speculation", run: Run, cache: KVCache, samples: Tensor) -> None:
@@ -158,21 +158,21 @@ class SpeculativeDecoder(PlainDecoder):
 
     @property
     def view(self) -> int:
-        """The rows' own slots that a step reads."""
+        """Own slots of a row that a step reads."""
         return self.cache.slots - self.base
 
     def draw(
         self, logits: Tensor, where: Tensor, seen: Tensor = NOTHING, names: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """logits [N,S,V] -> the tokens at the positions [N,S], and their log-probabilities. A draft draws as if nothing
-        were seen; names [V]: the tokens that it tells apart."""
+        """Draw tokens and their log-probabilities at positions `where` [N,S] from logits [N,S,V]. A draft leaves `seen`
+        empty. names [V]: token ids of the logits, for a draft with a reduced vocabulary."""
         numbers = self.numbers(self.seed, self.samples, where).flatten()
         tokens, logprobs = self.engine.draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
         return self.shard.broadcast(tokens).view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:
-        """The draft's proposals [N,k]. Ranks that hold a part of the network take those of the first, since the tokens
-        of a step, and whether there is such a step, have to be the same on all."""
+        """Return the draft's proposals [N,k]. Ranks of a sharded network take the first rank's, since all must agree
+        on a step's tokens, and on whether it drafts."""
         proposals = self.draft.propose(self, k)
         if self.shard.world == 1:
             return proposals
@@ -186,7 +186,7 @@ class SpeculativeDecoder(PlainDecoder):
 
     def next(self, token: Tensor, input_pos: Tensor) -> StepOutput:
         self.token, self.input_pos, proposals = token, input_pos, None
-        if not self.warm:  # both ways, so that what compiles does so in the first step
+        if not self.warm:  # run both paths, so that all compilation is in the first step
             self.check(token.expand(-1, self.pace.k))
             self.draft.propose(self, self.pace.k)
             self.warm = True
@@ -201,15 +201,15 @@ class SpeculativeDecoder(PlainDecoder):
             tokens, logprobs, count = self.check(proposals)
         size, counts = tokens.shape[1], count.tolist()
         self.text.scatter_(1, input_pos + 1 - self.run.begin + self.arange(size), tokens)
-        # Of k proposals that were all right, the draft has not run the last.
+        # If all k proposals were accepted, the draft has not run the last one.
         self.behind = self.behind + 1 if proposals is None else int(max(counts) == size)
         seconds = self.speculation.clock() - begin
         self.pace.stepped(size - 1 if drafts else None, counts, seconds, proposed - begin)
         return F.pad(tokens, (0, self.width - size)), F.pad(logprobs, (0, self.width - size)), count
 
     def check(self, proposals: Tensor) -> StepOutput:
-        """Draws the tokens after each row's last one and after each of its proposals [N,k]. Those count up to the first
-        that was not proposed."""
+        """Verify proposals [N,k]: draw the tokens after each row's last one and after each proposal, and count them up
+        to and including the first that differs from its proposal."""
         inputs = torch.cat([self.token, proposals], 1)  # [N,S]
         where = self.input_pos + self.arange(inputs.shape[1])
         logits, hidden = self.verify(StepInput(inputs, where, self.samples, self.seed), self.cache)
@@ -227,10 +227,10 @@ class SpeculativeDecoder(PlainDecoder):
 
 
 class Speculation:
-    """An engine's way to decode with a draft (Engine.decoder), and what came of it."""
+    """Decoding with a draft (Engine.decoder), and its statistics."""
 
     def __init__(self, draft: Draft, k: int | None = USUAL_K) -> None:
-        """k: proposals of a step; None: it adapts. Raises ValueError where the draft does not give so many."""
+        """k: proposals per step; None: adaptive. Raises ValueError if the draft cannot propose that many."""
         if k is not None and not 1 <= k <= draft.longest:
             most = f" and at most {draft.longest}" if draft.longest < LARGEST_K else ""
             raise ValueError(f"speculate_k {k} must be at least 1{most}, or auto")
@@ -248,7 +248,7 @@ class Speculation:
         return SpeculativeDecoder(self, run, cache, samples)
 
     def heavier(self, weights: WeightSizes) -> WeightSizes:
-        """Those of the target, with the draft's."""
+        """Add the draft's weights to the target's."""
         return replace(weights, total=weights.total + self.draft.weights)
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload:
@@ -257,27 +257,27 @@ class Speculation:
         return replace(work, drafted=self.width - 1, draft_token=self.draft.token_bytes)
 
     def of(self, run: Run) -> Draft:
-        """The draft with the run's context read."""
+        """Return the draft with the run's context read."""
         if run not in self.runs:
             self.runs[run] = self.draft.read(run)
         return self.runs[run]
 
     def network(self, model: Transformer, layers: int | None, is_compiled: bool) -> Step:
-        """A step of the model's first layers, compiled once for every number of positions."""
+        """Return a step of the model's first `layers` layers, compiled once for any number of positions."""
         step: Step = partial(forward, model, layers)
         if is_compiled:
             step = self.steps.setdefault((model, layers), compiled(step))
         return RecordedStep(step) if self.device.type == "cuda" else step
 
     def clock(self) -> float:
-        """Seconds; for ranks that hold one network those of its first, so that all decide alike."""
+        """Return the time in seconds; ranks of a sharded network take the first rank's, so that all decide alike."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = torch.tensor([time.perf_counter()], dtype=torch.float64, device=self.device)
         return float(self.shard.broadcast(now))
 
     def report(self) -> dict[str, object]:
-        """The report's part; None where nothing was drafted."""
+        """Return the draft's fields of the report; those that need drafted steps are None without any."""
         pace, drafted = self.pace, self.pace.accepted.total()
         accepted = sum(count * times for count, times in pace.accepted.items())
         return {
@@ -295,6 +295,6 @@ class Speculation:
 
 
 def forward(model: Transformer, layers: int | None, inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Logits [N,S,V], and what they are made of, [N,S,dim]."""
+    """Return logits [N,S,V], and the last layer's output that they come from [N,S,dim]."""
     hidden = model.hidden(inputs.tokens, inputs.input_pos, cache, layers)
     return model.logits(hidden), hidden

@@ -1,10 +1,10 @@
-"""A program that renders chat templates in jinja2's sandbox, within limits of CPU time and memory.
+"""Program that renders chat templates in jinja2's sandbox, within limits of CPU time and memory.
 
     python templates.py SECONDS BYTES CHARACTERS
 
-A template comes with a model and may be anybody's code, so chat.py runs it here. A line of stdin is JSON, [template,
-values]; the line of stdout that answers it is {"text": ...} or {"error": ...}. SECONDS and CHARACTERS are of each text.
-Where Python has no `resource` (Windows), memory is not limited, and time only by whoever waits for the answer.
+A template comes with a model and is untrusted code, so chat.py runs it in this child process. Each stdin line is JSON,
+[template, values]; each is answered by one line on stdout, {"text": ...} or {"error": ...}. SECONDS and CHARACTERS
+apply to each text. Without Python's `resource` (Windows), memory is not limited, and time only by the parent.
 """
 
 import json
@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Generation(Extension):
-    """{% generation %} marks what the assistant says, for training; to be rendered, it is only its content."""
+    """Jinja tag {% generation %}, which marks assistant text for training: rendered as its content alone."""
 
     tags = {"generation"}
 
@@ -47,7 +47,7 @@ def compile_template(template: str) -> jinja2.Template:
 
 
 def limit(name: str, value: int) -> None:
-    """Lower a limit of this process, where the system has it and it is not lower already."""
+    """Lower a resource limit of this process, if the system has it and it is not lower already."""
     with suppress(ImportError, ValueError):
         import resource
 
@@ -73,7 +73,7 @@ def main(arguments: list[Any]) -> None:
     limit("RLIMIT_CORE", 0)
     limit("RLIMIT_AS", memory)
     for line in sys.stdin:
-        limit("RLIMIT_CPU", int(time.process_time()) + 1 + seconds)  # counted from the start of the process
+        limit("RLIMIT_CPU", int(time.process_time()) + 1 + seconds)  # counted from process start
         print(json.dumps(answer(line, memory, characters)), flush=True)
 
 

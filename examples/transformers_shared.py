@@ -1,11 +1,11 @@
 """Bifurcated attention inside transformers: its own generate, with N samples of a prompt that hold and read it once,
-and the log-probabilities of a group of completions, with gradients, the prompt computed once.
+and log-probabilities of a group of completions, with gradients, that compute the prompt once.
 
     python examples/transformers_shared.py --model FOLDER_OR_HUB_ID --prompt TEXT -n 8
 
-From Python: generate_shared in place of model.generate(..., num_return_sequences=N), and logprobs_shared for what a
-trainer scores. To take it elsewhere, copy this file and bifurcated_attention.py. Nothing of transformers is replaced:
-two attention functions are registered beside its own, and a model uses one of them while a call of this file runs.
+From Python: generate_shared replaces model.generate(..., num_return_sequences=N), and logprobs_shared scores
+completions for a trainer. To reuse it, copy this file and bifurcated_attention.py. Nothing of transformers is replaced:
+two attention functions are registered beside its own, and a model uses one of them during a call into this file.
 
 Shapes: B prompts of T tokens, N samples or G completions of each, R tokens of a completion; the others, H query heads,
 S query positions and D head dimension, as in bifurcated_attention.py. Rows that share a prompt are consecutive.
@@ -38,21 +38,21 @@ try:
 except ImportError as error:
     raise ValueError(f"tried with transformers 5.23; {transformers.__version__} differs: {error}") from error
 
-Output = tuple[Tensor, None]  # of an attention function: [rows,S,H,D], and no weights
+Output = tuple[Tensor, None]  # of an attention function: [rows,S,H,D], no weights
 
-# What a model may ask of its attention and these functions do not compute.
+# Attention arguments of some models that these functions do not support.
 FOREIGN = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 class Parts(NamedTuple):
-    """Keys, values or masks: those of the prompts (keys: [B,G,T,D]), and of each row alone (keys: [B*N,G,L,D])."""
+    """Keys, values or masks: of the prompts (keys: [B,G,T,D]), and of each row alone (keys: [B*N,G,L,D])."""
 
     context: Any
     own: Any
 
 
 class SharedLayer(DynamicLayer):
-    """A layer's keys and values: the context's once, frozen, and those of the rows, which grow."""
+    """Keys and values of one layer: the context's once, frozen, and the rows' own, which grow."""
 
     is_croppable = False
 
@@ -74,7 +74,7 @@ class SharedLayer(DynamicLayer):
 
 
 class Group(NamedTuple):
-    """How a row holds a prompt and behind it its completions, [B,T+G*R], and the masks of both (None: all is seen)."""
+    """Layout of a row with a prompt and then its completions, [B,T+G*R], and their masks (None: all is visible)."""
 
     length: int  # T
     size: int  # G
@@ -84,7 +84,7 @@ class Group(NamedTuple):
 
 
 def rescaled(module: Any, query: Tensor, scaling: float | None = None, dropout: float = 0.0, **asked: Any) -> Tensor:
-    """The query, so that only 1 / sqrt(D) is left to multiply by; ValueError for what is not plain full attention."""
+    """Scale the query so that only 1 / sqrt(D) is left. Raises ValueError unless attention is plain and full."""
     foreign = [name for name in FOREIGN if asked.get(name) is not None] + ["dropout"] * (dropout > 0)
     if foreign:
         raise ValueError(f"{type(module).__name__} asks for {foreign[0]}, which attention to a shared context lacks")
@@ -93,20 +93,20 @@ def rescaled(module: Any, query: Tensor, scaling: float | None = None, dropout: 
 
 
 def attend_context(module: Any, query: Tensor, key: Parts, value: Parts, attention_mask: Any, **kwargs: Any) -> Output:
-    """Decoding: query [B*N,H,S,D] against what SharedLayer returns -> [B*N,S,H,D]; attention_mask [B*N,1,S,T+L]."""
+    """Decode: query [B*N,H,S,D] against what SharedLayer returns -> [B*N,S,H,D]; attention_mask [B*N,1,S,T+L]."""
     if not isinstance(key, Parts):
         raise ValueError("the attention 'shared_context' is for generate_shared alone: no context is shared here")
     query = rescaled(module, query, **kwargs)
     B, _, T, _ = key.context.shape
     seen = Parts(None, None)
-    if attention_mask is not None:  # the rows of a prompt see the same of it
+    if attention_mask is not None:  # all rows of a prompt see the same part of it
         seen = Parts(attention_mask[:: len(query) // B, ..., :T], attention_mask[..., T:])
     partials = [shared_attention(query, *part) for part in zip(key, value, seen, strict=True)]
     return merge_partials(partials)[0].to(query.dtype).transpose(1, 2).contiguous(), None
 
 
 def attend_group(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Output:
-    """Scoring: query [B,H,T+G*R,D], key and value alike -> [B,T+G*R,H,D]. Without a group, transformers' SDPA."""
+    """Score: query [B,H,T+G*R,D], key and value alike -> [B,T+G*R,H,D]. Without a group, use transformers' SDPA."""
     group: Group | None = kwargs.pop("group", None)
     if group is None:
         if attention_mask is not None and attention_mask.shape[-1] != key.shape[2]:
@@ -128,7 +128,7 @@ for name, function in (("shared_context", attend_context), ("shared_prompt", att
 
 
 def empty_context(model: Any) -> DynamicCache:
-    """The cache that the model's prompt is read into; ValueError where a layer is not full attention."""
+    """Create the cache for prefilling the prompt. Raises ValueError unless every layer is full attention."""
     config, kind = model.config, type(model).__name__
     if config.is_encoder_decoder or config.get_text_config(decoder=True) is not config:
         raise ValueError(f"{kind} is more than a decoder of text: only such models have a shared form here")
@@ -146,13 +146,13 @@ def empty_context(model: Any) -> DynamicCache:
 
 
 def recomputes(model: Any) -> bool:
-    """Whether gradient checkpointing is on, which runs layers again in the backward pass and keeps no cache."""
+    """Return whether gradient checkpointing is on: layers rerun in the backward pass, and no cache is kept."""
     return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
-    """The model with the attention function of that name, and afterwards with its own again."""
+    """Give the model the named attention function inside the block. Raises ValueError if it does not take it."""
     own = model.config._attn_implementation
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
@@ -164,7 +164,7 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 
 def check_request(model: Any, config: Any, others: dict) -> None:
-    """ValueError for what generate takes and rows that share a context do not."""
+    """Raise ValueError for options of generate that rows with a shared context do not support."""
     mode = config.get_generation_mode(others.get("assistant_model")).value
     if mode not in ("greedy_search", "sample"):
         raise ValueError(f"{mode}: rows that share a context are for sampling and greedy decoding only")
@@ -176,7 +176,7 @@ def check_request(model: Any, config: Any, others: dict) -> None:
 
 
 def padding(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mask and positions, [B,T] each, of prompts that are padded on the left; ValueError for any other form."""
+    """Return mask and positions, [B,T] each, of left-padded prompts. Raises ValueError for any other form."""
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"prompts of shape {tuple(ids.shape)}: expected [B,T], at least one token each")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -186,12 +186,12 @@ def padding(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def make_group(seen: Tensor, size: int, length: int) -> Group:
-    """The group's masks: `size` completions of `length` tokens behind prompts of which seen [B,1,1,T] is no padding."""
+    """Build the masks for `size` completions of `length` tokens after prompts; seen [B,1,1,T] is False at padding."""
     T, everything = seen.shape[-1], seen.new_ones(1, 1, length, length)
     if seen.all():
         return Group(T, size, None, None, everything.tril())
     causal = seen.new_ones(T, T).tril()
-    prompt = (causal & seen) | (causal & causal.T)  # padding sees itself: no row of a softmax is empty
+    prompt = (causal & seen) | (causal & causal.T)  # padding sees itself, so no softmax row is empty
     return Group(T, size, prompt, seen, everything.tril())
 
 
@@ -199,12 +199,12 @@ def make_group(seen: Tensor, size: int, length: int) -> Group:
 def generate_shared(
     model: Any, input_ids: Tensor, num_return_sequences: int, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
-    """model.generate(input_ids, num_return_sequences=N, ...), where every prompt is read, held and attended to once.
+    """Run model.generate(input_ids, num_return_sequences=N, ...), reading, holding and attending to every prompt once.
 
     input_ids [B,T], padded on the left where attention_mask [B,T] is 0 (None: nowhere). All else is generate's own:
     logits processors, stopping criteria, streamers, generation_config; greedy or sampling. Returns what generate
-    returns, rows of one prompt together: token ids [B*N,T+new]. With the same seed it draws the same samples, but for
-    rounding. Raises ValueError for models that are not full attention, beams, assistants and caches of another kind.
+    returns, rows of one prompt together: token ids [B*N,T+new]. The same seed gives the same samples, except for
+    rounding. Raises ValueError for models other than full attention, beam search, assistants and other kinds of cache.
     """
     if num_return_sequences < 1:
         raise ValueError(f"num_return_sequences {num_return_sequences}: at least one sample is needed")
@@ -216,7 +216,7 @@ def generate_shared(
     config.num_return_sequences = 1
     rows = [tensor.repeat_interleave(num_return_sequences, 0) for tensor in (input_ids, mask)]
     kwargs |= {"attention_mask": rows[1], "generation_config": config}
-    if input_ids.shape[1] == 1:  # nothing to read before: a prompt's last token is each row's own
+    if input_ids.shape[1] == 1:  # nothing to prefill: a prompt's last token is run by each row
         return model.generate(rows[0], **kwargs)
     fields = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
     fields = {key: tensor[:, :-1] for key, tensor in fields.items()}
@@ -234,11 +234,11 @@ def logprobs_shared(
     prompt_mask: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Log-probability of every completion token, with gradients: T + G*R tokens are computed for G completions.
+    """Return the log-probability of every completion token, with gradients, from T + G*R tokens for G completions.
 
     prompt_ids [B,T], padded on the left; completion_ids [B*G,R], padded on the right, those of a prompt together; masks
-    of the same shapes, 1 at tokens (None: everywhere). Returns [B*G,R], fp32, 0 at padding. Logits are divided by
-    the temperature. Raises ValueError for models that are not full attention and for shapes that do not fit.
+    of the same shapes, 1 at tokens (None: everywhere). Returns [B*G,R], fp32, 0 at padding. Logits are divided by the
+    temperature. Raises ValueError for models other than full attention and for shapes that do not fit.
     """
     seen, positions = padding(prompt_ids, prompt_mask)
     (B, T), R, device = prompt_ids.shape, completion_ids.shape[-1], prompt_ids.device
@@ -249,7 +249,7 @@ def logprobs_shared(
         raise ValueError(f"a completion mask of shape {tuple(valid.shape)}: completions are padded on the right")
     empty_context(model)
     if recomputes(model) and model.config._attn_implementation != "shared_prompt":
-        # Nothing but the configuration tells the backward pass which attention to run again.
+        # The backward pass reads from the configuration which attention to rerun.
         raise ValueError("gradient checkpointing: call model.set_attn_implementation('shared_prompt') before, for good")
     G = len(completion_ids) // B
     behind = torch.arange(R, device=device).repeat(G)  # [G*R]
@@ -257,7 +257,7 @@ def logprobs_shared(
     positions = torch.cat([positions, positions[:, -1:] + 1 + behind], 1)
     # A token is predicted by the one before it, the first of each completion by the prompt's last.
     keep = torch.where(behind == 0, T - 1, T - 1 + torch.arange(G * R, device=device))
-    seen = seen.bool()[:, None, None]  # [B,1,1,T]: of four dimensions, so that transformers hands it on as it is
+    seen = seen.bool()[:, None, None]  # [B,1,1,T]: transformers passes a 4-D mask on unchanged
     fields = {"input_ids": ids, "attention_mask": seen, "position_ids": positions, "use_cache": False}
     with attention(model, "shared_prompt"):
         logits = model(**fields, logits_to_keep=keep, group=make_group(seen, G, R)).logits.float()  # [B,G*R,V]
@@ -267,7 +267,7 @@ def logprobs_shared(
 
 
 def timed(generate: Callable[..., Tensor], *arguments: Any, **kwargs: Any) -> tuple[Tensor, float, float]:
-    """What generate returns, the time to its first token, in seconds, and the median of a step, in milliseconds."""
+    """Return generate's result, seconds to its first token, and the median milliseconds of a step."""
     clock = [time.perf_counter()]
 
     def tick(ids: Tensor, scores: Any, **_: Any) -> Tensor:  # a stopping criterion that stops nothing
@@ -286,7 +286,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=8, help="samples")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     options = parser.parse_args()
-    from loading.hub import locate  # here, since whoever copies this file may have other ways to a model
+    from loading.hub import locate  # imported here: a copy of this file may load models otherwise
     from loading.tokenizer import load_tokenizer
 
     try:
@@ -297,7 +297,7 @@ def main() -> int:
         ids = torch.tensor([bos + tokenizer.encode(options.prompt)])
         fields = {"num_return_sequences": options.n, "max_new_tokens": options.max_new_tokens, "do_sample": True}
         runs = []
-        for generate in (partial(generate_shared, model), model.generate):  # the one that may refuse it first
+        for generate in (partial(generate_shared, model), model.generate):  # first the one that may reject the model
             torch.manual_seed(0)
             runs.append(timed(generate, ids, attention_mask=torch.ones_like(ids), **fields))
     except (ValueError, OSError) as error:

@@ -1,1 +1,1 @@
-"""What the network is built of, and the kernels below it."""
+"""Layers of the network and their kernels."""

@@ -1,6 +1,6 @@
-"""From a weight to its int8 or int4 form: by rounding, and by GPTQ, which makes up for what rounding changes.
+"""Quantise weights to int8 or int4: by rounding to nearest, or by GPTQ, which compensates for rounding errors.
 
-Shapes: out and in: the features of a layer; groups: runs of `in` that share a scale.
+Shapes: out, in: a layer's features; groups: runs of `in` that share a scale.
 """
 
 import torch
@@ -8,32 +8,32 @@ from torch import Tensor
 
 from layers.linear import Int4Weight, Int8Weight
 
-COLUMNS = 128  # a multiple of every groupsize; GPTQ corrects the columns after these once for all of them
-SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # of a group of zeros
+COLUMNS = 128  # GPTQ's block size, a multiple of every groupsize: later columns are updated once per block
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # scale of an all-zero group
 
 
 def quantise_int8(weight: Tensor) -> Int8Weight:
-    """weight [out,in] -> its nearest int8 weight; no number is off by more than half its channel's scale."""
+    """Round weight [out,in] to int8; no element is off by more than half its channel's scale."""
     weight = weight.float()
     scales = (weight.abs().amax(1) / 127).clamp_min(SMALLEST_SCALE).bfloat16()
     return Int8Weight((weight / scales.float()[:, None]).round_().to(torch.int8), scales)
 
 
 def int4_grid(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """groups fp32 [...,groupsize] -> scales, zeros bfloat16 [...], such that no number of a group is further than half
-    a scale from the nearest of the 16 values: a scale also covers what rounding the zero to bfloat16 may shift."""
+    """Fit a grid to each group: groups fp32 [...,groupsize] -> scales, zeros bfloat16 [...]. Every element is within
+    half a scale of one of the 16 values: the scale also covers the rounding of the zero to bfloat16."""
     low, high = groups.amin(-1), groups.amax(-1)
     scales = torch.maximum((high - low) / 15, torch.maximum(-low, high) / 240).clamp_min(SMALLEST_SCALE).bfloat16()
     return scales, ((low + high + scales.float()) / 2).bfloat16()
 
 
 def int4_codes(weight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The nearest codes, 0 to 15, in fp32. Any shapes that broadcast."""
+    """Round to the nearest codes, 0 to 15, in fp32. The shapes must broadcast."""
     return ((weight - zeros.float()) / scales.float() + 8).round_().clamp_(0, 15)
 
 
 def quantise_int4(weight: Tensor, groupsize: int) -> Int4Weight:
-    """weight [out,in] -> its nearest int4 weight in groups of `groupsize` inputs."""
+    """Round weight [out,in] to int4, with one scale and zero per `groupsize` inputs."""
     groups = weight.float().unflatten(1, (-1, groupsize))  # [out,groups,groupsize]
     scales, zeros = int4_grid(groups)
     codes = int4_codes(groups, scales[..., None], zeros[..., None])
@@ -41,8 +41,8 @@ def quantise_int4(weight: Tensor, groupsize: int) -> Int4Weight:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Hessian [in,in]; damped more where that is not definite."""
-    damping = (0.01 * hessian.diagonal().mean()).clamp_min(1e-12)  # also where all inputs are 0
+    """Upper Cholesky factor of the inverse of a damped Hessian [in,in]; damping grows until it is positive definite."""
+    damping = (0.01 * hessian.diagonal().mean()).clamp_min(1e-12)  # positive even if all inputs are 0
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian)))
         upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -53,12 +53,12 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = False) -> Int4Weight:
-    """weight fp32 [out,in], hessian fp32 [in,in]: the sum of x x^T over the inputs x -> the int4 weight whose products
-    with them are near to those of the weight. Frantar et al. 2022 (arXiv 2210.17323), algorithm 1.
+    """Quantise to int4 with little change of the layer's outputs; Frantar et al. 2022 (arXiv 2210.17323), algorithm 1.
 
-    A column is rounded, and what that changes is made up for in the columns after it. act_order: those of the largest
-    inputs first; the grid of a group is then taken from the weight as it was. The column of an input that is always 0
-    is rounded plainly: the damping alone makes it independent of all others.
+    weight: fp32 [out,in]. hessian: the sum of x x^T over the calibration inputs x, fp32 [in,in]. act_order: quantise
+    the columns of the largest inputs first, with group grids from the original weight. Each column is rounded and its
+    error compensated in the columns after it. The column of an input that is always 0 is rounded to nearest: the
+    damping alone decouples it from the others.
     """
     by_size = hessian.diagonal().argsort(descending=True, stable=True)
     order = by_size if act_order else torch.arange(len(hessian))

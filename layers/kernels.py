@@ -1,14 +1,13 @@
-"""Operators of our own for a CPU, in C++ (kernels.cpp, which says how they work): attention over a chain of caches,
-products with weights in int8 and int4, and of one or two rows with plain ones, and the random numbers of a draw.
+"""Custom CPU ops: chain attention, int8/int4 linear, GEMV for one or two rows, and the sampler's random numbers.
 
-The definitions are bifurcated_attention.py and sampling.py, in plain PyTorch. They are what runs where there is no
-compiler, a build fails, or dtype, device or head dimension are others; the report says so (`attention_kernel`). Delete
-this file and the lines that call it, and all else works.
+Their C++ code and its design are in kernels.cpp. The reference is plain PyTorch, bifurcated_attention.py and
+sampling.py, which runs if there is no compiler, the build fails, or dtype, device or head dimension are unsupported;
+the report says so (`attention_kernel`). Everything else works without this file and the lines that call it.
 
-The library is built at first use by the compiler that torch.compile would take, into torch.compile's cache folder, by a
-name made of the source, the flags and the CPU; another process finds it there.
+The library is built on first use, by the compiler torch.compile would choose, into torch.compile's cache folder. It is
+named by a hash of source, flags and CPU, so that other processes find it.
 
-Shapes: N rows, S positions, H query heads, G key/value heads, L slots of one cache, D head dimension, R its rows.
+Shapes: N rows, S positions, H query heads, G key/value heads, L slots and R rows of one cache, D head dimension.
 """
 
 import ctypes
@@ -38,40 +37,39 @@ from layers.notices import Notice, showing
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-BUILD_SECONDS = 120  # after which a compiler is given up
+BUILD_SECONDS = 120  # timeout of the compiler
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # enum Type of kernels.cpp
 LARGEST_HEAD_DIM = 256
-NUMBERS_PER_THREAD = 1 << 15  # random numbers: what PyTorch's element-wise operations give to one thread
-NO_SUCH_ROW = 2  # of enum Status of kernels.cpp
-STREAMED_ROWS = 2  # of a product with a plain weight; beyond, packed weights are faster (docs/benchmarks.md)
+NUMBERS_PER_THREAD = 1 << 15  # random numbers; the grain size of PyTorch's element-wise ops
+NO_SUCH_ROW = 2  # in enum Status of kernels.cpp
+STREAMED_ROWS = 2  # most rows of the GEMV; for more, packed weights are faster (docs/benchmarks.md)
 
 
 @dataclass(frozen=True)
 class Library:
-    """The operators, loaded; or None, and why."""
+    """The loaded ops, or None and a note that says why."""
 
     functions: ctypes.CDLL | None
     note: str
 
 
 def cache_folder() -> Path:
-    """A user's own folder where torch.compile keeps what it built; asked of PyTorch it would cost a second of
-    imports."""
+    """The user's own folder in torch.compile's cache. Asking PyTorch for the latter would cost a second of imports."""
     user = os.getuid() if os.name == "posix" else getpass.getuser()
     default = Path(tempfile.gettempdir(), f"torchinductor_{user}")
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / f"kernels-{user}"  # the first may be of many
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default) / f"kernels-{user}"  # it may be shared by users
 
 
 def check_own(path: Path) -> None:
-    """Raises PermissionError where somebody else may have put there what would be run."""
+    """Raises PermissionError if another user owns or can write the path, and so chooses the code that runs."""
     found = path.stat()
     if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
         raise PermissionError(f"{path} can be written by others")
 
 
 def cpu_flags() -> str:
-    """What a build with -march=native depends on."""
+    """CPU model and flags, on which a build with -march=native depends."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = [line for line in lines if line.startswith(("flags", "Features", "CPU part", "model name"))]
@@ -79,7 +77,7 @@ def cpu_flags() -> str:
 
 
 def build(compiler: str, target: Path, *flags: str) -> None:
-    """Raises OSError or subprocess.SubprocessError."""
+    """Compile kernels.cpp to `target`. Raises OSError or subprocess.SubprocessError."""
     target.parent.mkdir(0o700, parents=True, exist_ok=True)
     check_own(target.parent)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -87,19 +85,19 @@ def build(compiler: str, target: Path, *flags: str) -> None:
         command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
         with showing("building kernels, once"):
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
-        made.chmod(0o700)  # whatever the umask: what others may write is not loaded
-        made.replace(target)  # at once: another process may be building too
+        made.chmod(0o700)  # regardless of the umask: a library others can write is not loaded
+        made.replace(target)  # atomic: another process may be building too
 
 
 @functools.cache
 def library() -> Library:
-    """Built at first use, and loaded."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
+    """Load the library, building it on first use."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch.compile's choice
     try:
         key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
         target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
         if target.exists():
-            with suppress(OSError, AttributeError):  # cut short, or made for another system: built anew
+            with suppress(OSError, AttributeError):  # truncated or built for another system: rebuild
                 return load(target)
         if not shutil.which(compiler):
             return Library(None, "no C++ compiler")
@@ -112,7 +110,7 @@ def library() -> Library:
 
 
 def reason(error: Exception) -> str:
-    """Why a build failed, in a few words: of a compiler that complains, its first error."""
+    """Summarise why a build failed; for a compiler error, its first error line."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line or "cannot find" in line]
         return f"{error.cmd[0]}: {lines[0]}" if lines else f"{error.cmd[0]} ends with status {error.returncode}"
@@ -122,7 +120,7 @@ def reason(error: Exception) -> str:
 
 
 def load(path: Path) -> Library:
-    """Raises OSError or AttributeError where it is not what was built, or others may have put it there."""
+    """Load a built library. Raises OSError or AttributeError if it is damaged or another user can write it."""
     check_own(path.parent)
     check_own(path)
     functions = ctypes.CDLL(str(path))
@@ -135,7 +133,7 @@ def load(path: Path) -> Library:
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the operator takes such queries, and is there. The first call may build it."""
+    """Whether the attention op supports such queries and is available. The first call may build it."""
     fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM
     return (
         device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and library().functions is not None
@@ -143,7 +141,7 @@ def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """For the report: what reads keys and values while decoding."""
+    """Name the attention kernel used while decoding, for the report."""
     if takes(device, dtype, head_dim):
         return library().note
     wanted = device.type == "cpu" and library().functions is None
@@ -151,10 +149,10 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 class Part(NamedTuple):
-    """One cache of a chain as rows see it: k, v [R,G,L,D] and, where these are int8, their scales [R,G,L,1]; start [R],
-    the position of each row's first slot. rows [N]: which row of the cache each row of queries continues; None: its
-    own, of which it sees the slots up to its position. length [R]: the slots that are written; None: all. k_channel
-    [R,G,1,D]: by which int8 keys are multiplied besides."""
+    """One cache of a chain: k, v [R,G,L,D] and, if they are int8, k_scale, v_scale [R,G,L,1]. start [R]: position of
+    each row's first slot. rows [N]: the cache row that each query row continues; None: its own, causally masked by
+    position. length [R]: number of written slots; None: all. k_channel [R,G,1,D]: a further scale of int8 keys, per
+    channel."""
 
     k: Tensor
     v: Tensor
@@ -167,8 +165,8 @@ class Part(NamedTuple):
 
 
 def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | None) -> tuple[Tensor, Tensor]:
-    """Attention of q [N,H,S,D] at input_pos [N,S] over all parts of a chain -> out [N,H,S,D] in q's dtype, lse [N,H,S],
-    natural, fp32; 0 and -inf where a query sees nothing."""
+    """Attend from q [N,H,S,D] at input_pos [N,S] to all parts of a chain -> out [N,H,S,D] in q's dtype and its natural
+    log-sum-exp, fp32 [N,H,S]; 0 and -inf if a query sees no key."""
     mod = mod or ScoreMod()
     window, softcap = mod.window or 0, mod.softcap or 0.0
     tensors = [tensor for part in parts for tensor in part]
@@ -176,9 +174,9 @@ def attend(q: Tensor, parts: Sequence[Part], input_pos: Tensor, mod: ScoreMod | 
 
 
 class Chain(Protocol):
-    """A KVCache, as far as it is read here. tensors: k, v and, where these are int8, their scales and the keys'
-    channels, of every layer; each of links has a cache, for each row the index of the row that it continues, and how
-    much of that is written."""
+    """Attributes of a KVCache that attention reads. tensors: k, v and, if they are int8, their scales and the keys'
+    channel scales, each for all layers. links: the ancestors; each has a cache, the index of the cache row that each
+    of our rows continues, and the length: how many of its slots are written."""
 
     k: list[Tensor]
     start: Tensor
@@ -196,7 +194,7 @@ def part(cache: Chain, layer: int, rows: Tensor | None = None, length: Tensor | 
 
 
 def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """Attention of q [N,H,S,D] at input_pos [N,S] to a cache and all that it continues -> [N,H,S,D]."""
+    """Attend from q [N,H,S,D] at input_pos [N,S] to a cache and all its ancestors -> [N,H,S,D]."""
     ancestors = [part(link.cache, layer, link.index, link.length) for link in cache.links]
     return attend(q, [part(cache, layer), *ancestors], input_pos, mod)[0]
 
@@ -206,7 +204,7 @@ def address(tensor: Tensor | None) -> int:
 
 
 def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
-    """Addresses and strides of keys and values, [R,G,L,...] each, in the order of kernels.cpp."""
+    """Addresses and strides of k and v, in the order kernels.cpp expects. k, v [R,G,L,...]"""
     if k is None or v is None:
         return [0] * 8
     of_k, of_v = k.stride(), v.stride()
@@ -214,20 +212,20 @@ def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
 
 
 def check_gradients(name: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError where autograd would need the gradients of an operator."""
+    """Raises NotImplementedError if autograd would need gradients of the op."""
     if differentiated(*tensors):
         raise NotImplementedError(f"{name} has no gradients: call it under torch.no_grad()")
 
 
 def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Raises ValueError where a tensor is not as kernels.cpp reads it."""
+    """Raises ValueError if a tensor is not as kernels.cpp expects it."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         found = f"{tensor.dtype} {list(tensor.shape)}" + ", with gaps" * (not tensor.is_contiguous())
         raise ValueError(f"{name} is {found}: expected {dtype} {list(shape)}, contiguous")
 
 
 def check_part(part: Part, q: Tensor) -> None:
-    """Raises ValueError where a part is not as kernels.cpp reads it, behind queries [N,H,S,D]."""
+    """Raises ValueError if a part is not as kernels.cpp expects it for queries q [N,H,S,D]."""
     k, v, k_scale, v_scale, start, rows, length, k_channel = part
     R, G, L, D = k.shape
     N, H, _, head_dim = q.shape
@@ -254,7 +252,7 @@ def check_part(part: Part, q: Tensor) -> None:
 def run_attend(
     q: Tensor, tensors: list[Tensor | None], input_pos: Tensor, slopes: Tensor | None, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend` as an operator. tensors: of all parts, one after another."""
+    """CPU implementation of the `attend` op. tensors: the fields of all parts, concatenated."""
     check_gradients("attention by kernels.cpp", q, slopes, *tensors)
     size = len(Part._fields)
     parts = [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
@@ -292,20 +290,20 @@ def run_attend(
 
 
 def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """What torch.compile needs to know of it. The heads of a position lie together, as the next product wants them."""
+    """Allocate the outputs; also the meta implementation. The heads of a position are adjacent, for the next linear."""
     N, H, S, D = q.shape
     return q.new_empty(N, S, H, D).transpose(1, 2), q.new_empty(N, H, S, dtype=torch.float32)
 
 
 def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
-    """Whether the operators take weights of such a shape on a CPU, and are there."""
+    """Whether the CPU linear ops support weights of this dtype and shape and are available."""
     fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
     return fits and library().functions is not None
 
 
 def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [...,in] times weight [out,in], both in one dtype -> [...,out]. Read as memory is read fastest, where the rows
-    are as few as to wait for it; of more rows PyTorch's product is faster."""
+    """Multiply x [...,in] by weight [out,in] of the same dtype -> [...,out]. Uses the GEMV for few rows, which are
+    memory-bound; for more, PyTorch's linear is faster."""
     check_gradients("streamed_linear", x, weight, bias)
     fits = x.dtype == weight.dtype and weight.is_contiguous() and multiplies(x.dtype, x.shape[-1], x.shape[-1])
     if x.numel() > STREAMED_ROWS * x.shape[-1] or not fits:
@@ -314,7 +312,8 @@ def run_streamed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x [...,in] -> [...,out]. An Int8Weight of linear.py; with zeros, an Int4Weight. Sums are in fp32."""
+    """Multiply x [...,in] by an Int8Weight (linear.py), an Int4Weight if zeros are given, or a plain weight if scales
+    are None -> [...,out]. Sums are in fp32."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     check_gradients("a product by kernels.cpp", x, values, scales, zeros, bias)
@@ -340,19 +339,19 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
 
 
 def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
-    """What torch.compile needs to know of it."""
+    """Allocate the output; also the meta implementation."""
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
 def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
-    """sampling.of_tokens, by the kernel where there is one."""
+    """sampling.of_tokens, by the C++ kernel if it is available."""
     if rows.device.type != "cpu" or library().functions is None:
         return sampling.of_tokens(rows, tokens)
     return numbers(sampling.token_keys(rows), tokens)
 
 
 def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
-    """sampling.of_tokens for the keys [N] of rows and tokens [N,K], int64 -> fp64 [N,K]."""
+    """C++ version of sampling.of_tokens: row keys int64 [N], tokens int64 [N,K] -> fp64 [N,K]."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]

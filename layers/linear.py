@@ -1,13 +1,13 @@
-"""Other ways to hold the weight of a linear layer than plainly: packed by oneDNN, int8, int4. They enter a network
-through `swap_linears`; what multiplies by a quantised weight, `make_linear` chooses, once, at construction.
+"""Linear layers with prepacked (oneDNN) or quantised (int8, int4) weights.
 
-oneDNN reorders a plain bfloat16 weight at every product; a packed one was reordered once. A plain fp32 product is not
-oneDNN's at all; packed, it is, and is faster from some rows on. A packed weight is opaque to torch.compile, so a graph
-holds its number, and an operator of our own looks the number up.
+`swap_linears` inserts them into a network; `make_linear` chooses a quantised layer's kernel once, at construction.
+oneDNN reorders a plain bfloat16 weight at every product, a packed one only once. Plain fp32 products do not use oneDNN;
+packed ones do, and are faster above some number of rows. A packed weight is opaque to torch.compile, so a graph holds
+its number, and a custom op looks the weight up.
 
-Nothing else knows of these kernels: where choose_kernel always says "dequantised", all else works.
+No other file depends on these kernels: if choose_kernel always returned "dequantised", everything would still work.
 
-Shapes: N rows, S positions; out and in: the features of a layer; groups: runs of `in` that share a scale.
+Shapes: N rows, S positions; out, in: a layer's features; groups: runs of `in` that share a scale.
 """
 
 import ctypes
@@ -32,36 +32,36 @@ from bifurcated_attention import differentiated
 from layers.kernels import check_gradients, linear_shape, multiplies
 from layers.moe import GroupedLinear
 
-# Matrices below this many numbers are multiplied as fast as they are (2 cores), and the operator costs some 5 us.
+# Elements below which packing gains nothing (2 cores): the op call itself costs some 5 us.
 SMALLEST = 1 << 17
 
-BLOCK = 1 << 19  # numbers dequantised at a time, so that they stay in a CPU's cache
+BLOCK = 1 << 19  # elements dequantised at a time, to stay in a CPU's cache
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products of bfloat16 numbers. On plain AVX-512 oneDNN does without: a step
-    of one row, which reads more than it multiplies, takes two thirds of the time of fp32 there, but one of 64 rows four
-    times as long (docs/benchmarks.md), and reading a prompt is all multiplying."""
+    """Whether the CPU has bfloat16 multiply instructions. Without them (plain AVX-512) oneDNN's bfloat16 takes
+    two thirds of the time of fp32 for a step of one row, which is memory-bound, but four times as long for 64 rows
+    (docs/benchmarks.md), and prefill is compute-bound."""
     if IS_X86:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class HeldLinear(nn.Module):
-    """A linear layer for inference whose weight is not held plainly. kernel: what multiplies by it.
+    """Linear layer for inference whose weight is packed or quantised. kernel: name of the kernel that multiplies by it.
 
-    Operators have no gradients: where autograd asks for those of the input or the bias, PyTorch's product runs."""
+    Custom ops have no gradients: if autograd needs those of the input or the bias, F.linear runs instead."""
 
     kernel: str
 
 
 def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
-    """Replaces every nn.Linear by make(its name, it), where that is not None: one after another, so that one weight
-    at most is held twice.
+    """Replace every nn.Linear by make(name, linear), unless that is None; one at a time, so that at most one weight is
+    held twice.
 
-    A weight that other modules use too, such as a tied embedding, stays as it is: it would be held twice for good.
+    A weight shared with another module, such as a tied embedding, is left as it is: it would stay in memory twice.
     """
     used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     parents = [(name, module) for name, module in model.named_modules() if not isinstance(module, nn.Linear)]
@@ -75,31 +75,31 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
 
 
 def replace_module(parent: nn.Module, name: str, made: nn.Module) -> None:
-    """Puts a layer in the place of a child, whose hooks it keeps, such as the gathering of a divided output."""
+    """Replace a child module and keep its forward hooks, such as the all-gather of a sharded output."""
     made._forward_hooks.update(parent._modules[name]._forward_hooks)  # type: ignore[union-attr]
     setattr(parent, name, made)
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """How many linear layers each kernel multiplies, by its name."""
+    """Count linear layers by kernel name."""
     linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear | GroupedLinear))
     return dict(Counter(getattr(linear, "kernel", "plain") for linear in linears))
 
 
 class MappedFiles:
-    """The files that are mapped into this process, so that pages of theirs whose numbers are now held in another form
-    can go. Read again, they would come back. Where the system does not list its mappings, as Linux does, they stay."""
+    """Files mapped into this process, to free pages whose tensors have been converted or packed. A freed page is read
+    from its file again on access. Linux only: elsewhere mappings are not listed, and pages stay."""
 
-    DONTNEED = 4  # madvise's number for that
+    DONTNEED = 4  # MADV_DONTNEED
 
     def __init__(self) -> None:
         maps = Path("/proc/self/maps")
         lines = [line.split(maxsplit=5) for line in (maps.read_text().splitlines() if maps.exists() else ())]
-        files = [line[0].split("-") for line in lines if line[4] != "0"]  # by their inode
+        files = [line[0].split("-") for line in lines if line[4] != "0"]  # inode 0: not a file
         self.ranges = [(int(begin, 16), int(end, 16)) for begin, end in files]
 
     def convert(self, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-        """tensor.to(device, dtype), some rows at a time, whose pages then go."""
+        """tensor.to(device, dtype), a block of rows at a time, freeing its pages after each."""
         if (tensor.device, tensor.dtype) == (torch.device(device), dtype):
             return tensor
         made, rows = torch.empty_like(tensor, device=device, dtype=dtype), max(1, (BLOCK << 2) // tensor[0].numel())
@@ -109,7 +109,7 @@ class MappedFiles:
         return made
 
     def release(self, tensor: Tensor) -> None:
-        """Gives back the whole pages that hold a tensor, where they are a file's."""
+        """Free the whole pages that a tensor covers, if they are mapped from a file."""
         page, first = mmap.PAGESIZE, tensor.data_ptr()
         begin, end = -(-first // page) * page, (first + tensor.nbytes) // page * page
         if begin < end and tensor.is_contiguous() and any(low <= begin and end <= high for low, high in self.ranges):
@@ -121,18 +121,18 @@ WEIGHTS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary(
 
 
 def multiply(x: Tensor, bias: Tensor | None, number: int, features: int) -> Tensor:
-    """x [N,S,in] times the packed weight of that number -> [N,S,out]."""
+    """Multiply x [N,S,in] by the packed weight with this number -> [N,S,out]."""
     check_gradients("packed_linear", x, bias)
     return torch.ops.mkldnn._linear_pointwise(x, WEIGHTS[number], bias, "none", [], "")
 
 
 def multiply_shape(x: Tensor, bias: Tensor | None, number: int, features: int) -> Tensor:
-    """What torch.compile needs to know of `multiply`."""
+    """Meta implementation of `multiply`."""
     return x.new_empty(*x.shape[:-1], features)
 
 
 class StreamedLinear(nn.Linear):
-    """nn.Linear, of whose weight one or two rows are multiplied by the operator of kernels.py."""
+    """nn.Linear using our GEMV (kernels.py) for one or two input rows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -147,23 +147,23 @@ class StreamedLinear(nn.Linear):
 
 
 def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
-    """Whether a plain weight is read faster so: on a CPU, but not in bfloat16 where oneDNN has instructions for it."""
+    """Whether the GEMV is faster for a plain weight: on a CPU, except in bfloat16 if oneDNN has instructions for it."""
     fast = dtype == torch.bfloat16 and multiplies_bfloat16()
     return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
 
 
 def stream_linears(model: nn.Module) -> None:
-    """Makes one or two rows stream the weight of every plain linear layer that is large enough, shared ones too."""
+    """Replace every plain linear layer that is large enough by a StreamedLinear, shared weights too."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                large = child.weight.numel() >= SMALLEST and not child.weight.requires_grad  # or it is being trained
+                large = child.weight.numel() >= SMALLEST and not child.weight.requires_grad  # not in training
                 if large and streams(child.weight.device, child.weight.dtype, child.in_features):
                     replace_module(parent, name, StreamedLinear(child))
 
 
 class PackedLinear(HeldLinear):
-    """nn.Linear, its weight packed by oneDNN."""
+    """Linear layer with a weight prepacked by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -179,15 +179,15 @@ class PackedLinear(HeldLinear):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing may pay here: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN takes there."""
+    """Whether packing may pay off: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN supports there."""
     if device.type != "cpu" or not IS_X86:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
-    """Packs every plain linear layer, or one that was dequantised, that is large enough. tied_output: an output that is
-    the embedding too, which then is held twice."""
+    """Pack every plain or dequantised linear layer that is large enough. tied_output: also pack an output that is tied
+    to the embedding, which then is held twice."""
     files = MappedFiles()
 
     def pack(name: str, linear: nn.Linear) -> nn.Module | None:
@@ -204,7 +204,7 @@ def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """values int8 [out,in] times scales bfloat16 [out]: symmetric, a scale per output channel."""
+    """Symmetric int8 weight with a scale per output channel: values int8 [out,in] times scales bfloat16 [out]."""
 
     kind: ClassVar[str] = "int8"
     values: Tensor
@@ -212,7 +212,7 @@ class Int8Weight:
 
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int = 0) -> "Int8Weight":
-        """Without memory: for its shapes and sizes."""
+        """Make a weight on the meta device, for its shapes and sizes."""
         return cls(*empty_tensors((outputs, inputs), torch.int8, (outputs,), 1))
 
     @property
@@ -220,21 +220,21 @@ class Int8Weight:
         return self.values.shape[0], self.values.shape[1]
 
     def expand(self, dtype: torch.dtype) -> Tensor:
-        """[out,in] in dtype, rounded from fp32."""
+        """Dequantise to [out,in] in dtype, rounded from fp32."""
         return self.values.float().mul_(self.scales.float()[:, None]).to(dtype)
 
     def narrow(self, dim: int, begin: int, end: int) -> "Int8Weight":
-        """The outputs (dim 0) or inputs (dim 1) from begin to end, in memory of its own."""
+        """Copy the outputs (dim 0) or inputs (dim 1) from begin to end."""
         scales = self.scales if dim else self.scales[begin:end]
         return Int8Weight(self.values.narrow(dim, begin, end - begin).clone(), scales.clone())
 
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """(code - 8) * scale + zero, with the codes 0 to 15 of two inputs in a byte, the even one in its upper half.
+    """Group-wise int4 weight, (code - 8) * scale + zero; codes 0 to 15, two per byte, the even input in the upper half.
 
-    values uint8 [out,in/2], scales and zeros bfloat16 [out,groups]. The same on every device; packed at construction
-    of a layer for what multiplies there.
+    values uint8 [out,in/2], scales and zeros bfloat16 [out,groups]. The same on every device; a layer repacks it at
+    construction for its kernel.
     """
 
     kind: ClassVar[str] = "int4"
@@ -244,12 +244,12 @@ class Int4Weight:
 
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int) -> "Int4Weight":
-        """Without memory: for its shapes and sizes."""
+        """Make a weight on the meta device, for its shapes and sizes."""
         return cls(*empty_tensors((outputs, inputs // 2), torch.uint8, (outputs, inputs // groupsize), 2))
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor) -> "Int4Weight":
-        """codes uint8 [out,in], of 0 to 15."""
+        """Pack codes, 0 to 15, uint8 [out,in]."""
         return cls(codes[:, ::2] << 4 | codes[:, 1::2], scales, zeros)
 
     @property
@@ -261,16 +261,16 @@ class Int4Weight:
         return self.shape[1] // self.scales.shape[1]
 
     def codes(self) -> Tensor:
-        """uint8 [out,in], of 0 to 15."""
+        """Unpack the codes, 0 to 15, uint8 [out,in]."""
         return torch.stack((self.values >> 4, self.values & 15), -1).flatten(1)
 
     def expand(self, dtype: torch.dtype) -> Tensor:
-        """[out,in] in dtype, rounded from fp32."""
+        """Dequantise to [out,in] in dtype, rounded from fp32."""
         steps = self.codes().float().sub_(8).unflatten(1, (-1, self.groupsize))  # [out,groups,groupsize]
         return torch.addcmul(self.zeros.float()[..., None], steps, self.scales.float()[..., None]).flatten(1).to(dtype)
 
     def narrow(self, dim: int, begin: int, end: int) -> "Int4Weight":
-        """As Int8Weight.narrow. Where a cut falls inside a group of inputs, groups become smaller."""
+        """As Int8Weight.narrow. A cut inside a group of inputs makes the groups smaller."""
         if dim == 0:
             return Int4Weight(*(tensor[begin:end].clone() for tensor in tensors_of(self).values()))
         size = math.gcd(self.groupsize, begin, end)
@@ -291,12 +291,12 @@ def empty_tensors(values: tuple[int, int], dtype: torch.dtype, scales: tuple[int
 
 
 def tensors_of(weight: Quantised) -> dict[str, Tensor]:
-    """Its tensors by the names under which a checkpoint holds them, behind the name of the layer."""
+    """Tensors of a weight by field name; a checkpoint stores them as "layer.field"."""
     return {field.name: getattr(weight, field.name) for field in fields(weight)}
 
 
 def blocks(weight: Quantised) -> Iterator[tuple[int, int, Quantised]]:
-    """(begin, end, its outputs from begin to end), some BLOCK numbers each."""
+    """Yield (begin, end, the outputs from begin to end), about BLOCK elements each."""
     outputs, inputs = weight.shape
     step = max(1, BLOCK // inputs)
     for begin in range(0, outputs, step):
@@ -305,7 +305,7 @@ def blocks(weight: Quantised) -> Iterator[tuple[int, int, Quantised]]:
 
 
 def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """[out,in] in dtype, rounded from fp32."""
+    """Dequantise to [out,in] in dtype, a block at a time, rounded from fp32."""
     whole = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
     for begin, end, part in blocks(weight):
         whole[begin:end] = part.expand(dtype)
@@ -313,8 +313,8 @@ def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
 
 
 def multiply_expanded(x: Tensor, weight: Quantised) -> Tensor:
-    """x [rows,in] -> [rows,out] in x's dtype, a block of the weight at a time. The products are in fp32 where the CPU
-    has no instructions for those of x's dtype: that is several times as fast there."""
+    """Multiply x [rows,in] -> [rows,out] in x's dtype, dequantising a block of the weight at a time. Computes in fp32
+    if the CPU has no instructions for x's dtype: that is several times as fast there."""
     dtype = x.dtype if multiplies_bfloat16() else torch.float32
     product, wide = x.new_empty(x.shape[0], weight.shape[0]), x.to(dtype)
     for begin, end, part in blocks(weight):
@@ -322,13 +322,13 @@ def multiply_expanded(x: Tensor, weight: Quantised) -> Tensor:
     return product
 
 
-# Rows of one product from which on dequantising the weight for it is faster than the operator, which dequantises in
-# its inner loop for every few rows. 1 core with AVX2, in bfloat16, matrices of 768 x 2048 to 5632 x 2048.
+# Fewest input rows for which dequantising block by block beats PyTorch's op, which dequantises again for every few
+# rows. Measured on 1 core with AVX2, in bfloat16, matrices of 768 x 2048 to 5632 x 2048.
 EXPAND_FROM = {"int8": 24, "int4": 96}
 
 
 def multiply_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x bfloat16 [N,S,in], an Int8Weight -> [N,S,out]."""
+    """Multiply x bfloat16 [N,S,in] by an Int8Weight -> [N,S,out]."""
     check_gradients("int8_linear", x, scales, bias)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.shape[0] < EXPAND_FROM["int8"]:
@@ -342,7 +342,7 @@ def multiply_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None
 def multiply_int4(
     x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """x bfloat16 [N,S,in], an Int4Weight, packed and as it is -> [N,S,out]. packed_scales [groups,out,2]."""
+    """Multiply x bfloat16 [N,S,in] by an Int4Weight, packed and plain -> [N,S,out]. packed_scales [groups,out,2]"""
     check_gradients("int4_linear", x, scales, zeros, bias)
     flat, weight = x.reshape(-1, x.shape[-1]).contiguous(), Int4Weight(values, scales, zeros)
     if flat.shape[0] < EXPAND_FROM["int4"]:
@@ -373,7 +373,7 @@ OPERATORS.impl("int4_linear", multiply_int4_shape, "Meta")
 
 
 class DequantisedLinear(nn.Linear):
-    """A plain layer whose weight was dequantised once: as large and as fast as one that never was quantised."""
+    """nn.Linear with a weight dequantised at construction: as large and as fast as an unquantised one."""
 
     kernel = "dequantised"
 
@@ -385,7 +385,7 @@ class DequantisedLinear(nn.Linear):
 
 
 class QuantisedLinear(HeldLinear):
-    """Holds a quantised weight as it is, and dequantises it at each product, which torch.compile may fuse with it."""
+    """Linear layer that dequantises its weight at each product; torch.compile may fuse the two."""
 
     kernel = "dequantised at each product"
 
@@ -411,7 +411,7 @@ class QuantisedLinear(HeldLinear):
 
 
 class Int8PackLinear(QuantisedLinear):
-    """PyTorch's operator for int8 weights on a CPU; many rows, such as a prompt's, dequantise block by block."""
+    """Linear layer using PyTorch's CPU op for int8 weights; many rows, as in prefill, dequantise block by block."""
 
     kernel = "int8pack"
 
@@ -420,8 +420,8 @@ class Int8PackLinear(QuantisedLinear):
 
 
 class Int4PackLinear(QuantisedLinear):
-    """PyTorch's operator for int4 weights on a CPU, which has an order of its own; many rows dequantise block by block
-    from what the checkpoint holds: on a CPU those are pages of its file, in memory only while they are used."""
+    """Linear layer using PyTorch's CPU op for int4 weights, which has its own layout. Many rows dequantise block by
+    block from the checkpoint's tensors: on a CPU these are mapped file pages, in memory only while they are used."""
 
     kernel = "int4pack"
 
@@ -437,7 +437,7 @@ class Int4PackLinear(QuantisedLinear):
 
 
 class WidenedLinear(QuantisedLinear):
-    """The operator of kernels.py: a weight is read in its few bytes, and widened in registers, at any row count."""
+    """Linear layer using the op of kernels.py: reads quantised bytes and widens them in registers, for any rows."""
 
     kernel = "widened"
 
@@ -447,7 +447,7 @@ class WidenedLinear(QuantisedLinear):
 
 
 class TinygemmLinear(HeldLinear):
-    """PyTorch's operator for int4 weights on CUDA."""
+    """Linear layer using PyTorch's CUDA op for int4 weights."""
 
     kernel = "tinygemm"
 
@@ -477,12 +477,12 @@ LINEARS: dict[str, Callable[..., nn.Module]] = {
     )
 }
 
-# The sizes of groups that PyTorch's operators for int4 take.
+# Group sizes that PyTorch's int4 ops support.
 PACK_GROUPS = (32, 64, 128, 256)
 
-# The fewest and the most rows of a decode step at which PyTorch's operators for a CPU beat a dequantised weight in
-# bfloat16, by whether the CPU has instructions for it (AVX-512, 2 cores) or not (AVX2: a whole step of 12 layers takes
-# 1.4 times as long at one row, two thirds at 8 and 64). In fp32 and float16 they are several times slower.
+# Fewest and most rows of a decode step for which PyTorch's CPU ops beat a dequantised bfloat16 weight, by whether the
+# CPU has bfloat16 instructions (measured: AVX-512, 2 cores) or not (AVX2: a whole step of 12 layers takes 1.4 times as
+# long at one row, two thirds at 8 and 64). In fp32 and float16 the ops are several times slower.
 PACK_ROWS = {
     ("int8", True): (1, 4),
     ("int4", True): (1, 8),
@@ -491,20 +491,20 @@ PACK_ROWS = {
 }
 
 
-# The most rows of a decode step at which the operator of kernels.py beats all others, by the same. Where there are
-# instructions for bfloat16 it has not been measured, and an estimate stands here.
+# Most rows of a decode step for which the op of kernels.py beats all others, by whether the CPU has bfloat16
+# instructions. With them it has not been measured: 16 is an estimate.
 WIDEN_ROWS = {True: 16, False: math.inf}
 
 
 def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """What multiplies fastest in decode steps of so many rows: a key of LINEARS."""
+    """Choose the fastest kernel, a key of LINEARS, for decode steps of `rows` rows."""
     outputs, inputs = weight.shape
     groups = isinstance(weight, Int8Weight) or weight.groupsize in PACK_GROUPS
     if device.type == "cpu":
         groupsize = inputs if isinstance(weight, Int8Weight) else weight.groupsize
         if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize):
             return "widened"
-        # Of other sizes the operators raise, and the one for int8 reads past the end of its weight.
+        # On other sizes the ops raise, and the int8 one reads past the end of its weight.
         fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
         fewest, most = PACK_ROWS[weight.kind, multiplies_bfloat16()]
         wins = IS_X86 and dtype == torch.bfloat16 and fewest <= rows <= most
@@ -515,22 +515,22 @@ def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, r
 
 
 def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the CUDA device can run it: in bfloat16, from compute capability 8.0 on."""
+    """Whether the device can run tinygemm: CUDA with compute capability 8.0 or higher, in bfloat16."""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def make_linear(
     weight: Quantised, bias: Tensor | None, device: torch.device, dtype: torch.dtype, rows: int
 ) -> nn.Module:
-    """The layer x [N,S,in] -> [N,S,out] that runs best where decode steps have `rows` rows; right for any number.
+    """Make the layer that is fastest in decode steps of `rows` rows, and correct for any. x [N,S,in] -> [N,S,out]
 
-    device: where the weight and the bias are already.
+    device: where the weight and the bias already are.
     """
     return LINEARS[choose_kernel(weight, device, dtype, rows)](weight, bias, dtype)
 
 
 def held_bytes(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
-    """Bytes that a decode step reads of what make_linear makes of this weight."""
+    """Bytes that a decode step reads of the layer that make_linear would make."""
     if choose_kernel(weight, device, dtype, rows) == "dequantised":
         return math.prod(weight.shape) * dtype.itemsize
     return sum(tensor.nbytes for tensor in tensors_of(weight).values())

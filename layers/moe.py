@@ -1,11 +1,11 @@
-"""Experts: a linear layer with an expert dimension, the router, and the order in which rows meet their experts.
+"""Mixture of experts: router, token permutation, expert linears.
 
-Rows are sorted by expert, so that each expert multiplies one run of them, and an expert that no token chose is neither
-read nor multiplied. Where each run ends is known only on the device: PyTorch's grouped product takes that as a tensor
-(CUDA), and elsewhere a loop over the experts that are present is one operator, opaque to torch.compile.
+Rows are sorted by expert: each expert multiplies one contiguous run, and the weights of an expert that no token chose
+are not read. Only the device knows where the runs end: on CUDA, PyTorch's grouped GEMM takes the ends as a tensor;
+elsewhere a loop over the chosen experts is one op, opaque to torch.compile.
 
-Shapes: M tokens, N rows times S positions; E experts, K of them for each token; R = M K rows, one for each token and
-expert; out and in: the features of a layer.
+Shapes: M tokens (N rows times S positions), E experts, K experts per token, R = M K rows, one per token and expert;
+out, in: a layer's features.
 """
 
 import itertools
@@ -25,11 +25,11 @@ from bifurcated_attention import differentiated
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The shape of the mixtures of a network: experts of a width, of which each token is sent to `used`.
+    """Shape of a network's MoE layers: `experts` experts of hidden size `width`, `used` of them per token.
 
-    renormalised: the weights of a token's experts sum to 1, which is a softmax over them alone; otherwise they are as
-    the softmax over all experts has them. shared: the width of an expert that every token passes besides, 0 for none.
-    dense: the layers that have a plain feed-forward part instead.
+    renormalised: a token's expert weights are a softmax over its chosen experts and sum to 1; otherwise they are taken
+    from the softmax over all experts. shared: hidden size of an expert that every token uses as well, 0: none.
+    dense: layers with a plain feed-forward instead.
     """
 
     experts: int
@@ -44,16 +44,16 @@ class MoEConfig:
             raise ValueError(f"a token cannot be sent to {self.used} of {self.experts} experts")
 
     def expected(self, rows: int) -> float:
-        """How many distinct experts so many tokens are expected to choose, were every expert equally likely."""
+        """Expected number of distinct experts that `rows` tokens choose, assuming uniform routing."""
         return self.experts * (1 - (1 - self.used / self.experts) ** rows)
 
     def has(self, name: str) -> bool:
-        """Whether a tensor of that name belongs to an expert, of which a step reads those that are chosen."""
+        """Whether a tensor of that name belongs to a routed expert: a step reads only the chosen ones."""
         found = re.match(r"layers\.(\d+)\.feed_forward\.w\d", name)
         return found is not None and int(found[1]) not in self.dense
 
     def rows_of(self, name: str, rows: int) -> int:
-        """Rows that a layer of that name multiplies in a step of `rows` rows: of an expert, as many as are expected."""
+        """Rows that a layer of that name multiplies in a step of `rows` rows; for an expert, the expected number."""
         return max(1, round(rows * self.used / self.experts)) if self.has(name) else rows
 
 
@@ -62,7 +62,7 @@ EXPERTS: "weakref.WeakValueDictionary[int, ExpertLinear]" = weakref.WeakValueDic
 
 
 def multiply(x: Tensor, ends: Tensor, number: int, features: int) -> Tensor:
-    """x [R,in], sorted by expert, those of each before ends [E], times the weights of that number -> [R,out]."""
+    """Multiply x [R,in], sorted by expert in runs that end at ends [E], by the experts of this number -> [R,out]."""
     product, begin = x.new_empty(x.shape[0], features), 0
     for linear, end in zip(EXPERTS[number], ends.tolist(), strict=True):
         if end > begin:
@@ -72,7 +72,7 @@ def multiply(x: Tensor, ends: Tensor, number: int, features: int) -> Tensor:
 
 
 def multiply_shape(x: Tensor, ends: Tensor, number: int, features: int) -> Tensor:
-    """What torch.compile needs to know of `multiply`."""
+    """Meta implementation of `multiply`."""
     return x.new_empty(x.shape[0], features)
 
 
@@ -84,8 +84,8 @@ OPERATORS.impl("expert_linear", multiply_shape, "Meta")
 
 
 class ExpertLinear(nn.ModuleList):
-    """A linear layer with an expert dimension: one layer for each expert, which may hold its weight in any way
-    (linear.py). A graph holds its number, and the operator looks the number up."""
+    """Linear layer with an expert dimension: one layer per expert, of any kind in linear.py. A torch.compile graph
+    holds its number, and the custom op looks the layers up."""
 
     features: int
 
@@ -96,18 +96,18 @@ class ExpertLinear(nn.ModuleList):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.number = next(NUMBERS)  # a copy has weights of its own
+        self.number = next(NUMBERS)  # a copy has its own weights
         EXPERTS[self.number] = self
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and differentiated(x, *self.parameters()):  # the operator has no gradients
+        if torch.is_grad_enabled() and differentiated(x, *self.parameters()):  # the op has no gradients
             return multiply(x, ends, self.number, self.features)
         return torch.ops.bifurcated.expert_linear(x, ends, self.number, self.features)
 
 
 class GroupedLinear(nn.Module):
-    """ExpertLinear with all weights in one tensor [E,out,in], multiplied by PyTorch's grouped product: on CUDA one
-    kernel, which does not wait for the host."""
+    """ExpertLinear with all weights in one tensor [E,out,in], multiplied by PyTorch's grouped GEMM: on CUDA one kernel,
+    without a host sync."""
 
     kernel = "grouped"
 
@@ -122,15 +122,15 @@ class GroupedLinear(nn.Module):
 
 
 def can_group(weight: Tensor) -> bool:
-    """Whether the device has a grouped product of such weights [out,in]: of bfloat16, at compute capability 9 or 10,
-    their rows at multiples of 16 bytes. Elsewhere PyTorch's own is a loop, which waits for the host."""
+    """Whether the device has a grouped GEMM for such weights [out,in]: bfloat16 at compute capability 9 or 10, with
+    rows aligned to 16 bytes. Elsewhere PyTorch's is a loop that syncs with the host."""
     fast = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
     return fast and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape)
 
 
 def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -> None:
-    """Replaces every ExpertLinear of plain weights that the device can group: one after another, so that the weights of
-    one at most are held twice."""
+    """Replace every ExpertLinear with plain weights that the device can group by a GroupedLinear; one at a time, so
+    that the weights of at most one are held twice."""
     parents = [module for module in model.modules() if not isinstance(module, ExpertLinear | nn.Linear)]
     for parent in parents:
         for name in list(parent._modules):
@@ -140,16 +140,16 @@ def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -
             ):
                 setattr(parent, name, GroupedLinear(child))
                 del child
-                torch.cuda.empty_cache()  # memory of single experts is in blocks too small for the next one
+                torch.cuda.empty_cache()  # single experts' blocks are too small to reuse for the next stack
 
 
 def is_recordable(model: nn.Module) -> bool:
-    """Whether a step can be a recorded CUDA graph: a loop over experts waits for the host to know who is present."""
+    """Whether a step can be captured as a CUDA graph: the loop over experts syncs with the host."""
     return not any(isinstance(module, ExpertLinear) for module in model.modules())
 
 
 class Gate(nn.Module):
-    """A small matrix [out,in] that decides or weighs: not an nn.Linear, so that it is never quantised nor packed."""
+    """Small gating linear [out,in]; not an nn.Linear, so that it is never quantised or packed."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -160,15 +160,15 @@ class Gate(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts each token is sent to, and with which weights."""
+    """Top-k router: each token's experts and their weights."""
 
     def __init__(self, mixture: MoEConfig, dim: int) -> None:
         super().__init__()
         self.mixture, self.weight = mixture, Parameter(torch.empty(mixture.experts, dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [M,dim] -> the weights of each token's experts, in fp32 or more, and their numbers, the best first [M,K].
-        Of equal ones the first are taken."""
+        """Route x [M,dim] -> expert weights, in fp32 or wider, and expert numbers, best first, both [M,K]. Ties go to
+        the lower number."""
         logits = F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32))  # [M,E]
         chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self.mixture.used]
         weights = logits.softmax(-1).gather(1, chosen)
@@ -176,21 +176,20 @@ class Router(nn.Module):
 
 
 def by_expert(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """chosen [M,K] -> its order by expert, then by token [R], and where each expert's rows end in it, int32 [E]."""
+    """Sort chosen [M,K] by expert, then by token -> the order [R] and the end of each expert's run, int32 [E]."""
     found, order = chosen.flatten().sort(stable=True)
     numbers = torch.arange(experts, device=chosen.device)
     return order, torch.searchsorted(found, numbers, right=True, out_int32=True)
 
 
 def by_token(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """rows [R,dim] in the order of by_expert -> the weighted sum of each token's [M,dim], in the weights' dtype."""
+    """Undo by_expert's order and sum each token's weighted rows, in the weights' dtype. rows [R,dim] -> [M,dim]"""
     found = rows[order.argsort()].unflatten(0, weights.shape)  # [M,K,dim]
     return (found * weights[..., None]).sum(1).to(rows.dtype)
 
 
 class MixtureOfExperts(nn.Module):
-    """Gated linear units, of which each token passes those that a router chooses; Jiang et al. 2024
-    (arXiv 2401.04088)."""
+    """Gated feed-forward experts, K of them per token chosen by a router; Jiang et al. 2024 (arXiv 2401.04088)."""
 
     def __init__(
         self,
@@ -200,7 +199,7 @@ class MixtureOfExperts(nn.Module):
         linear: type[nn.Linear],
         shared: nn.Module | None,
     ) -> None:
-        """shared: a feed-forward part that every token passes besides."""
+        """shared: feed-forward part that every token uses as well."""
         super().__init__()
         self.mixture, self.activation = mixture, activation
         self.router = Router(mixture, dim)

@@ -1,6 +1,6 @@
-"""How positions enter attention: rotary frequencies and their published scalings, ALiBi's slopes, windows, soft caps.
+"""Position encodings: rotary embeddings (RoPE) with their published scalings, and ALiBi slopes.
 
-Shapes: N rows, S positions, H query heads, L slots, D head dimension.
+Shapes: N rows, S positions, H query heads, D head dimension.
 """
 
 import math
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """What of queries and keys turns by their position, where it is not simply all.
+    """RoPE variants: partial rotary, NoPE layers, local theta.
 
-    share: of each head, from its beginning. layers: for each layer "global", by the model's theta and scaling, "local",
-    by local_theta alone, or "none"; () is global for all. scale: of queries and keys alike.
+    share: rotated fraction of each head, from its start. layers: per layer "global" (the model's theta and scaling),
+    "local" (local_theta, unscaled) or "none"; (): all global. scale: multiplies queries and keys alike.
     """
 
     share: float = 1.0
@@ -24,14 +24,14 @@ class RopeConfig:
     scale: float = 1.0
 
     def size(self, head_dim: int) -> int:
-        """The numbers of a head that turn."""
+        """Rotary dimension."""
         return int(head_dim * self.share)
 
     def turns(self, layer: int) -> bool:
         return not self.layers or self.layers[layer] != "none"
 
     def part(self, layer: int, head_dim: int) -> slice | None:
-        """Of the angles of both thetas, [...,D], those of a layer; None: all, since there is one theta."""
+        """Slice of the angles of both thetas, [...,D], that a layer uses; None: all, as there is only one theta."""
         if self.local_theta is None:
             return None
         half = self.size(head_dim) // 2
@@ -40,13 +40,13 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions beyond `original_context`, the length that the model was first trained on, are rotated.
+    """RoPE scaling for positions beyond `original_context`, the length that the model was first trained on.
 
-    kind: "linear" divides all frequencies by `factor` (Chen et al. 2023, arXiv 2306.15595); "dynamic" enlarges theta
+    kind: "linear" divides all frequencies by `factor` (Chen et al. 2023, arXiv 2306.15595); "dynamic" increases theta
     with the longest position so far (NTK-aware scaling); "llama3" and "yarn" (Peng et al. 2023, arXiv 2309.00071)
-    divide those that turn fewer than `low_turns` times within the original context, keep those that turn more than
-    `high_turns` times, and blend between them; "longrope" (Ding et al. 2024, arXiv 2402.13753) divides each by a number
-    of its own, of `short` up to the original context and of `long` beyond. attention_factor: multiplies queries and
+    divide frequencies with fewer than `low_turns` rotations within the original context, keep those with more than
+    `high_turns`, and interpolate between them; "longrope" (Ding et al. 2024, arXiv 2402.13753) divides each by its own
+    factor, from `short` up to the original context and from `long` beyond. attention_factor: multiplies queries and
     keys alike (yarn, longrope).
     """
 
@@ -61,25 +61,25 @@ class RopeScaling:
 
     @property
     def by_length(self) -> bool:
-        """Whether all positions turn by the length so far."""
+        """Whether the frequencies depend on the length so far."""
         return self.kind in ("dynamic", "longrope")
 
     def regime(self, length: int) -> int:
-        """The same for two lengths so far where a position is rotated alike at both."""
+        """Key of a length so far: equal for lengths that rotate positions alike."""
         longer = max(0, length - self.original_context) if self.by_length else 0
         return longer if self.kind == "dynamic" else int(longer > 0)
 
     def crosses(self, first: int, last: int) -> bool:
-        """Whether the cache must be recomputed between the lengths `first` and `last`, as in transformers' Phi-3: keys
-        rotated by the short factors do not fit queries rotated by the long ones."""
+        """Whether the cache must be recomputed between lengths `first` and `last`, as in transformers' Phi-3: keys
+        rotated by the short factors do not match queries rotated by the long ones."""
         return self.kind == "longrope" and first <= self.original_context < last
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Radians per position of each pair of a head, fp32 [D/2]; Su et al. 2021 (arXiv 2104.09864), section 3.4.2.
 
-    For scaling by length [2,D/2]: of longrope, those up to the original context and those beyond; of dynamic, the
-    unscaled ones and the power of the stretch that each is multiplied by.
+    If they depend on the length, [2,D/2]: for longrope, the frequencies up to the original context and beyond it; for
+    dynamic, the unscaled frequencies and the exponents of the stretch that multiplies them.
     """
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / theta ** (pairs / head_dim)  # [D/2]
@@ -87,7 +87,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
         return frequencies
     if scaling.kind == "longrope":
         return frequencies / torch.tensor([scaling.short, scaling.long], device="cpu")
-    if scaling.kind == "dynamic":  # a theta enlarged by stretch^(D/(D-2))
+    if scaling.kind == "dynamic":  # theta grows by stretch^(D/(D-2))
         return torch.stack([frequencies, pairs / (2 - head_dim)])
     if scaling.kind == "linear":
         return frequencies / scaling.factor
@@ -96,7 +96,7 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
         turns = scaling.original_context * frequencies / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
     else:
-        # YaRN blends by the index of a pair, between the pairs that turn `high` and `low` times.
+        # YaRN interpolates by pair index, between the pairs with `high` and `low` rotations.
         first, last = (
             head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
             for turns in (high, low)
@@ -107,8 +107,8 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
 
 
 def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: RopeConfig) -> Tensor:
-    """What the layers of a network turn by, as rotary_frequencies: made once, so that a step makes no constants. Where
-    there is a local theta, twice as many: those of that follow, which nothing scales."""
+    """Frequencies of all layers, as rotary_frequencies; computed once, so that a step creates no constants. With a
+    local theta, its unscaled frequencies follow on the last axis, doubling it."""
     size = turning.size(head_dim)
     found = rotary_frequencies(size, theta, scaling)
     if turning.local_theta is None:
@@ -120,10 +120,10 @@ def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, tu
 
 
 def angles(input_pos: Tensor, frequencies: Tensor, scaling: RopeScaling | None, scale: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the angles by which queries and keys turn: input_pos [N,S], frequencies as all_frequencies gives
-    them -> [N,1,S,D/2] fp32, twice."""
+    """cos and sin of the rotation angles of queries and keys. frequencies: from all_frequencies.
+    input_pos [N,S] -> fp32 [N,1,S,D/2], twice"""
     if scaling is not None and scaling.by_length:
-        length = input_pos.amax(1)[:, None, None, None] + 1  # of each row so far
+        length = input_pos.amax(1)[:, None, None, None] + 1  # of each row, so far
         if scaling.kind == "longrope":
             frequencies = torch.where(length > scaling.original_context, frequencies[1], frequencies[0])
         else:
@@ -135,8 +135,8 @@ def angles(input_pos: Tensor, frequencies: Tensor, scaling: RopeScaling | None, 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of every head: x [N,H,S,D], cos and sin [N,1,S,D/2] fp32 -> [N,H,S,D]. Where they
-    are of fewer pairs, the rest of a head stays."""
+    """Rotate the pairs (i, i + D/2) of every head; with cos and sin of fewer pairs, the rest of a head is unchanged.
+    x [N,H,S,D], cos and sin fp32 [N,1,S,D/2] -> [N,H,S,D]"""
     size = 2 * cos.shape[-1]
     a, b = x[..., :size].chunk(2, -1)  # [N,H,S,D/2] each; the products promote to fp32
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -144,10 +144,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """The weight of distance in each head, fp32 [H]; Press et al. 2022 (arXiv 2108.12409), section 3.
+    """ALiBi slope of each head, fp32 [H]; Press et al. 2022 (arXiv 2108.12409), section 3.
 
-    2^(-8/n), 2^(-16/n), ... for n heads; where n is no power of two, those of the next lower one, then every second
-    slope of the next higher one.
+    2^(-8/n), 2^(-16/n), ... for n heads; if n is not a power of two, the slopes of the next lower power, then every
+    second slope of the next higher one.
     """
     lower = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * (i + 1) / lower) for i in range(lower)]

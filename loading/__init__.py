@@ -1,1 +1,1 @@
-"""A folder, or a name of the hub, to weights and a tokenizer."""
+"""Load weights and a tokenizer from a folder or the Hugging Face Hub."""

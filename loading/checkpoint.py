@@ -1,9 +1,9 @@
-"""Model files on disk -> (ModelArgs, weights). The one place that knows where they lie and how they are stored.
+"""Read and write checkpoints: model files on disk -> (ModelArgs, weights). Only this module knows their layout.
 
-A checkpoint is a folder with config.json, in the schema of Hugging Face, and the weights: model.pth (a state dict under
-this repository's names), or *.safetensors or pytorch_model*.bin (under Hugging Face's; families.py), or it is one file
-of karpathy/tinyllamas. A quantised model.pth holds its recipe beside its state dict. What a model is stands in its
-metadata; nothing is guessed from a path. Weights are mapped, not read: a page comes into memory when it is first used.
+A checkpoint is a folder with a Hugging Face config.json and the weights: model.pth (a state dict with our names), or
+*.safetensors or pytorch_model*.bin (with Hugging Face's names; families.py); or it is a single karpathy/tinyllamas
+file. A quantised model.pth stores its recipe beside its state dict. The metadata defines the model; nothing is guessed
+from a path. Weights are memory-mapped: a page is read on first use.
 """
 
 import json
@@ -49,16 +49,16 @@ from model import ModelArgs, Transformer, empty_model
 from tp import WHOLE, Shard
 
 RECIPE_VERSION = 1
-ENDS = ("tok_embeddings.weight", "output.weight")  # one tensor where they are tied
+ENDS = ("tok_embeddings.weight", "output.weight")  # one tensor if they are tied
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the weights of a checkpoint were quantised; stored in its file.
+    """How a checkpoint's weights were quantised; stored in its file.
 
-    layers: of each quantised linear layer, "int8" or "int4". groupsize: of int4, 0 where no layer is that. kept: those
-    that groupsize does not divide, in 16 bits. rounded: experts that a calibration text gave too few tokens. The
-    calibration fields are None where no text was read.
+    layers: "int8" or "int4" for each quantised linear layer. groupsize: of int4, 0 if no layer is int4. kept: layers
+    that groupsize does not divide, kept in 16 bits. rounded: experts rounded to nearest, as the calibration text gave
+    them too few tokens. calibration_*: None without a calibration text.
     """
 
     mode: str
@@ -77,7 +77,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a model lies and what its metadata says. No weight is read, but an output beside a tied embedding."""
+    """Location and metadata of a model. No weight is read, except an output stored beside a tied embedding."""
 
     folder: Path
     weights: tuple[Path, ...]
@@ -88,10 +88,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = weight_files) -> Checkpoint:
-    """Reads the metadata of a checkpoint. path: its folder, the model.pth in it, a file of karpathy/tinyllamas, or a
-    repository's folder in the hub's cache. choose: a folder's weights.
+    """Read a checkpoint's metadata. path: its folder, the model.pth in it, a karpathy/tinyllamas file, or a
+    repository's folder in the hub's cache. choose: returns the weight files of a folder.
 
-    Raises FileNotFoundError where a file is missing and ValueError where one does not say what it must.
+    Raises FileNotFoundError if a file is missing and ValueError if one is invalid.
     """
     path = snapshot(path)
     if not path.exists():
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
     try:
         args = args_from_config(config)
         eos_ids = as_ids(config.get("eos_token_id"))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field is of another type or size
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field has the wrong type or size
         raise ValueError(f"{source}: {error}") from error
     generation = folder / "generation_config.json"
     if generation.exists():
@@ -129,8 +129,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether a tied model's file has no output of other values than the embedding's: it would be the one to use, as in
-    transformers."""
+    """Whether a tied model stores no output that differs from its embedding: that would be used, as in transformers."""
     if checkpoint.recipe is not None and "output" in checkpoint.recipe.layers:
         return False
     stored = read_stored(checkpoint)
@@ -139,12 +138,12 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def is_quantised(found: object) -> bool:
-    """Whether an unpickled file has the layout of save_quantised."""
+    """Whether an unpickled file has save_quantised's layout."""
     return isinstance(found, dict) and found.keys() == {"recipe", "state"}
 
 
 def read_recipe(values: Any, path: Path) -> Recipe:
-    """Raises ValueError where it is not one that this version knows."""
+    """Parse a recipe. Raises ValueError if it is invalid or of another version."""
     values = values if isinstance(values, dict) else {}
     version, kinds = values.get("version"), get_type_hints(Recipe)
     if isinstance(version, int) and version != RECIPE_VERSION:
@@ -161,7 +160,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
 
 
 def is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of the type of a field of Recipe: a plain one, or a dict or tuple of strings."""
+    """Whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
     if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
@@ -170,7 +169,7 @@ def is_of(value: object, kind: Any) -> bool:
 
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:
-    """The three forms that eos_token_id takes."""
+    """Parse eos_token_id: an id, a list of ids, or null. Raises ValueError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) for id in ids):
         raise ValueError(f"eos_token_id {value!r} is not a token id, nor a list of them")
@@ -178,7 +177,7 @@ def as_ids(value: int | list[int] | None) -> frozenset[int]:
 
 
 class Stored(NamedTuple):
-    """A tensor, or a part of one, and where it lies: the file, and the name that it has there."""
+    """A stored tensor, or a part of one, with its file and its name in the file."""
 
     tensor: Tensor
     path: Path
@@ -186,8 +185,8 @@ class Stored(NamedTuple):
 
 
 def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
-    """The tensors under our names, mapped. Raises ValueError where a file is truncated or of another kind, or where two
-    hold the same tensor."""
+    """Map the tensors into memory, by our names. Raises ValueError if a file is truncated or of another kind, or if a
+    tensor is stored twice."""
     state: dict[str, Stored] = {}
     for path in checkpoint.weights:
         found: Any = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
@@ -209,13 +208,13 @@ def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
 
 
 def has_their_names(path: Path) -> bool:
-    """Whether the tensors in a file have Hugging Face's names."""
+    """Whether a file's tensors have Hugging Face's names."""
     return path.suffix in (".safetensors", ".bin")
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The tensors under our names, mapped; a tied output is the embedding. Raises ValueError as read_stored, and where
-    they are not those that config.json tells of."""
+    """Map the tensors into memory, by our names; a tied output is the embedding. Raises ValueError as read_stored, and
+    if they do not match config.json."""
     state = read_stored(checkpoint)
     ends = [state[name] for name in ENDS if name in state]
     if checkpoint.args.tied_output and ends:
@@ -225,7 +224,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def check_state(found: Any, path: Path) -> None:
-    """Raises ValueError where an unpickled value is not a dictionary of dense tensors that hold values."""
+    """Raises ValueError if an unpickled value is not a dict of dense CPU tensors."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
     for name, each in found.items():
@@ -236,12 +235,12 @@ def check_state(found: Any, path: Path) -> None:
 
 
 def unpickle(path: Path) -> Any:
-    """What torch.save wrote, its tensors mapped. No code in the file is run. Raises ValueError."""
+    """Load a torch.save file with its tensors mapped, without running code in it. Raises ValueError."""
     check_plain(path)
     try:
-        mapped = zipfile.is_zipfile(path)  # older files are not, and can only be read
+        mapped = zipfile.is_zipfile(path)  # the older format is not, and cannot be mapped
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # damaged bytes raise whatever the unpickler happens to run into
+    except Exception as error:  # on damaged bytes the unpickler may raise anything
         if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
             raise ValueError(f"{path} would run code on loading ({code[1]}): refused, give plain tensors") from error
         if kind := kind_of(path):
@@ -262,7 +261,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Quantised]:
-    """The layers of the recipe, by name, without memory. Raises ValueError where the network has no such layer."""
+    """The recipe's layers by name, on the meta device. Raises ValueError if the network lacks one."""
     layers, groupsize = (recipe.layers, recipe.groupsize) if recipe else ({}, 0)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if unknown := sorted(layers.keys() - linears.keys()):
@@ -274,7 +273,7 @@ def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Qu
 
 
 def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:
-    """What the weights of this network must be, by name: shapes, and of quantised ones the dtypes."""
+    """Expected tensors by name: shapes, and for quantised layers dtypes."""
     expected = dict(model.state_dict())
     for layer, weight in quantised_weights(model, recipe).items():
         del expected[f"{layer}.weight"]
@@ -283,14 +282,14 @@ def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Ten
 
 
 def check_weights(checkpoint: Checkpoint, state: Mapping[str, Stored]) -> None:
-    """Raises ValueError that names the first few tensors, as their file does, that are missing, left over or of another
-    shape."""
+    """Raises ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
+    their names in the files."""
     model, paths = empty_model(checkpoint.args), checkpoint.weights
     expected = expected_tensors(model, checkpoint.recipe)
     exact = expected.keys() - model.state_dict().keys()
 
     def named(names: Iterable[str]) -> list[str]:
-        """Each as its file names it, with that file where there are several."""
+        """The tensors' names in their files, with the file if there are several."""
         return [state[name].name + f" of {state[name].path.name}" * (len(paths) > 1) for name in sorted(names)]
 
     missing = sorted(expected.keys() - state.keys())
@@ -320,12 +319,12 @@ def check_weights(checkpoint: Checkpoint, state: Mapping[str, Stored]) -> None:
 def load_model(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
 ) -> Transformer:
-    """The network, or this rank's part of it, its weights on `device`, ready for inference: in `dtype`, or quantised
-    and multiplied by what runs best at decode steps of `rows` rows. Raises ValueError as read_weights."""
+    """Load the network, or this rank's shard, onto `device` for inference: in `dtype`, or quantised with the kernels
+    that are fastest in decode steps of `rows` rows. Raises ValueError as read_weights."""
     args = checkpoint.args
     state, model = read_weights(checkpoint), empty_model(args)
     quantised, files = quantised_weights(model, checkpoint.recipe), MappedFiles()
-    # Module.load_state_dict, Module.to and the like would walk the modules five times: a third of what loading takes.
+    # Module.load_state_dict, Module.to etc. would walk the modules five times: a third of the loading time.
     for prefix, module in model.named_modules():
         module.training = False
         if prefix in quantised or (module is model.output and checkpoint.args.tied_output):
@@ -362,9 +361,9 @@ def load_model(
 def weight_sizes(
     checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
 ) -> dict[str, int]:
-    """Bytes of each tensor that load_model would hold, by name, from the metadata alone; a tied one counts once.
+    """Bytes of each tensor that load_model would hold, by name, from metadata alone; a tied one counts once.
 
-    What a decode step reads: another form of an int4 weight, for prompts, stays in the pages of the checkpoint's file.
+    Counts what a decode step reads: the plain form of an int4 weight, for prefill, stays in the file's mapped pages.
     """
     model, args = empty_model(checkpoint.args), checkpoint.args
     sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
@@ -377,12 +376,12 @@ def weight_sizes(
 
 
 def write_whole(value: Any, path: Path) -> None:
-    """torch.save under a temporary name first, so that a crash leaves no half of a file. Raises OSError."""
+    """torch.save to a temporary name, then rename, so that a crash leaves no partial file. Raises OSError."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         torch.save(value, unfinished)
         replace_file(unfinished, path)
-    except RuntimeError as error:  # torch.save's for every failure of the disk
+    except RuntimeError as error:  # torch.save raises it for any disk error
         free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
         raise OSError(f"{path} cannot be written ({free:.1f} GB are free there): {why}") from error
     finally:
@@ -390,8 +389,7 @@ def write_whole(value: Any, path: Path) -> None:
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Writes config.json, unless it says so already, and model.pth, each under a temporary name first. Raises OSError
-    where that cannot be."""
+    """Write config.json, unless it is up to date, and model.pth, each to a temporary name first. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     path, unfinished = folder / "config.json", folder / "config.json.unfinished"
     try:
@@ -404,13 +402,13 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
 
 
 def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:
-    """Raises ValueError where the output would replace what is read, of the model or a text, cannot be written, or
-    would lie beside files of another model."""
+    """Raises ValueError if the output would overwrite the model or text being read, cannot be written, or would be in
+    the folder of another model."""
     if output.suffix != ".pth":
         raise ValueError(f"--output {output} must end in .pth")
     check_stays([*checkpoint.weights, *companions(checkpoint.folder), *([text] if text else [])], output)
     folder, config = output.parent, output.parent / "config.json"
-    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())  # the others are made
+    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())  # missing folders are created
     if not (place.is_dir() and os.access(place, os.W_OK)) or output.is_dir():
         raise ValueError(f"--output {output} cannot be written: give a file in a folder that can")
     if config.exists() and read_json(config) != checkpoint.config:
@@ -422,21 +420,21 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Writes a quantised model, and beside it what else its source has. Raises OSError as write_whole."""
+    """Write a quantised model and copy its source's config and tokenizer beside it. Raises OSError as write_whole."""
     output.parent.mkdir(parents=True, exist_ok=True)
     copy_companions(source, output.parent)
     write_whole({"recipe": asdict(recipe), "state": dict(state)}, output)
 
 
 def copy_new(source: Path, target: Path) -> None:
-    """Copies a file, unless one is there."""
+    """Copy a file unless the target exists."""
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
 
 
 def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Puts config.json, and what belongs to the tokenizer, into a folder that has no config.json."""
+    """Copy the config and tokenizer files into a folder, unless it has a config.json."""
     if (folder / "config.json").exists():
         return
     for path in companions(checkpoint.folder):

@@ -1,7 +1,6 @@
-"""The model families: Hugging Face's config.json -> ModelArgs, and the names of their tensors -> ours.
+"""Model families: Hugging Face config.json -> ModelArgs, and Hugging Face tensor names -> ours.
 
-A field of a config that this file does not know is refused by name unless it is off: what might change the result is
-never ignored.
+An unknown config field is rejected by name unless it is off: nothing that may change the result is ignored.
 """
 
 import math
@@ -17,7 +16,7 @@ from layers.moe import MoEConfig
 from layers.rope import RopeConfig, RopeScaling
 from model import ModelArgs
 
-# Fields that say nothing of the result: bookkeeping, training, generation defaults that the command line has itself.
+# Fields without effect on the result: bookkeeping, training, generation defaults (the command line has its own).
 NEUTRAL = frozenset(
     """_attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path _num_labels
     architectures attention_dropout attn_implementation auto_map bos_token_id cache_implementation
@@ -30,7 +29,7 @@ NEUTRAL = frozenset(
     transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
     z_loss_weight""".split()
 )
-# Of rope_scaling: each belongs to one kind and, as in transformers, means nothing beside another.
+# Fields of rope_scaling: each belongs to one kind and, as in transformers, is ignored for the others.
 ROPE_FIELDS = frozenset(
     """attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor mscale mscale_all_dim
     original_max_position_embeddings short_factor truncate""".split()
@@ -38,7 +37,7 @@ ROPE_FIELDS = frozenset(
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 
-# What a shape must not exceed, where that is not 2^24: far beyond any model, and made in seconds.
+# Upper bounds of sizes, 2^24 if not listed: far beyond any model, yet allocated in seconds.
 LARGEST = {
     "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 14,
@@ -50,19 +49,19 @@ LARGEST = {
 
 
 def short_repr(value: object) -> str:
-    """A value for an error; Python writes out no integer of thousands of digits."""
+    """repr for an error message; Python refuses to print integers of thousands of digits."""
     return f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
 
 
 def is_off(value: object) -> bool:
-    """Whether a field that is not known here changes nothing: null, false, 0, 1.0 (of a factor), or empty."""
+    """Whether an unknown field has no effect: null, false, 0, 1.0 (a factor) or empty."""
     return not value or (type(value) in (int, float) and value == 1)
 
 
 class Fields:
-    """A config whose fields are ticked off as they are read, so that none that matters is passed over.
+    """config.json that tracks which fields were read, so that none that matters is overlooked.
 
-    unsupported: what `only` refuses; `done` names all of it at once. parts: objects inside, which `done` covers too.
+    unsupported: errors that `only` adds and `done` raises together. parts: nested objects, which `done` checks too.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -71,18 +70,18 @@ class Fields:
         self.parts: list[Fields] = []
 
     def part(self, config: Mapping[str, Any]) -> "Fields":
-        """The fields of an object inside the config."""
+        """Track the fields of a nested object."""
         self.parts.append(Fields(config))
         return self.parts[-1]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value; the default where it is missing or null."""
+        """The field's value; the default if it is missing or null."""
         self.unread.discard(name)
         value = self.config.get(name)
         return default if value is None else value
 
     def own(self, name: str, default: Any) -> Any:
-        """The field's value, null included; where it is missing, what transformers takes for this family."""
+        """The field's value, null included; if it is missing, the family's default in transformers."""
         self.unread.discard(name)
         return self.config.get(name, default)
 
@@ -95,7 +94,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """The field's value, which must be above 0; the default where the field is missing or null."""
+        """The field's value, which must be above 0; the default if it is missing or null."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not 0 < value <= 1e15:
             raise ValueError(f"{name} is {short_repr(value)}, not a number above 0 and at most 1e15")
@@ -120,20 +119,20 @@ class Fields:
         return value
 
     def table(self, name: str) -> dict[str, Any]:
-        """The field's object; an empty one where it is missing or null."""
+        """The field's object; an empty one if it is missing or null."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise ValueError(f"{name} {value!r} is not an object")
         return value
 
     def only(self, name: str, *values: Any) -> None:
-        """Notes for `done` a field that has none of the values and is not missing."""
+        """Add an error for `done` if the field is present with none of the values."""
         if self.get(name, values[0]) not in values:
             choice = " or ".join(map(repr, values))
             self.unsupported.append(f"{name} {self.config[name]!r} is not supported, only {choice}")
 
     def done(self) -> None:
-        """Raises ValueError that names every field which is not supported, or was not read and is not off."""
+        """Raises ValueError naming every field that is unsupported, or that is neither read nor off."""
         for name in QUANTISED:
             if self.config.get(name):
                 raise ValueError(
@@ -155,7 +154,7 @@ class Fields:
 def windows(
     fields: Fields, layers: int, default: int | None, is_windowed: Callable[[int], bool]
 ) -> tuple[int | None, ...]:
-    """The sliding window of each layer; layer_types, where it is given, goes before the family's own rule."""
+    """Sliding window of each layer; layer_types, if given, overrides the family's own rule."""
     size = fields.own("sliding_window", default)
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"sliding_window is {size!r}, not a positive number")
@@ -172,7 +171,7 @@ def biases(fields: Fields) -> dict[str, Any]:
 
 
 def score_scale(fields: Fields, wanted: float) -> RopeConfig:
-    """Scores are queries times keys times D^-0.5; each of the two takes its part of what makes that `wanted`."""
+    """Make the score scale `wanted` instead of D^-0.5, by scaling queries and keys by the same factor."""
     heads = fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", fields.integer("hidden_size") // heads)
     return RopeConfig(scale=(wanted * head_dim**0.5) ** 0.5)
@@ -202,8 +201,8 @@ def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def granite(fields: Fields, layers: int) -> dict[str, Any]:
-    """What is added to the residual stream is multiplied; here the stream is held divided by that number instead, which
-    its norms undo, but for their epsilon."""
+    """Granite multiplies what layers add to the residual stream. Here the stream is kept divided by that multiplier
+    instead, which the norms cancel, except for their epsilon."""
     residual = fields.number("residual_multiplier", 1.0)
     return biases(fields) | {
         "embedding_scale": fields.number("embedding_multiplier", 1.0) / residual,
@@ -243,7 +242,7 @@ def qwen(fields: Fields, layers: int) -> dict[str, Any]:
 
 def gemma(fields: Fields, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
-    # "gelu" in a Gemma config has always meant the tanh form, with which the models were trained.
+    # "gelu" in a Gemma config means the tanh approximation: the models were trained with it.
     fields.only("hidden_activation", "gelu_pytorch_tanh", "gelu")
     fields.only("hidden_act", "gelu_pytorch_tanh", "gelu")
     fields.only("use_bidirectional_attention", False)
@@ -254,7 +253,7 @@ def gemma(fields: Fields, layers: int) -> dict[str, Any]:
 
 def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
     seen = windows(fields, layers, 4096, lambda layer: layer % 2 == 0)
-    fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # written twice in the 9B models
+    fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # the 9B configs have both
     for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
         if fields.own(name, default) is not None:
             fields.number(name, default)
@@ -268,7 +267,7 @@ def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
-    """Windowed layers turn by a theta of their own, which nothing scales."""
+    """Sliding-window layers use a local theta, without scaling."""
     pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     fields.integer("sliding_window", 4096)
     seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
@@ -289,12 +288,12 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
         "turning": replace(turning, layers=kinds, local_theta=local_theta),
         "rope": {**ropes.config, **fields.table("rope_scaling")},
         "theta": 1e6,
-        "context_limit": fields.integer("max_position_embeddings"),  # the stretched length
+        "context_limit": fields.integer("max_position_embeddings"),  # the scaled length
     }
 
 
 def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()) -> MoEConfig:
-    """width: the field that holds an expert's. Either of two fields tells how many they are."""
+    """Read the MoE config. width: the field with an expert's hidden size. Two fields may give the expert count."""
     experts = fields.integer("num_experts", fields.get("num_local_experts"))
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
     shared = fields.get("shared_expert_intermediate_size", 0) and fields.integer("shared_expert_intermediate_size")
@@ -304,7 +303,7 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
 
 
 def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
-    fields.only("norm_topk_prob", True)  # a softmax over the chosen experts alone, which is renormalising
+    fields.only("norm_topk_prob", True)  # Mixtral's softmax is over the chosen experts
     seen = windows(fields, layers, None, lambda layer: True)
     return {
         "windows": seen,
@@ -333,7 +332,7 @@ def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
 
 
 def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
-    # The 7B models turn queries and keys and say for how many positions; the 13B models weigh distance instead.
+    # The 7B models use RoPE and have max_position_embeddings; the 13B models use ALiBi.
     return {"alibi": "max_position_embeddings" not in fields.config}
 
 
@@ -361,7 +360,7 @@ FAMILIES: dict[str, Callable[[Fields, int], dict[str, Any]]] = {
 
 
 def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
-    """ModelArgs from a Hugging Face config. Raises ValueError on what is missing or not supported, by name."""
+    """Build ModelArgs from a Hugging Face config. Raises ValueError naming what is missing or not supported."""
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(architecture, str) or architecture not in FAMILIES:
@@ -376,11 +375,11 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     share = special.get("turning", RopeConfig()).share
     fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
-    # rope_scaling is the older name of rope_parameters; transformers takes the first of them that is there, whole.
+    # rope_scaling is the older name of rope_parameters; like transformers, use the first present, without merging.
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
     theta, scaling = rope(fields, special.pop("rope", old or new), special.pop("theta", 10000.0), trained, share)
     longest = trained
-    if scaling is not None and scaling.kind != "llama3":  # whose configs give the stretched length
+    if scaling is not None and scaling.kind != "llama3":  # its configs give the scaled length
         longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
     longest = special.pop("context_limit", longest)
@@ -411,8 +410,8 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
 def rope(
     fields: Fields, values: Mapping[str, Any], usual_theta: float, trained: int, share: float
 ) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of rope_scaling or rope_parameters. usual_theta: where the config has none. trained:
-    max_position_embeddings. share: of a head, that turns."""
+    """Parse rope_scaling or rope_parameters -> (theta, scaling). usual_theta: default. trained:
+    max_position_embeddings. share: rotated fraction of a head."""
     rope = fields.part(values)
     theta = float(rope.number("rope_theta", fields.number("rope_theta", usual_theta)))
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -420,13 +419,13 @@ def rope(
     fields.only("rope_type", "default", kind)
     rope.only("partial_rotary_factor", 1.0, share)
     rope.unread -= ROPE_FIELDS
-    # The config's own, where it has one, goes before that of rope_scaling.
+    # The config's top-level field overrides that of rope_scaling.
     own, inside = (each.optional_integer("original_max_position_embeddings") for each in (fields, rope))
     original = own or inside
     if kind == "default":
         rope.only("factor", 1.0)
         return theta, None
-    if kind in ("longrope", "su"):  # its first name
+    if kind in ("longrope", "su"):  # su: its former name
         return theta, longrope(rope, original or trained, trained)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
@@ -438,7 +437,7 @@ def rope(
     if missing := [name for name in needed if rope.get(name) is None and fields.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
     factor = rope.number("factor")
-    if kind == "linear":  # max_position_embeddings is the stretched length, as transformers counts it
+    if kind == "linear":  # max_position_embeddings is the scaled length, as in transformers
         return theta, RopeScaling(kind, factor, original or int(trained / factor))
     if kind == "dynamic":
         return theta, RopeScaling(kind, factor, trained)
@@ -451,7 +450,7 @@ def rope(
 
 
 def longrope(rope: Fields, original: int, trained: int) -> RopeScaling:
-    """Raises ValueError where a list is missing."""
+    """Build LongRoPE scaling. Raises ValueError if a list of factors is missing or invalid."""
     factor = rope.number("factor", trained / original)
     long, short = rope.get("long_factor"), rope.get("short_factor")
     for name, each in (("long_factor", long), ("short_factor", short)):
@@ -463,7 +462,7 @@ def longrope(rope: Fields, original: int, trained: int) -> RopeScaling:
 
 
 def yarn_attention_factor(rope: Fields, factor: float) -> float:
-    """YaRN's temperature, as a factor of queries and keys alike; Peng et al. 2023 (arXiv 2309.00071), section 3.4."""
+    """YaRN's temperature as a factor of queries and keys alike; Peng et al. 2023 (arXiv 2309.00071), section 3.4."""
 
     def warmth(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -493,42 +492,42 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-# Gemma 2 and 3, and OLMo 2, give the last name to another norm.
+# Gemma 2 and 3, and OLMo 2, use the last name for another norm.
 HF_NAMES_POST_NORMS = HF_NAMES | {
     "post_attention_layernorm": "attention_post_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "ffn_post_norm",
 }
 POST_NORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Olmo2ForCausalLM")
-# Of one expert; in one tensor for all, gate_up_proj is w1 above w3.
+# Names of one expert's matrices. Stacked for all experts, gate_up_proj is w1 above w3.
 HF_EXPERT = {"w1": "w1", "w3": "w3", "w2": "w2", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 HF_TOP = {
     "embed_tokens.weight": "tok_embeddings.weight",
     "norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
 }
-# What names begin with, by what the network was saved in: DataParallel, PEFT, a model of images and text, or the class
-# with the head. torch.compile puts "_orig_mod." anywhere.
+# Prefixes of names, by what wrapped the saved network: DataParallel, PEFT, a vision-language model, or the class with
+# the LM head. torch.compile inserts "_orig_mod." anywhere.
 WRAPPED = re.compile(r"(?:module\.|base_model\.|language_model\.|model\.)*")
-# What a network computes itself; scales of keys and values in fp8, which are not held so here.
+# Buffers that the network computes itself, and scales of fp8 keys and values, which are not used here.
 BUFFER = re.compile(
     r"(?:.+\.)?(?:rotary_emb\.(?:inv_freq|cos_cached|sin_cached)|masked_bias|self_attn\.bias|[kv]_scale)"
 )
 
 
 def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A tensor of Hugging Face's under our names: the parts of which it is made, or nothing where the network computes
-    it itself. An unknown name is kept."""
+    """Map a Hugging Face tensor to our names: one entry per fused part, or none if the network computes the tensor
+    itself. An unknown name is kept."""
     architecture = config["architectures"][0]
     names = HF_NAMES_POST_NORMS if architecture in POST_NORMS else HF_NAMES
     inner = WRAPPED.sub("", name.replace("_orig_mod.", ""), count=1)
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", inner)
     if BUFFER.fullmatch(inner):
         return {}
-    if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", inner):  # of all heads as one
+    if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", inner):  # one norm over all heads
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
-    if layer and layer[2] == "self_attn.W_pack":  # Baichuan: queries, keys and values in one
+    if layer and layer[2] == "self_attn.W_pack":  # Baichuan: fused q, k, v
         parts = zip("qkv", tensor.chunk(3), strict=True)
         return {f"layers.{layer[1]}.attention.w{part}.{layer[3]}": piece for part, piece in parts}
     if layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
@@ -537,7 +536,7 @@ def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[st
         return expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
     if layer and layer[2] in names:
         return {f"layers.{layer[1]}.{names[layer[2]]}.{layer[3]}": tensor}
-    # Baichuan 2 normalises the rows of its output; only the vocabulary tells it from Baichuan 1.
+    # Baichuan 2 normalises the rows of its output; only the vocabulary size distinguishes it from Baichuan 1.
     if inner == "lm_head.weight" and architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696:
         tensor = F.normalize(tensor.float()).to(tensor.dtype)
     return {HF_TOP.get(inner, name): tensor}
@@ -553,7 +552,7 @@ PACKED = {
 
 
 def their_name(ours: str, config: Mapping[str, Any]) -> str:
-    """Under which name Hugging Face stores a tensor of ours, or what it is a part of: for errors."""
+    """Hugging Face's name for our tensor, or for the fused tensor that contains it; for error messages."""
     top = {name: theirs if theirs.startswith("lm_head") else f"model.{theirs}" for theirs, name in HF_TOP.items()}
     layer = re.fullmatch(r"layers\.(\d+)\.(.+?)(?:\.(\d+))?\.(weight|bias)", ours)
     if layer is None:
@@ -571,8 +570,8 @@ def their_name(ours: str, config: Mapping[str, Any]) -> str:
 
 
 def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Views of queries, keys and values in one, or of a gate above what it opens. Another size of theirs is then
-    refused as one of the parts."""
+    """Split a fused q, k, v or gate, up projection into views. A wrong size is detected later, in the shapes of the
+    parts."""
     if name == "mlp.gate_up_proj":
         parts = zip(("w1", "w3"), tensor.tensor_split(2), strict=True)
         return {f"{prefix}.feed_forward.{part}.weight": piece for part, piece in parts}
@@ -583,8 +582,8 @@ def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, An
 
 
 def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A matrix of one expert ("3.w1.weight") or those of all ("gate_up_proj" [E,2 width,dim], "down_proj"), under our
-    names; parts of a tensor are views of it. An unknown name is kept."""
+    """Map one expert's matrix ("3.w1.weight") or all experts' ("gate_up_proj" [E,2 width,dim], "down_proj") to our
+    names, as views. An unknown name is kept."""
     one = re.fullmatch(r"(\d+)\.(\w+)\.weight", name)
     if one and one[2] in HF_EXPERT:
         return {f"{prefix}.{HF_EXPERT[one[2]]}.{one[1]}.weight": tensor}
@@ -598,12 +597,12 @@ def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def is_tinyllamas(found: object) -> bool:
-    """Whether an unpickled file has the layout of karpathy/tinyllamas."""
+    """Whether an unpickled file has karpathy/tinyllamas' layout."""
     return isinstance(found, dict) and {"model_args", "model"} <= found.keys()
 
 
 def tinyllamas_config(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a file of karpathy/tinyllamas. Raises ValueError where it is not such a file after all."""
+    """Build the config.json of a karpathy/tinyllamas file. Raises ValueError if it is not such a file after all."""
     try:
         args, state = found["model_args"], found["model"]
         hidden = next(t for name, t in state.items() if name.endswith("layers.0.feed_forward.w1.weight")).shape[0]
@@ -625,7 +624,7 @@ def tinyllamas_config(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_tinyllamas(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """Their tensors: our names, but queries and keys whose heads turn pairs of neighbours instead of halves."""
+    """Convert their tensors, which have our names: permute wq and wk from RoPE on adjacent pairs to RoPE on halves."""
     ours = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
     for name, tensor in ours.items():
         if name.endswith((".wq.weight", ".wk.weight")):

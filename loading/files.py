@@ -1,4 +1,4 @@
-"""The files of a model in a folder: its config, its tokenizer, its weights. PyTorch is not needed."""
+"""Model files in a folder: config, tokenizer, weights. PyTorch is not needed."""
 
 import codecs
 import json
@@ -21,10 +21,10 @@ COMPANIONS = (
     "additional_chat_templates/tool_use.jinja",
 )
 WEIGHTS = ("*.pth", "*.safetensors", "*.bin", "*.index.json")
-# How Hugging Face names weights: a stem and a suffix, in this order of preference.
+# Hugging Face's names of weights, as (stem, suffix) in order of preference.
 FORMS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
-# The same weights once more under Mistral's names, and weights that are not a model's.
+# Prefixes of duplicate weights under Mistral's names, and of weights that are not a model's.
 NOT_OURS = ("consolidated", "adapter", "optimizer")
 ADAPTER = "adapter_config.json"
 ADAPTS = (
@@ -33,18 +33,18 @@ ADAPTS = (
 
 
 def companions(folder: Path) -> list[Path]:
-    """What belongs to a model beside its weights: its config, and all of the tokenizer."""
+    """List a model's files other than weights: config and tokenizer."""
     return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
 def files_of(model: Path) -> list[Path]:
-    """What belongs to a model, which is a folder or its weights: no output may take the place of one."""
+    """List all files of a model, given its folder or its weights; no output may overwrite one."""
     folder = model if model.is_dir() else model.parent
     return [*companions(folder), *(each for pattern in WEIGHTS for each in folder.glob(pattern))]
 
 
 def snapshot(path: Path) -> Path:
-    """The model's folder in a repository's folder of the hub's cache (models--OWNER--NAME); any other path as it is."""
+    """Resolve a repository folder in the hub's cache (models--OWNER--NAME) to its model; any other path is returned."""
     if not (path / "snapshots").is_dir() or (path / "config.json").exists():
         return path
     main = path / "refs" / "main"
@@ -56,12 +56,12 @@ def snapshot(path: Path) -> Path:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """model.pth, else what Hugging Face stores. Raises FileNotFoundError where there is neither."""
+    """Find model.pth, else Hugging Face's weight files. Raises FileNotFoundError if there is neither."""
     return (folder / "model.pth",) if (folder / "model.pth").exists() else hugging_face_files(folder)
 
 
 def hugging_face_files(folder: Path) -> tuple[Path, ...]:
-    """The shards that an index names, or the files that are there; *.safetensors before pytorch_model*.bin."""
+    """Find the shards that an index names, or the weight files present; *.safetensors before pytorch_model*.bin."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
     try:
         for stem, suffix in FORMS:
@@ -80,8 +80,8 @@ def hugging_face_files(folder: Path) -> tuple[Path, ...]:
 
 
 def weights_among(names: Collection[str], stem: str, suffix: str) -> list[str]:
-    """Which of the names are a model's weights of one form: the whole file, numbered shards, or all of the suffix.
-    Raises LookupError where a shard is missing, or they are of two models."""
+    """Select a model's weights of one form by name: the single file, numbered shards, or all with the suffix.
+    Raises LookupError if a shard is missing or there are shards of several models."""
     if stem + suffix in names:
         return [stem + suffix]
     own = [name for name in names if name.endswith(suffix) and "/" not in name and not name.startswith(NOT_OURS)]
@@ -102,7 +102,7 @@ def weights_among(names: Collection[str], stem: str, suffix: str) -> list[str]:
 
 
 def shards_of(index: Path) -> tuple[Path, ...]:
-    """The files that an index names, in its folder or below it, all of which must be there."""
+    """Find the files that an index names, in its folder or below; all of them must exist."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(map(is_below, where.values())):
         raise ValueError(f"{index} has no weight_map of file names: fetch it again")
@@ -113,12 +113,12 @@ def shards_of(index: Path) -> tuple[Path, ...]:
 
 
 def is_below(name: object) -> bool:
-    """Whether a path stays in the folder that it is relative to."""
+    """Whether a relative path stays within its base folder."""
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def kind_of(path: Path) -> str | None:
-    """Name a known file that holds no PyTorch weights, and what to give instead. Returns None for an unknown one."""
+    """Describe a known file type without PyTorch weights, and what to give instead. Returns None if it is unknown."""
     with path.open("rb") as file:
         head = file.read(256)
     if head.startswith(b"GGUF"):
@@ -144,12 +144,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def counted(count: int, noun: str) -> str:
-    """The count and its noun: 1 sample, 2 samples, 3 processes."""
+    """Format a count with its noun: 1 sample, 2 samples, 3 processes."""
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """The same for all names of a file: links to it, hard links, other spellings. None: there is no such file."""
+    """Device and inode, the same for all names of a file: symlinks, hard links, other spellings. None if missing."""
     try:
         found = path.stat()
     except (OSError, ValueError):
@@ -158,23 +158,23 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def check_stays(read: Iterable[Path], output: Path) -> None:
-    """Raises ValueError where the output would replace a file that is read, under whatever name."""
+    """Raises ValueError if the output would overwrite a file that is read, under any of its names."""
     if (found := identity(output)) is not None and found in map(identity, read):
         raise ValueError(f"{output} is read, and would be replaced: give another file")
 
 
 def check_plain(path: Path) -> None:
-    """Raises ValueError where what is to be read is no plain file: a folder, or a pipe, which would be waited for."""
+    """Raises ValueError if an existing path is not a regular file: a folder, or a pipe, which would block."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a plain file: put one there")
 
 
 def decode_text(data: bytes) -> str:
-    """The text of UTF-8 bytes, without the byte order mark that some editors put before it. Raises ValueError, which
-    says what they are instead."""
+    """Decode UTF-8, without the byte order mark that some editors add. Raises ValueError, which says what the bytes are
+    instead."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("UTF-16, not UTF-8: convert it")
-    if (at := data.find(0)) >= 0:  # of UTF-16 without a mark every other byte
+    if (at := data.find(0)) >= 0:  # in UTF-16 without a mark, every other byte
         raise ValueError(f"not UTF-8 (a NUL at byte {at}, as in UTF-16): convert it")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -183,7 +183,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises ValueError where it is not UTF-8."""
+    """Read a text file. Raises ValueError if it is not UTF-8."""
     try:
         return decode_text(path.read_bytes())
     except ValueError as error:
@@ -191,21 +191,21 @@ def read_text(path: Path) -> str:
 
 
 def replace_file(written: Path, target: Path) -> None:
-    """Replace a file atomically and durably: after a power cut either the old or the new one is there, whole."""
+    """Replace a file atomically and durably: after a power cut either the old or the new one is there, complete."""
     with written.open("rb+") as file:
         os.fsync(file.fileno())
     written.replace(target)
-    with suppress(OSError):  # not every system opens a folder
+    with suppress(OSError):  # not every system can open a folder
         folder = os.open(target.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` write a file beside `path`, which then takes its place: whole, or not at all. Raises OSError."""
-    from tempfile import TemporaryDirectory  # which takes longer to import than all else here
+    """Write a file atomically: `write` writes a temporary file beside `path`, which replaces it. Raises OSError."""
+    from tempfile import TemporaryDirectory  # slower to import than the rest of this file
 
-    target = Path(os.path.realpath(path))  # a link stays one
+    target = Path(os.path.realpath(path))  # keep a symlink
     try:
         with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
             unfinished = Path(folder, target.name)

@@ -1,8 +1,8 @@
-"""Models of the Hugging Face Hub: fetched once, what the engine needs of one and no more, then read from disk.
+"""Hugging Face Hub models: download the files that the engine needs once, then read them from disk.
 
-    folder = locate("OWNER/NAME")  # or a path, which comes back as it is
+    folder = locate("OWNER/NAME")  # or a path, which is returned unchanged
 
-huggingface_hub is imported inside the functions that ask the hub, so that a run from disk does not wait for it.
+huggingface_hub is imported inside the functions that use it, so that a run from disk does not wait for it.
 """
 
 import errno
@@ -16,15 +16,15 @@ from pathlib import Path
 from loading.files import ADAPTER, ADAPTS, COMPANIONS, FORMS, counted, snapshot, weight_files, weights_among
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
-UNFINISHED = "download.unfinished"  # lies in a folder from the first file of a download to its last
+UNFINISHED = "download.unfinished"  # marks a folder whose download is not complete
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
 def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
-    """What to fetch of a repository that holds `names`; `files` stand in for the weights found by name.
+    """Choose the files to download from a repository's `names`; `files` override the weights found by name.
 
-    Raises ValueError where that is not a model for the engine.
+    Raises ValueError if the repository is not a model that the engine can load.
     """
     if missing := [name for name in files if name not in names]:
         raise ValueError(f"no file {', '.join(missing)}; {found(names)}: give one of those as --file")
@@ -42,7 +42,7 @@ def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
 
 
 def with_index(names: Collection[str], stem: str, suffix: str) -> list[str]:
-    """Weights of one form, with the index of shards if there is one."""
+    """Find the weights of one form, with the index of their shards if there is one."""
     try:
         found = weights_among(names, stem, suffix)
     except LookupError as error:
@@ -62,7 +62,7 @@ def readable(count: int) -> str:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises ValueError where the disk that `out` lies or will lie on has less than `needed` bytes free."""
+    """Raises ValueError if the disk of `out`, which need not exist yet, has less than `needed` bytes free."""
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise ValueError(
@@ -72,11 +72,11 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -> Path:
-    """Fetches into `out` and returns it. Raises ValueError, or what huggingface_hub and the disk raise."""
+    """Download into `out` and return it. Raises ValueError, or what huggingface_hub and the file system raise."""
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
-    if repo.count("/") != 1:  # the library refuses other bad names by itself, but not one without an owner
+    if repo.count("/") != 1:  # the library rejects other bad names, but not one without an owner
         raise HFValidationError(repo)
     info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
@@ -92,13 +92,13 @@ def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / UNFINISHED
     unfinished.touch()
-    # One after another in this thread, unlike snapshot_download: its threads run on to the end after Ctrl-C, and it
-    # takes a folder as it is where the hub fails. All files are of the one commit that was listed.
+    # One at a time in this thread, unlike snapshot_download: its threads finish their downloads after Ctrl-C, and it
+    # accepts a partial folder if the hub fails. All files are from the commit that was listed.
     for name in names:
         hf_hub_download(repo, name, revision=info.sha or revision, local_dir=out)
         if sizes[name] not in (None, size_of(out / name)):
             raise ValueError(f"{out / name} is not of {sizes[name]} bytes: remove it and run the same command again")
-    unfinished.unlink(missing_ok=True)  # another process may have fetched the same
+    unfinished.unlink(missing_ok=True)  # another process may have downloaded the same model
     return out
 
 
@@ -107,12 +107,12 @@ def size_of(path: Path) -> int | None:
 
 
 def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str:
-    """One line: what went wrong, and what to do about it."""
+    """Say in one line what went wrong and how to fix it."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        HTTPError,  # of whichever HTTP library huggingface_hub is built on
+        HTTPError,  # of the HTTP library that huggingface_hub uses
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -128,7 +128,7 @@ def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str
         return f"{repo!r} is not the name of a repository: give OWNER/NAME"
     if isinstance(error, GatedRepoError) or status == 403:
         return f"{repo} needs a token: accept the licence on {page}, then set HF_TOKEN or run `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):  # the hub does not tell one from the other
+    if isinstance(error, RepositoryNotFoundError):  # the hub answers alike for a missing and a private one
         return f"{page} is not there, or private: check the name; if private, set HF_TOKEN or run `hf auth login`"
     if isinstance(error, RevisionNotFoundError):
         return f"{repo} has no revision {revision!r}: give one of its branches, tags or commits ({page}/commits)"
@@ -137,7 +137,7 @@ def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "os error 28" in text:  # the second in the words of hf_xet, which raises no OSError
+    if full or "os error 28" in text:  # hf_xet's message: it raises no OSError
         return f"the disk of {out} is full: free some of it and run the same command again; whole files are kept"
     if isinstance(error, OSError) and error.filename is not None:
         remedy = "give one that can as --out of scripts/download.py, or as HF_HOME"
@@ -148,7 +148,7 @@ def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str
 
 
 def fetch(repo: str, revision: str | None, out: Path, files: Sequence[str] = ()) -> Path:
-    """download(), but whatever goes wrong is a ValueError of one line."""
+    """Download as download(), but raise every failure as a one-line ValueError."""
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -158,8 +158,8 @@ def fetch(repo: str, revision: str | None, out: Path, files: Sequence[str] = ())
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a model lies there with every file that it names, and no download into it has stopped on the way."""
-    # Without an index nothing but this file tells the first shards from all of them.
+    """Whether a folder has a model with every file that it names, and no download into it was interrupted."""
+    # Without an index, only this marker distinguishes some shards from all of them.
     if (folder / UNFINISHED).exists() or not (folder / "config.json").is_file():
         return False
     try:
@@ -169,10 +169,10 @@ def is_whole(folder: Path) -> bool:
 
 
 def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
-    """The checkpoint that a user means: a path that is there, or `store`/OWNER/NAME for OWNER/NAME of the hub.
+    """Find the checkpoint a user means: an existing path, or `store`/OWNER/NAME for the hub's OWNER/NAME.
 
-    What of the latter is not there yet is fetched; a whole one is used as it is, and the hub is not asked.
-    Raises FileNotFoundError where `path` is neither, and ValueError where the hub or the disk fails.
+    Missing files of the latter are downloaded; a complete folder is used without contacting the hub.
+    Raises FileNotFoundError if `path` is neither, and ValueError if the hub or the disk fails.
     """
     name = str(path)
     if Path(path).exists():
@@ -186,5 +186,5 @@ def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
         return folder
     try:
         return fetch(name, None, folder)
-    except ValueError as error:  # a mistyped folder looks like a name of the hub
+    except ValueError as error:  # a mistyped folder looks like a hub name
         raise ValueError(f"{name} is no folder here, and {error}") from error

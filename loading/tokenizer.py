@@ -1,6 +1,6 @@
-"""Text to token ids and back: SentencePiece, tiktoken or tokenizer.json behind one interface, chosen by content.
+"""Tokenizers: SentencePiece, tiktoken or tokenizer.json behind one interface, chosen by file content.
 
-Text that a user gives is text: the name of a special token inside it ("<s>", "<|eot_id|>") is never turned into one.
+User text is only text: the name of a special token in it ("<s>", "<|eot_id|>") is never encoded as that token.
 """
 
 import base64
@@ -15,14 +15,14 @@ from typing import Any, Protocol
 from loading.files import read_text
 from loading.vocabulary import Added, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
 
-LONG_CALL = 1 << 17  # characters that a tokenizer's library reads in some 0.1 s
+LONG_CALL = 1 << 17  # characters that a tokenizer library encodes in some 0.1 s
 
 
 class Guarded:
-    """An object of a library in Rust: where a call fails otherwise than by a ValueError, it is one that names the file.
+    """Wrapper of a Rust library's object: any failure but ValueError becomes a ValueError naming the file.
 
-    Such a library may panic. That is no Exception, and comes with lines of its own on stderr, which a command leaves
-    out (cli/system.py); stderr is the process's, so where Python is the user's own they stay.
+    Such a library may panic: that raises no Exception, and prints lines to stderr. A command drops these lines
+    (cli/system.py); in a user's own program, which owns stderr, they stay.
     """
 
     def __init__(self, path: Path, make: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -30,7 +30,7 @@ class Guarded:
         self.made = self.call(make, *arguments, **options)
 
     def __getattr__(self, name: str) -> Any:
-        return partial(self.call, getattr(vars(self).get("made"), name))  # none yet while it is unpickled
+        return partial(self.call, getattr(vars(self).get("made"), name))  # missing during unpickling
 
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
@@ -43,7 +43,7 @@ class Guarded:
 
 
 def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
-    """Call a library that blocks Ctrl-C; for a long text in a thread, which an interrupt abandons."""
+    """Call a library that blocks Ctrl-C; a long text runs in a thread, which an interrupt abandons."""
     if len(text) < LONG_CALL:
         return function(text, **options)
     from concurrent.futures import Future
@@ -54,7 +54,7 @@ def interruptible(function: Callable[..., Any], text: str, **options: Any) -> An
     def work() -> None:
         try:
             future.set_result(function(text, **options))
-        except BaseException as error:  # a panic is no Exception
+        except BaseException as error:  # a panic is not an Exception
             future.set_exception(error)
 
     Thread(target=work, daemon=True).start()
@@ -62,10 +62,10 @@ def interruptible(function: Callable[..., Any], text: str, **options: Any) -> An
 
 
 class Tokenizer(Protocol):
-    """bos_id: prepended to a prompt, None if nothing is. eos_ids: ids that end a text, as far as it knows.
+    """Interface of a tokenizer. bos_id: prepended to a prompt, or None. eos_ids: ids that it knows to end a text.
 
-    specials: control tokens by name. They come from a chat template, never from text, and decode to nothing. names:
-    cuts what a template has written at them.
+    specials: control tokens by name; they come from a chat template, never from text, and decode to nothing. names:
+    splits a template's output at them.
     """
 
     bos_id: int | None
@@ -75,10 +75,10 @@ class Tokenizer(Protocol):
     names: Names
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS."""
+        """Encode text, without BOS."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids; special tokens are dropped, invalid UTF-8 bytes become U+FFFD."""
 
 
 class SentencePieceTokenizer:
@@ -92,7 +92,7 @@ class SentencePieceTokenizer:
         added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
         self.specials = {name: token.id for name, token in added.items() if token.special}
         self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
-        # Gemma's, which have no flags, are pieces that the processor finds by itself.
+        # Gemma's have no flags and are pieces that the processor finds itself.
         texts = {name: token for name, token in added.items() if not token.special}
         found = {name for name, t in texts.items() if t == Added(t.id, False) and t.id in processor.encode(name)}
         self.texts = Names({name: token for name, token in texts.items() if name not in found})
@@ -113,22 +113,22 @@ class SentencePieceTokenizer:
         return encode_parts(partial(interruptible, self.processor.encode), self.cuts.split(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        # Ids beyond the pieces come from models whose vocabulary is padded.
+        # Models with a padded vocabulary may give ids beyond the pieces.
         known = [id for id in ids if (id < self.pieces or id in self.spelled) and id not in self.control]
         if self.spelled.keys().isdisjoint(known):
             return self.processor.decode(known)
-        # It takes what is no piece for text.
+        # Given strings, it decodes those that are not pieces as text.
         return self.processor.decode([self.spelled.get(id) or self.processor.id_to_piece(id) for id in known])
 
 
-# The Llama 3 vocabulary file holds the merges alone; the split pattern and the 256 special tokens that follow the
-# merges are part of the format (https://github.com/meta-llama/llama-models, llama3 tokenizer).
+# The Llama 3 vocabulary file has only the merges; the split pattern and the 256 special tokens after the merges are
+# part of the format (https://github.com/meta-llama/llama-models, llama3 tokenizer).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIALS = dict(begin_of_text=0, end_of_text=1, start_header_id=6, end_header_id=7, eom_id=8, eot_id=9)
-LLAMA3_LONGEST = 400_000  # characters; Meta's tokenizer cuts there too, and a million spaces would overflow a stack
+LLAMA3_LONGEST = 400_000  # characters; Meta's tokenizer splits there too: a million spaces would overflow a stack
 
 
 class TiktokenTokenizer:
@@ -159,7 +159,7 @@ class TiktokenTokenizer:
 class JSONTokenizer:
     """tokenizer.json of the tokenizers library.
 
-    BOS is what its post-processor prepends, as in transformers 5; else, as in transformers 4, the bos_token of a
+    BOS is the token its post-processor prepends, as in transformers 5; else, as in transformers 4, the bos_token of a
     tokenizer_config.json with `add_bos_token: true`.
     """
 
@@ -169,11 +169,11 @@ class JSONTokenizer:
         from tokenizers import Tokenizer as Backend
 
         self.backend = backend = Guarded(path, Backend.from_str, read_text(path))
-        backend.no_truncation()  # the file may ask for both
+        backend.no_truncation()  # the file may enable both
         backend.no_padding()
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
         added = added_by(backend, metadata["named"])
-        backend.made.encode_special_tokens = True  # as plain text
+        backend.made.encode_special_tokens = True  # their names, as plain text
         self.specials = {name: token.id for name, token in added.items() if token.special}
         self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
         begun = backend.encode(".")
@@ -183,7 +183,7 @@ class JSONTokenizer:
         self.vocab_size = backend.get_vocab_size()
         spelled = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.bytes = ByteTokens(spelled) if None not in spelled and backend.decode([spelled[10]]) == "\n" else None
-        # Some models of that library hold the names as words.
+        # In some models the names are ordinary vocabulary entries too.
         found_in_text = (name for name, token in self.names.tokens.items() if token.id in self.encode_words(name))
         self.cuts = inside(found_in_text)
 
@@ -200,16 +200,16 @@ class JSONTokenizer:
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether the file is lines of `base64 rank`; a SentencePiece model is a binary protobuf."""
+    """Whether a file has lines of `base64 rank`; a SentencePiece model is a binary protobuf."""
     with path.open("rb") as file:
         return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2}\s+\d+\s*", file.readline(1024)) is not None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a checkpoint: tokenizer.json as in transformers, since a tokenizer.model beside it may be
-    that of the base model; else tokenizer.model (SentencePiece or tiktoken).
+    """Load a checkpoint's tokenizer: tokenizer.json first, as in transformers, since a tokenizer.model beside it may be
+    the base model's; else tokenizer.model (SentencePiece or tiktoken).
 
-    Raises FileNotFoundError where there is neither, ValueError where a file cannot be read as what it must be.
+    Raises FileNotFoundError if there is neither, ValueError if a file is invalid.
     """
     metadata = read_metadata(folder)
     for path in filter(Path.is_file, (folder / "tokenizer.json", folder / "tokenizer.model")):
@@ -217,7 +217,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             if path.suffix == ".json":
                 return JSONTokenizer(path, metadata)
             return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, metadata)
-        except Exception as error:  # each library raises its own kinds, tokenizers bare Exception
-            why = error.__cause__ or error  # of a panic the library's own words
+        except Exception as error:  # each library raises its own types, tokenizers bare Exception
+            why = error.__cause__ or error  # for a panic, the library's message
             raise ValueError(f"{path} is not a tokenizer that can be read: {why}: fetch it again") from error
     raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {folder}: put the model's tokenizer there")

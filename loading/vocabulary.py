@@ -1,5 +1,4 @@
-"""What a vocabulary has beside its words: tokens that are added to it and their names in text, tokens of single bytes,
-and the files that tell of them."""
+"""Added tokens and their names in text, byte tokens, and the metadata files that define them."""
 
 import json
 import re
@@ -16,9 +15,9 @@ SPACE = re.compile(r"\s*")
 
 @dataclass(frozen=True)
 class Added:
-    """A token that stands in text by its name. special: it is a control token, and no text. The other flags are those
-    of the tokenizers library: it takes the white space before (lstrip) or behind it (rstrip), it stands beside no word
-    (single_word)."""
+    """Added token, matched in text by its name. special: a control token, not text. The other flags are those of the
+    tokenizers library: it absorbs white space before (lstrip) or after it (rstrip), or matches only if no word
+    character is adjacent (single_word)."""
 
     id: int
     special: bool = True
@@ -28,14 +27,14 @@ class Added:
 
 
 def merge(own: Mapping[str, Added], metadata: Mapping[str, Any]) -> dict[str, Added]:
-    """A tokenizer's own tokens and those that its metadata adds: control tokens stay so, as do those that it names."""
+    """Merge a tokenizer's own tokens with its metadata's; its own control tokens and those named there are special."""
     given: dict[str, Added] = metadata["added"]
     control = {name for name, token in own.items() if token.special} | metadata["named"]
     return {**own} | {name: replace(token, special=token.special or name in control) for name, token in given.items()}
 
 
 def added_by(backend: Any, named: Iterable[str]) -> dict[str, Added]:
-    """The added tokens of the tokenizers library, of which those that are named become control tokens."""
+    """Added tokens of a tokenizers-library backend, after making the `named` ones control tokens."""
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([known.get(name, name) for name in named if backend.token_to_id(name) is not None])
     found = backend.get_added_tokens_decoder().items()
@@ -43,7 +42,7 @@ def added_by(backend: Any, named: Iterable[str]) -> dict[str, Added]:
 
 
 class Names:
-    """Cuts text at the names of tokens, as the tokenizers library does."""
+    """Splits text at token names, as the tokenizers library does."""
 
     def __init__(self, tokens: Mapping[str, Added]) -> None:
         self.tokens = tokens
@@ -52,11 +51,11 @@ class Names:
 
     @classmethod
     def of_control(cls, added: Mapping[str, Added]) -> Self:
-        """Select the control tokens. A name of one character is left out: it is text too."""
+        """Select the control tokens. A name of one character is left out: it is ordinary text too."""
         return cls({name: token for name, token in added.items() if token.special and len(name) > 1})
 
     def cut(self, text: str) -> list[str]:
-        """Text, name, text, name, ..., text."""
+        """Split into text, name, text, name, ..., text."""
         parts, begin = [], 0
         for found in self.pattern.finditer(text):
             name, start, stop = found[0], *found.span()
@@ -70,8 +69,8 @@ class Names:
         return [*parts, text[begin:]]
 
     def encode(self, text: str, encode: Callable[[str], list[int]], prefixes_all: bool) -> list[int]:
-        """Ids of a text in which the names are tokens, and what is between them is encoded: as a prompt is, which may
-        begin with a prefix space, or where not prefixes_all only the first part so."""
+        """Encode text with names as tokens. prefixes_all: encode each part between them like a prompt, which may get a
+        prefix space; otherwise only the first part."""
         ids: list[int] = []
         for index, part in enumerate(self.cut(text)):
             if index % 2:
@@ -82,33 +81,33 @@ class Names:
 
 
 def inside(names: Iterable[str]) -> re.Pattern[str]:
-    """Matches behind the first character of each name. Text cut there holds none of them whole."""
+    """Pattern that matches after the first character of each name; text split there contains no whole name."""
     return re.compile("|".join(f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in names) or "(?!)")
 
 
-BARRIER = "\ue000"  # no token reaches from this character into what follows it
+BARRIER = "\ue000"  # no token spans this character and what follows it
 
 
 def continued(encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """Ids of text that follows other text: without the space that SentencePiece puts before a prompt."""
+    """Encode text that follows other text, without the space that SentencePiece prepends to a prompt."""
     before, ids = encode(BARRIER), encode(BARRIER + text)
     return ids[len(before) :] if ids[: len(before)] == before else encode(text)
 
 
 def encode_parts(encode: Callable[[str], list[int]], parts: Sequence[str]) -> list[int]:
-    """Ids of a text that is cut, where no token may reach over a cut."""
+    """Encode the parts of a split text, so that no token spans two parts."""
     return encode(parts[0]) + [id for part in parts[1:] for id in continued(encode, part)]
 
 
 class ByteTokens:
-    """The tokens of the 256 bytes, into which a vocabulary spells characters that it has not."""
+    """Tokens of the 256 bytes, which encode characters missing from the vocabulary."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids, self.values = ids, {id: byte for byte, id in enumerate(ids)}
 
     def mended(self, ids: Sequence[int]) -> list[int]:
-        """The ids with U+FFFD in place of bytes that are no character. The tokenizers library puts it in place of the
-        whole run of bytes, so that the text of a token would depend on those that come after it."""
+        """Replace invalid UTF-8 bytes by U+FFFD. The tokenizers library would replace the whole run of bytes, so that
+        the text of a token would depend on the tokens after it."""
         found: list[int] = []
         for is_byte, run in groupby(ids, self.values.__contains__):
             if is_byte:
@@ -123,7 +122,7 @@ def as_name(token: str | dict[str, Any] | None) -> str | None:
 
 
 def named(entries: dict[str, Any]) -> set[str]:
-    """The control tokens that a file names: bos_token and its like, but not what unknown characters become."""
+    """Names of the control tokens in a metadata file: bos_token etc., but not unk_token."""
     found = [value for key, value in entries.items() if key.endswith("_token") and key != "unk_token"]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = entries.get(key) or []
@@ -132,11 +131,11 @@ def named(entries: dict[str, Any]) -> set[str]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Read a tokenizer's metadata: tokenizer_config.json over special_tokens_map.json, tokens by their names.
+    """Read a tokenizer's metadata, with bos_token and eos_token as names; tokenizer_config.json overrides
+    special_tokens_map.json.
 
-    added: the tokens that it adds, by name; those of added_tokens.json, which has no flags, are control tokens where
-    tokenizer_config.json does not know them. named: the names of control tokens. Raises ValueError that names an
-    unreadable file.
+    added: added tokens by name; those of added_tokens.json, which has no flags, are control tokens unless
+    tokenizer_config.json defines them. named: names of control tokens. Raises ValueError naming an unreadable file.
     """
     added: dict[str, Added] = {}
     found: dict[str, Any] = {"added": added, "named": set()}
@@ -154,6 +153,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             found["named"] |= named(entries)
             found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            why = f" ({error})" if isinstance(error, ValueError) else ""  # in Python's own words it says nothing
+            why = f" ({error})" if isinstance(error, ValueError) else ""  # messages of other types do not help
             raise ValueError(f"{path} is not what it must be{why}: fetch it again") from error
     return found

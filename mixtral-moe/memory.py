@@ -1,11 +1,11 @@
-"""Prints what the weights of a mixture of experts need at each precision, and what a decode step reads of them, as a
+"""Print what the weights of a mixture of experts need at each precision, and what a decode step reads of them, as a
 Markdown table, from its config.json alone.
 
     python mixtral-moe/memory.py
     python mixtral-moe/memory.py FOLDER/config.json
 
-Without a file, the shape is that of Mixtral 8x7B. A step reads the experts that its rows choose: the plan takes every
-expert for equally likely.
+Without a file, the shape is that of Mixtral 8x7B. A step reads the experts that its rows choose, assuming uniform
+routing.
 """
 
 import sys
@@ -34,7 +34,7 @@ GROUPSIZE, ROWS, DEVICES = 32, (1, 8, 64), (2, 4, 8)
 
 
 def weigh_as(args: ModelArgs, mode: str) -> WeightSizes:
-    """The weights as quantize.py writes them; mode "bfloat16" is none of its own."""
+    """Return the sizes of the weights as quantize.py writes them; mode "bfloat16": unquantised."""
     model = empty_model(args)
     sizes = {name: 2 * tensor.numel() for name, tensor in model.named_parameters()}
     layers = {} if mode == "bfloat16" else choose_layers(model, mode, GROUPSIZE)[0]

@@ -1,13 +1,13 @@
-"""Times the decode step of a model of a named shape with random weights, for every way to hold the context.
+"""Time the decode step of a model of a named shape with random weights, for every context layout.
 
     python scripts/benchmark.py --preset cpu
     python scripts/benchmark.py --shape stories110M --context 4096 -n 1 8 16 64 --out cells.jsonl --charts charts
 
-Prints Markdown tables to stdout as they are finished; --out adds one JSON object per cell, --charts draws them. A step
-is the network, the logits and the drawing of a token; a cell is the median of --steps steps after a warm-up. The
-columns of one N are measured one after another in one process, so that their ratios share the machine's state. Beside
-every time stands its limit: the bytes that a step must read over the measured bandwidth, or its operations over the
-measured rate of a matrix product, whichever takes longer.
+Prints Markdown tables to stdout as they finish; --out adds one JSON object per cell, --charts draws them. A step is the
+network, the logits and the draw of a token; a cell is the median of --steps steps after a warm-up. The columns of one N
+are measured one after another in one process, so their ratios share the machine's state. Next to every time stands its
+limit: the bytes that a step must read over the measured bandwidth, or its operations over the measured rate of a matrix
+product, whichever takes longer.
 """
 
 import sys
@@ -86,8 +86,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Column:
-    """A way to hold the context (a constructor of caches), its step compiled or not; layout and kv_dtype as in
-    Request."""
+    """A context layout (a constructor of caches), its step compiled or not; layout and kv_dtype as in Request."""
 
     make: Callable[[KVCache, int, int], KVCache]
     compiled: bool
@@ -96,8 +95,8 @@ class Column:
 
 
 class OneKernel(SDPACache):
-    """Copies of the context, read by one kernel of SDPA. All slots count as visible, since with a mask not every kernel
-    applies: for timing, since the slots that no step has reached are read too."""
+    """Copies of the context, read by one SDPA kernel. All slots count as visible, since not every kernel takes a mask:
+    for timing only, since slots that no step has reached are read too."""
 
     kernel: SDPBackend
 
@@ -121,7 +120,7 @@ class MathKernel(OneKernel):
 
 
 def share(context: KVCache, n: int, slots: int) -> KVCache:
-    """As the engine does it: a single row goes on in the context's own cache, here in a copy of it."""
+    """Fork as the engine does: a single row extends the context's own cache, here a copy of it."""
     return copied(context, 1, slots, kind=KVCache) if n == 1 else KVCache.fork(context, n, slots)
 
 
@@ -171,7 +170,7 @@ PAPER_COLUMNS = tuple(
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset measures, where no flag says otherwise."""
+    """What a preset measures unless a flag overrides it."""
 
     shapes: tuple[str, ...]
     context: tuple[int, ...]
@@ -209,12 +208,12 @@ def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> T
 
 
 def packs(options: argparse.Namespace, args: ModelArgs, rows: int) -> bool:
-    """Whether generate.py would pack the weights for a long run of so many rows."""
+    """Return whether generate.py would pack the weights for a long run of `rows` rows."""
     return options.pack and choose_packing(options.device, options.dtype, args, 1 << 20, rows)
 
 
 def model_of(options: argparse.Namespace, args: ModelArgs, rows: int) -> Transformer:
-    """A model to be timed in steps of so many rows: as generate.py would run it for long."""
+    """Build a random model for timing steps of `rows` rows, packed as generate.py would for a long run."""
     model = random_model(args, options.device, options.dtype)
     if packs(options, args, rows):
         pack_linears(model)
@@ -229,7 +228,7 @@ def random_context(args: ModelArgs, slots: int, like: Tensor) -> KVCache:
 
 
 def timed(function: Callable[[], object], times: int, device: torch.device, budget: float = 1e9) -> list[float]:
-    """Seconds of each of `times` calls; of fewer, at least one, where they take longer than `budget` seconds."""
+    """Return the seconds of each of `times` calls; of fewer, at least one, if they exceed `budget` seconds."""
     seconds: list[float] = []
     while len(seconds) < times and sum(seconds) < budget:
         begin = time.perf_counter()
@@ -242,7 +241,7 @@ def timed(function: Callable[[], object], times: int, device: torch.device, budg
 
 @torch.no_grad()
 def time_decode(step: Step, cache: KVCache, context: int, repeats: int, budget: float = 1e9) -> float:
-    """Median seconds of a decode step over positions from `context` on."""
+    """Return the median seconds of a decode step over positions from `context` on."""
     device, rows = cache.start.device, cache.rows
     token = torch.zeros(rows, dtype=torch.long, device=device)
     input_pos = torch.full((rows, 1), context, device=device)
@@ -260,8 +259,8 @@ def time_decode(step: Step, cache: KVCache, context: int, repeats: int, budget: 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: bytes per second moved by a large copy (read and written) or read by a sum, whichever is more, and
-    operations per second (multiplications and additions) of a large matrix product."""
+    """Measured rates: bytes per second moved by a large copy (read and written) or read by a sum, whichever is more,
+    and operations per second (multiplications and additions) of a large matrix product."""
 
     bandwidth: float
     operations: float
@@ -281,8 +280,8 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement. ms: of a step, None where it was not run, for the reason in `note`. limit_ms: what the bytes or
-    the operations of a step take at the measured rates; limit: which of them binds."""
+    """One measurement. ms: of a step; None if it was not run, for the reason in `note`. limit_ms: time of a step's
+    bytes or operations at the measured rates; limit: which of them binds."""
 
     shape: str
     column: str
@@ -307,14 +306,14 @@ class Cell:
 def plan_of(
     options: argparse.Namespace, args: ModelArgs, model: Transformer, context: int, rows: int, column: Column
 ) -> Plan:
-    """The bytes that a cell needs."""
+    """Plan the bytes that a cell needs."""
     slots = min(MOST_SLOTS, options.steps + 8)
     work = Workload(context, rows, slots, column.layout, column.kv_dtype)
     return plan_run(args, weigh(model), work, options.device, options.dtype, 1 << 62, False)
 
 
 def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rates) -> Iterator[Cell]:
-    """Every cell of a shape, row by row."""
+    """Measure every cell of a shape, row by row."""
     device, empty = options.device, empty_model(args).to(options.dtype)
     if weigh(empty).total > available_memory(device):
         raise ValueError(f"the weights of {shape} need {human(weigh(empty).total)}: choose a smaller --shape")
@@ -352,7 +351,7 @@ def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rat
 def attempt(
     column: Column, root: KVCache, rows: int, step: Step, options: argparse.Namespace
 ) -> tuple[float | None, str]:
-    """(milliseconds, "") of a step, or (None, why not)."""
+    """Time a step. Returns (milliseconds, ""), or (None, reason) if it cannot run."""
     try:
         cache = column.make(root, rows, min(MOST_SLOTS, options.steps + 8))
         return 1000 * time_decode(step, cache, root.slots, options.steps, options.budget), ""
@@ -368,7 +367,7 @@ def attempt(
 
 @dataclass(frozen=True)
 class Point:
-    """One layer's attention: what is read (prefill, decode, hybrid), the size that varies, and milliseconds."""
+    """One layer's attention in milliseconds. kind: prefill, decode or hybrid; by: the size that varies."""
 
     kind: str
     by: str
@@ -385,8 +384,8 @@ class Point:
 
 @torch.no_grad()
 def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -> Iterator[Point]:
-    """One layer's attention against SDPA over N copies of the context: prefill, decoding, and a prefill chunk next to
-    decoding rows (hybrid), each by length and by batch. Eager."""
+    """Time one layer's attention against SDPA over N copies of the context: prefill, decoding, and a prefill chunk next
+    to decoding rows (hybrid), each by length and by batch. Eager."""
     args = replace(args, n_layer=1)
     like = torch.empty(0, device=options.device, dtype=options.dtype)
 
@@ -428,7 +427,7 @@ def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -
 
 @torch.no_grad()
 def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Reading a prompt, as generate.py does it, against the measured rate of a matrix product, as Markdown."""
+    """Time prefill, as generate.py runs it, against the measured rate of a matrix product, as Markdown."""
     model = model_of(options, args, max(EVERY_N))
     engine = Engine(model)
     yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
@@ -442,7 +441,7 @@ def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) ->
 
         timed(read, 1, options.device)
         seconds = statistics.median(timed(read, options.steps, options.device, options.budget))
-        # A token sees half of the prompt on average; only the last one has logits.
+        # A token attends to half of the prompt on average; only the last one has logits.
         head = 2 * (context - 1) * args.dim * args.vocab_size
         rate = (step_operations(args, context // 2, context) - head) / seconds
         share = rate / rates.operations
@@ -450,8 +449,8 @@ def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) ->
 
 
 def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Loading a folder of safetensors against mapping its bytes by safetensors alone, in milliseconds, as Markdown: the
-    mapping alone, and with every byte read once from the system's cache."""
+    """Time loading a folder of safetensors against mapping it with safetensors alone, in milliseconds, as Markdown: the
+    mapping alone, and with every byte read once from the page cache."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": args.dim,
@@ -496,8 +495,8 @@ QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {
 
 
 def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """A decode step with weights held in fewer bits, multiplied as generate.py would have it at that N, against plain
-    ones, as Markdown. Eager."""
+    """Time a decode step with quantised weights, in the kernels that generate.py would use at that N, against plain
+    weights, as Markdown. Eager."""
     yield "| context | N | weights | held | ms | plain / this | linear layers |\n|---|---|---|---|---|---|---|"
     for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
         plain = None
@@ -520,7 +519,7 @@ def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) 
 
 
 def hold(model: Transformer, quantiser: Callable[[Tensor], Quantised], rows: int) -> None:
-    """Quantises every linear layer, and holds it as a checkpoint's would be for steps of so many rows."""
+    """Quantise every linear layer, held as from a checkpoint for steps of `rows` rows."""
     swap_linears(
         model,
         lambda name, linear: make_linear(
@@ -530,7 +529,7 @@ def hold(model: Transformer, quantiser: Callable[[Tensor], Quantised], rows: int
 
 
 def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Transformer:
-    """A rank's part of a model with random weights; of the vocabulary too, which must be divisible."""
+    """Build a rank's part of a model with random weights; the vocabulary, also split, must be divisible."""
     local = replace(shard.local(args), vocab_size=args.vocab_size // shard.world)
     model = random_model(local, options.device, options.dtype)
     model.args = args
@@ -541,8 +540,8 @@ def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Tran
 
 
 def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """A decode step of one process with as many threads as there are ranks against one of the ranks, as Markdown. The
-    others wait meanwhile. Eager."""
+    """Time a decode step of one process with as many threads as there are ranks against a step of the ranks, as
+    Markdown. The other ranks wait meanwhile. Eager."""
     ranks = join(None, options.device)
     world = ranks.shard.world
     if world == 1:
@@ -556,7 +555,7 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
         cache = share(random_context(engine.args, context, model.norm.weight), rows, MOST_SLOTS)
         plan = plan_of(options, engine.args, model, context, rows, COLUMNS["bifurcated"])
         step = engine.step(Sampling(0.8, top_k=200), plan)
-        return 1000 * time_decode(step, cache, context, options.steps)  # as many on every rank
+        return 1000 * time_decode(step, cache, context, options.steps)  # the same number of steps on every rank
 
     yield f"| context | N | 1 process, {world} threads | {world} ranks | ratio |\n|---|---|---|---|---|"
     for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
@@ -566,8 +565,8 @@ def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iter
 
 
 def in_turns(what: str, rows: int, limit: float, ours: Callable[[], object], theirs: Callable[[], object]) -> str:
-    """A line of kernel_table. What else runs on a machine reaches both sides of a turn, and the least of all turns is
-    that with the least of it. limit: in seconds."""
+    """Return a line of kernel_table. The sides alternate, so other load on the machine reaches both, and the minimum
+    over all turns has the least of it. limit: in seconds."""
     cpu = torch.device("cpu")
     timed(ours, 2, cpu), timed(theirs, 2, cpu)
     turns = [timed(ours, 2, cpu)[1:] + timed(theirs, 2, cpu)[1:] for _ in range(IN_TURNS)]
@@ -577,8 +576,8 @@ def in_turns(what: str, rows: int, limit: float, ours: Callable[[], object], the
 
 @torch.no_grad()
 def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """What kernels.py has, eagerly, against the same without it, as Markdown. The limit is that of reading the context,
-    or of a matrix product's rate; of weights, none."""
+    """Time the operators of kernels.py, eagerly, against the same without them, as Markdown. The limit is that of
+    reading the context or the weights, or of a matrix product's rate; whole steps have none."""
     yield "| what | N | ms | without, ms | without / with | limit / ms |\n|---|---|---|---|---|---|"
     for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
         model = model_of(options, args, rows)
@@ -627,7 +626,7 @@ def all_layers(way: Callable[..., Tensor], cache: KVCache, q: Tensor, input_pos:
 def step_over(
     options: argparse.Namespace, args: ModelArgs, model: Transformer, cache: KVCache, position: int
 ) -> Callable[[], object]:
-    """The same step again and again, eagerly."""
+    """Return a callable that repeats the same step, eagerly."""
     rows = cache.rows
     plan = plan_run(args, weigh(model), Workload(position, rows, 8), options.device, options.dtype, 1 << 62, False)
     step = Engine(model, compile=False).step(Sampling(0.8, top_k=200), plan)
@@ -636,7 +635,7 @@ def step_over(
 
 
 class EveryExpert(nn.Module):
-    """A mixture that computes all experts for all tokens and weighs them: for timing."""
+    """A mixture that computes all experts for all tokens and weights them, for timing."""
 
     def __init__(self, mixture: MixtureOfExperts) -> None:
         super().__init__()
@@ -653,11 +652,10 @@ class EveryExpert(nn.Module):
 
 
 def experts_read(model: Transformer, nbytes: dict[str, int], run: Callable[[], object]) -> tuple[float, float]:
-    """(how many experts of a mixture, how many bytes of all) a step of `run` reads, on average, counted as they are
-    multiplied by, without the first step, whose rows are alike. nbytes: of each parameter, by name, before it was
-    packed."""
+    """Return (experts read per mixture, bytes of experts read) of an average step of `run`, counted as the experts are
+    multiplied, without the first step, whose rows are alike. nbytes: of each parameter, by name, before packing."""
     read: list[str] = []
-    ends: list[int] = []  # of each step
+    ends: list[int] = []  # of `read`, at each step
     hooks = [model.norm.register_forward_pre_hook(lambda norm, inputs: ends.append(len(read)))]
     linears = {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
     for prefix, experts in linears.items():
@@ -679,9 +677,9 @@ MOE_COLUMNS = (
 
 @torch.no_grad()
 def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """A step of a mixture, by its chosen experts and by all, eager and in turns, in milliseconds, and their ratio; and
-    what a step reads of the experts, counted, and as the plan expects it; as Markdown. The shape's feed-forward parts
-    are eight experts each of their width, of which a token passes two."""
+    """Time a step of a mixture with its chosen experts and with all, eager and alternating, in milliseconds, and their
+    ratio; and count what a step reads of the experts, next to the plan's expectation; as Markdown. The shape's
+    feed-forward becomes eight experts of its width, of which a token uses two."""
     mixture = MoEConfig(8, 2, args.hidden_dim, True)
     args = replace(args, mixture=mixture)
     torch.manual_seed(0)
@@ -702,7 +700,7 @@ def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Ite
 
     for context, rows in itertools.product(options.context, options.num_samples):
         root = random_context(args, context, model.norm.weight)
-        if packs(options, args, rows):  # and for all that follow
+        if packs(options, args, rows):  # also for all that follow
             pack_linears(model)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
@@ -736,7 +734,7 @@ def log(line: str) -> None:
 
 
 def table(cells: list[Cell], columns: list[str]) -> str:
-    """Markdown: a row per context and N; ms per step and share of the limit."""
+    """Format cells as Markdown: a row per context and N; ms per step and share of the limit."""
     lines = ["| context | N | " + " | ".join(columns) + " | limit |", "|" + "---|" * (len(columns) + 3)]
     for context, rows in dict.fromkeys((cell.context, cell.num_samples) for cell in cells):
         found = {cell.column: cell for cell in cells if (cell.context, cell.num_samples) == (context, rows)}
@@ -763,7 +761,7 @@ def header(options: argparse.Namespace, rates: Rates) -> str:
 
 
 def shape_of(name: str, settings: list[str]) -> ModelArgs:
-    """The named shape with --set's fields. Raises ValueError on a field that there is not."""
+    """Return the named shape with the fields of --set. Raises ValueError if there is no such field."""
     fields: dict[str, Any] = {}
     for setting in settings:
         field_name, _, value = setting.partition("=")
@@ -793,7 +791,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
-    """Fills in what the preset says where no flag does; returns the shapes. Raises ValueError on what cannot be run."""
+    """Fill in the preset where no flag is given; return the shapes. Raises ValueError if they cannot be run."""
     preset = PRESETS.get(options.preset, PRESETS["decode"])
     for name in ("context", "num_samples", "columns", "steps"):
         if getattr(options, name) is None:
@@ -825,15 +823,15 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
 
 
 def append(path: Path | None, cell: Cell | Point) -> None:
-    """One JSON object a line."""
+    """Append one JSON object per line."""
     if path is not None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(cell)) + "\n")
 
 
 def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell | Point]:
-    """Measures, and prints each shape's table as soon as it is there; an interruption prints what it has."""
-    # Loading multiplies nothing, and a product of bfloat16 takes seconds where the CPU has no instructions for it.
+    """Measure, printing each shape's table when it is done; an interruption prints what it has."""
+    # Loading multiplies nothing, and a bfloat16 product takes seconds on a CPU without instructions for it.
     rates = machine_rates(options.device, torch.float32 if options.preset == "load" else options.dtype)
     print(header(options, rates), flush=True)
     cells: list[Cell | Point] = []
@@ -872,7 +870,7 @@ def main() -> int:
     if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
         sys.stdout = open(os.devnull, "w")
     try:
-        torch._dynamo.config.recompile_limit = 64  # every column of every shape is a compilation of the same code
+        torch._dynamo.config.recompile_limit = 64  # every column of every shape compiles the same code
         with contextlib.suppress(BrokenPipeError):
             cells = run(options, complete(options))
             if options.charts and cells:

@@ -1,11 +1,11 @@
-"""Times many prompts in one batch against the same prompts one run after the other, in one process, on random weights.
+"""Time many prompts in one batch against the same prompts run one after another, in one process, on random weights.
 
     python scripts/benchmark_batch.py --preamble 1024 0 --prompts 32 --prompt_tokens 256 -n 8 --max_new_tokens 64
     python scripts/benchmark_batch.py --flat 10000 --shape tiny
 
-Prints a Markdown table: seconds, their ratio, rows kept busy, tokens of context read. The two draw the same samples, or
-the line says how many differ (in fp32, none but for near-ties). --vary: samples end after 8 to so many tokens. --flat:
-so many short prompts of one batch, and this process's resident memory when a tenth of them and when all are done.
+Prints a Markdown table: seconds, their ratio, rows kept busy, context tokens read. Both draw the same samples, or the
+line says how many differ (in fp32, only near-ties). --vary N: samples end after 8 to N tokens. --flat N: N short
+prompts in one batch, and this process's resident memory when a tenth of them and when all are done.
 """
 
 import sys
@@ -38,7 +38,7 @@ from engine.samples import Ending, Row
 
 
 def made_prompts(count: int, preamble: int, length: int, vocabulary: int) -> list[Prompt]:
-    """Of length/2 to 3/2 of it, behind the preamble."""
+    """Make prompts of length/2 to 3/2 length tokens, after the preamble."""
     rng = random.Random(0)
     begin = [rng.randrange(vocabulary) for _ in range(preamble)]
     sizes = [length // 2 + length * at // max(1, count - 1) for at in range(count)]
@@ -52,7 +52,7 @@ def resident() -> int:
 
 
 def varied(longest: int) -> type[Row]:
-    """Rows that end after 8 to `longest` tokens, by their index and history."""
+    """Return a class of rows that end after 8 to `longest` tokens, depending on their index and history."""
 
     class Varied(Row):
         def __init__(self, index: int, ending: Ending, *rest) -> None:

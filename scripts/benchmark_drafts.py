@@ -1,4 +1,4 @@
-"""Times speculative decoding against plain decoding of the same samples, run by run in turn.
+"""Time speculative decoding against plain decoding of the same samples, alternating runs.
 
     python scripts/benchmark_drafts.py --checkpoint_path STORIES15M --medusa medusa_lm_head.pt
 
@@ -39,7 +39,7 @@ from model import Transformer
 from sampling import candidates
 
 STORY = "Once upon a time, there was a little girl named Lily."
-# A story that stories15M repeats to its end, where it has been told twice and is begun anew.
+# A story that stories15M repeats to its end if the prompt has it twice and begins it again.
 TOLD = (
     "Once upon a time, there was a little girl named Lily. She loved to play with her toys and run around outside. "
     "One day, Lily's mom asked her to help with the laundry. Lily didn't want to help because she wanted to play. "
@@ -75,8 +75,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
-    """What drawing both tokens by the same numbers costs: the mean probability that a proposal is accepted, by the
-    standard rule, the sum of min(p, q), and where draft and target draw so; on samples of the model's own."""
+    """Tabulate the cost of drawing both tokens with the same numbers: the mean probability that a proposal is accepted,
+    by the standard rule, the sum of min(p, q), and with shared numbers; on samples of the model's own."""
     engine, sampling = open_engine(checkpoint, None), Sampling(0.8, top_k=200)
     request = Request(6, 120, sampling, seed=1, eos_ids=frozenset())
     prompt = engine.encode("Once upon a time")
@@ -104,8 +104,8 @@ def price(checkpoint: Checkpoint, quantised: str | None) -> Iterator[str]:
 
 
 def meeting(p: Tensor, q: Tensor) -> Tensor:
-    """The probability that draws from p and q [V] by the same numbers give the same token: it is i where no other is
-    before it in either race, 1 / sum over j of max(p_j / p_i, q_j / q_i)."""
+    """Return the probability that draws from p and q [V] with the same numbers give the same token: the sum over i of 1
+    / sum over j of max(p_j / p_i, q_j / q_i), the probability that i is first in both races."""
     either = ((p > 0) | (q > 0)).nonzero()[:, 0]
     p, q = p[either].double(), q[either].double()
     both = (p > 0) & (q > 0)
@@ -125,7 +125,7 @@ def open_engine(checkpoint: Checkpoint, case: Case | None) -> Engine:
 def line(checkpoint: Checkpoint, case: Case, length: int, runs: int) -> str:
     plain, drafted = open_engine(checkpoint, None), open_engine(checkpoint, case)
     prompt, ratios, each_ms, differ = plain.encode(case.prompt), [], [], 0
-    for run in range(runs + 1):  # the first warms up
+    for run in range(runs + 1):  # the first run is a warm-up
         request = Request(case.num_samples, length, case.sampling, run, eos_ids=frozenset())
         watches, drawn = (Stopwatch(), Stopwatch()), []
         for engine, watch in zip((plain, drafted), watches, strict=True):
@@ -152,7 +152,7 @@ def times(checkpoint: Checkpoint, options: argparse.Namespace) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for case in cases(options):
         if case.name.startswith(options.only):
-            # The copy ends where the text does.
+            # The copy ends with the text.
             length = min(72, options.length) if case.name.startswith("copy") else options.length
             yield line(checkpoint, case, length, options.runs)
 
@@ -171,7 +171,7 @@ def main() -> int:
     keep_freed_memory()
     if options.cpu_time:
         torch.set_num_threads(1)
-        time.perf_counter = time.process_time  # which the stopwatch and the pace read
+        time.perf_counter = time.process_time  # read by Stopwatch and DraftController
     try:
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
         for each in price(checkpoint, options.quantised) if options.price else times(checkpoint, options):

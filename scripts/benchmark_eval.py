@@ -1,11 +1,11 @@
-"""Times the harness with this engine against its own `hf` model on multiple-choice items, in one process.
+"""Time lm_eval with this engine against its own `hf` model on multiple-choice items, in one process.
 
     python scripts/benchmark_eval.py --checkpoint_path FOLDER --items hellaswag_dev.jsonl
     python scripts/benchmark_eval.py --checkpoint_path FOLDER --items hellaswag_dev.jsonl --preamble 2000 --limit 5
 
-FOLDER is one that transformers reads too. --items: JSON lines with ctx, endings and label. --preamble: so many tokens
-before every item, of random text, and a model of 110 M random weights in place of FOLDER's, with its tokenizer. The hf
-model runs at each of --batch_sizes on --probe items first, and then at the best. Needs: pip install "lm_eval[hf]".
+FOLDER is one that transformers reads too. --items: JSON lines with ctx, endings and label. --preamble N: N tokens of
+random text before every item, and a model of 110 M random weights in place of FOLDER's, with its tokenizer. The hf
+model first runs --probe items at each of --batch_sizes, then all at the fastest. Needs: pip install "lm_eval[hf]".
 """
 
 import sys
@@ -55,7 +55,7 @@ def write_task(folder: Path, items: list[dict[str, Any]], preamble: str) -> None
 
 
 def random_model(source: Path, folder: Path) -> None:
-    """A Llama of 110 M random weights, with the tokenizer of `source`."""
+    """Save a Llama of 110 M random weights, with the tokenizer of `source`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def random_model(source: Path, folder: Path) -> None:
 
 
 def preamble_of(items: list[dict[str, Any]], evaluator: Evaluator, tokens: int) -> str:
-    """Words of the items in random order, as many as make so many tokens."""
+    """Return words of the items in random order, as many as make `tokens` tokens."""
     words = [word for item in items for word in item["ctx"].split()]
     random.Random(0).shuffle(words)
     low, high = 0, len(words)
@@ -80,7 +80,7 @@ def preamble_of(items: list[dict[str, Any]], evaluator: Evaluator, tokens: int) 
 
 
 def evaluate(model: Any, folder: Path, limit: int | None) -> tuple[dict, float]:
-    """The harness's results, and the seconds that the model took for the requests, reading of texts included."""
+    """Return the harness's results, and the model's seconds for the requests, encoding of texts included."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--batch_tokens", type=int, default=16384)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    keep_freed_memory()  # for both
+    keep_freed_memory()  # for both models
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import make_table
 

@@ -1,9 +1,9 @@
-"""What examples/transformers_shared.py brings, against transformers itself: a random Llama of 110 M parameters.
+"""Time examples/transformers_shared.py against transformers itself: a random Llama of 110 M parameters.
 
     python scripts/benchmark_transformers.py -n 8 16 --context 2048
     python scripts/benchmark_transformers.py --logprobs --context 1024 -n 8 --length 64
 
-PlainDecoder: N samples by generate and by generate_shared, one run each: the time to the first token, the median step.
+By default, N samples by generate and by generate_shared, one run each: the time to the first token, the median step.
 --logprobs: N completions of --length tokens, forward and backward, as one plain batch and by logprobs_shared: the
 median of --steps times, the peak of resident pages beyond the model and its gradients (Linux).
 """
@@ -37,7 +37,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def decoding(model: Any, context: int, samples: int, steps: int) -> str:
-    """A row of the table: seconds to the first token and milliseconds a step, of generate and of generate_shared."""
+    """Return a table row: seconds to the first token and ms per step, of generate and of generate_shared."""
     ids = torch.randint(model.config.vocab_size, (1, context))
     fields = {"attention_mask": torch.ones_like(ids), "max_new_tokens": steps + 1, "do_sample": True}
     cells = []
@@ -50,7 +50,7 @@ def decoding(model: Any, context: int, samples: int, steps: int) -> str:
 
 
 def plain_logprobs(model: Any, prompt: Tensor, completions: Tensor) -> Tensor:
-    """As trainers do it: each completion behind its own copy of the prompt."""
+    """Score as trainers do: each completion after its own copy of the prompt."""
     rows = torch.cat([prompt.expand(len(completions), -1), completions], 1)
     logits = model(rows, use_cache=False, logits_to_keep=completions.shape[1] + 1).logits[:, :-1].float()
     return logits.gather(-1, completions[..., None])[..., 0] - logits.logsumexp(-1)
@@ -61,7 +61,7 @@ def resident(field: str) -> int:
 
 
 def scoring(model: Any, context: int, samples: int, length: int, steps: int) -> str:
-    """A row of the table: seconds forward and backward, and megabytes at the peak, and how far gradients differ."""
+    """Return a table row: seconds forward and backward, megabytes at the peak, and how far gradients differ."""
     prompt = torch.randint(model.config.vocab_size, (1, context))
     completions = torch.randint(model.config.vocab_size, (samples, length))
     weights = torch.randn(samples, 1)
@@ -71,7 +71,7 @@ def scoring(model: Any, context: int, samples: int, length: int, steps: int) -> 
         times, peaks = [], []
         for _ in range(steps):
             release_freed_memory(model.device)
-            CLEAR.write_text("5")  # the peak counts from here
+            CLEAR.write_text("5")  # reset the peak
             before, began = resident("VmRSS"), time.perf_counter()
             (score(model, prompt, completions) * weights).sum().backward()
             times.append(time.perf_counter() - began)

@@ -1,8 +1,8 @@
-"""Converts a Hugging Face folder, or a .pt file of karpathy/tinyllamas, into model.pth, config.json and the tokenizer.
+"""Convert a Hugging Face folder, or a .pt file of karpathy/tinyllamas, into model.pth, config.json and the tokenizer.
 
 python scripts/convert_hf_checkpoint.py --checkpoint_dir FOLDER [--out FOLDER]
 
-The tensors are mapped, and written one after another: what is held is the pages that the system chooses to keep.
+Tensors are memory-mapped and written one after another: only the pages that the system keeps are in memory.
 """
 
 import sys
@@ -26,12 +26,12 @@ from loading.checkpoint import (
 )
 from loading.files import COMPANIONS, check_stays, companions, hugging_face_files, read_json, snapshot
 
-KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is written anew
+KEPT = [name for name in COMPANIONS if name != "config.json"]  # which is rewritten
 
 
 def convert(source: Path, out: Path) -> Path:
-    """Writes `out`/model.pth and what belongs to it; returns its path. Raises ValueError, before anything is written,
-    where another model lies there or what is read would be replaced, or OSError."""
+    """Write `out`/model.pth and its companion files; return its path. Raises ValueError, before anything is written, if
+    another model is there or an input would be overwritten, or OSError."""
     checkpoint = read_checkpoint(source, hugging_face_files)  # not a model.pth of an earlier conversion
     check_folder(checkpoint, out)
     check_stays([*checkpoint.weights, *companions(checkpoint.folder)], out / "model.pth")
@@ -46,8 +46,8 @@ def convert(source: Path, out: Path) -> Path:
 
 
 def check_folder(checkpoint: Checkpoint, out: Path) -> None:
-    """Raises ValueError that names a file of another model in `out`, which would be replaced, or be taken for this
-    model's."""
+    """Raise ValueError, naming the file, if `out` has a file of another model that would be overwritten or taken for
+    this model's."""
     config, remedy = out / "config.json", "give a folder of its own as --out, or remove it"
     if config.exists() and read_json(config) != checkpoint.config:
         raise ValueError(f"{config} is of another model: {remedy}")

@@ -1,8 +1,8 @@
-"""Fetches from the Hugging Face Hub what the engine needs of a model: its config, its tokenizer, one set of weights.
+"""Fetch what the engine needs of a model from the Hugging Face Hub: its config, its tokenizer, one set of weights.
 
 python scripts/download.py OWNER/NAME [--revision R] [--out FOLDER] [--file NAME]
 
-The folder goes to stdout, everything else to stderr. The same command again fetches what is still missing.
+Prints the folder to stdout, everything else to stderr. Running it again fetches what is still missing.
 """
 
 import sys

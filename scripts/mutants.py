@@ -1,19 +1,19 @@
-"""How many small faults in the core the tests see: one change at a time, each tried by the tests of its file.
+"""Mutation testing of the core: one small change at a time, each run against the tests of its file.
 
-python scripts/mutants.py                     all of them: hours; an ended run goes on from its record
-python scripts/mutants.py --sample 300        so many, at random
+python scripts/mutants.py                     all mutants: hours; an interrupted run resumes from its record
+python scripts/mutants.py --sample 300        that many, at random
 python scripts/mutants.py --room cache.py
 
-Operators and places are cosmic-ray's. Of the replacements for an operator only the one that is hardest to see is
-taken (`<=` for `<`, `-` for `+`), and a number becomes one more. Left out is what tests are not to see: annotations,
-the words of errors, and what guards our own invariants (assert, `strict=`, `frozen=`). mutmut 3 wraps every function
-in another, which torch.compile does not bear.
+Operators and positions are cosmic-ray's. Of the replacements for an operator only the one hardest to detect is used
+(`<=` for `<`, `-` for `+`), and numbers are incremented by one. Excluded is what tests should not see: annotations,
+error messages, and guards of our own invariants (assert, `strict=`, `frozen=`). mutmut 3 wraps every function in
+another, which torch.compile does not support.
 
-A fork that has imported the libraries, but nothing of the core, writes the change into a copy of it and runs the
-nearest tests, then wider ones. The first failure kills the mutant, as CPU_SECONDS of processor time do. Tests that
-compile or start many commands are left out, so the rate is a lower bound. After an edit of the core the record is to be
-deleted. A mutant that cannot be imported is broken,
-and not counted; those of tests/mutants.txt are equivalent: no test can tell them from the code.
+A fork that has imported the libraries, but nothing of the core, writes the change into a copy of the repository and
+runs the nearest tests, then wider ones. The first failure kills the mutant, as do CPU_SECONDS of CPU time. Tests that
+compile or start many commands are left out, so the rate is a lower bound. Delete the record after editing the core. A
+mutant that cannot be imported is broken and not counted; those of tests/mutants.txt are equivalent: no test can
+distinguish them from the code.
 """
 
 import sys
@@ -61,13 +61,13 @@ OPERATORS = [f"Replace{kind}Operator_{swap}" for kind, swaps in SWAPS.items() fo
     "ZeroIterationForLoop ReplaceBreakWithContinue ReplaceContinueWithBreak ExceptionReplacer RemoveDecorator"
 ).split()
 
-# What the forks need not import again.
+# Imported once, before forking.
 LIBRARIES = (
     "numpy torch torch._dynamo pytest hypothesis sentencepiece tiktoken tokenizers safetensors.torch transformers "
     "transformers.models.llama.modeling_llama"
 ).split()
 
-# For each file of the core the tests that see it, in turns, nearest first; those of SLOW where they are named alone.
+# The tests of each core file, in turns, nearest first; tests that match SLOW run only if named with "::".
 TESTS = {
     "model.py": ("model", "engine", "plan families cache cuda moe quantize"),
     "cache.py": ("cache", "cuda engine speculate chat moe batch"),
@@ -96,7 +96,7 @@ class Mutant:
         return mutate_code(source(self.room), get_operator(f"core/{self.operator}")(), self.occurrence)
 
     def change(self) -> str:
-        """What differs, before and after."""
+        """Return what differs, before and after."""
         if self.operator == NOTHING:
             return "the file as it is"
         before, after = ([line.strip() for line in code.splitlines()] for code in (source(self.room), self.code()))
@@ -114,7 +114,7 @@ def source(room: str) -> str:
 
 
 def unseen(room: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Begin and end, as (line, column), of what is not mutated; of a negative number the sign."""
+    """Return begin and end, as (line, column), of code that is not mutated; of a negative number, its sign."""
     spans = []
     for node in ast.walk(ast.parse(source(room))):
         own: list[ast.expr | ast.stmt | None] = []
@@ -141,13 +141,13 @@ def mutants(room: str) -> Iterator[Mutant]:
         operator = get_operator(f"core/{name}")()
         places = [place for node in nodes for place, _ in operator.mutation_positions(node)]
         for occurrence, place in enumerate(places):
-            less = name == "NumberReplacer" and occurrence % 2  # it gives a number plus one, then minus one
+            less = name == "NumberReplacer" and occurrence % 2  # it yields a number plus one, then minus one
             if not less and not any(begin <= place < end for begin, end in spans):
                 yield Mutant(room, name, occurrence, place[0])
 
 
 class Killer:
-    """Keeps the name of the test that failed."""
+    """Pytest plugin that records the test that failed."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -160,10 +160,10 @@ class Killer:
 
 
 def run_tests(folder: Path, room: str, turn: str) -> int:
-    """In a fork: pytest's exit status for one turn of tests in a copy of the repository."""
+    """Run one turn of tests in a copy of the repository, in a fork. Returns pytest's exit status."""
     import pytest
 
-    signal.alarm(30 * CPU_SECONDS)  # what waits for ever uses no processor
+    signal.alarm(30 * CPU_SECONDS)  # a deadlock uses no CPU time
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 9))
     null = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
@@ -181,7 +181,7 @@ def run_tests(folder: Path, room: str, turn: str) -> int:
 
 
 def fate(folder: Path, room: str, turns: int) -> tuple[str, str]:
-    """What becomes of the code in the copy, and by which test."""
+    """Return the outcome of the mutant in the copy, and the test that killed it."""
     for turn in TESTS[room][:turns]:
         (folder / "killer").write_text("")
         if (child := os.fork()) == 0:
@@ -199,13 +199,13 @@ def fate(folder: Path, room: str, turns: int) -> tuple[str, str]:
 
 
 def recorded(record: Path) -> dict[Mutant, dict]:
-    """What is known already, of each mutant."""
+    """Read the known outcomes, by mutant."""
     lines = map(json.loads, record.read_text("utf-8").splitlines() if record.exists() else [])
     return {Mutant(*(line[each.name] for each in fields(Mutant))): line for line in lines}
 
 
 def try_all(todo: Sequence[Mutant], record: Path, turns: int) -> None:
-    """Tries each in a copy of the repository, and writes a line for each to `record`."""
+    """Try each mutant in a copy of the repository, and append a line for each to `record`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "repository"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "charts"))
@@ -213,7 +213,7 @@ def try_all(todo: Sequence[Mutant], record: Path, turns: int) -> None:
         if shared.exists():
             (Path(place) / "shared").symlink_to(shared)
         for mutant in todo:
-            if mutant in recorded(record):  # by another run
+            if mutant in recorded(record):  # tried by another run
                 continue
             (folder / mutant.room).write_text(mutant.code(), "utf-8")
             for stale in (folder / mutant.room).parent.glob(f"__pycache__/{Path(mutant.room).stem}.*"):
@@ -226,13 +226,13 @@ def try_all(todo: Sequence[Mutant], record: Path, turns: int) -> None:
 
 
 def equivalents() -> set[str]:
-    """Changes that no test can see: lines of tests/mutants.txt that are neither empty nor its reasons (#)."""
+    """Read the changes that no test can see: lines of tests/mutants.txt that are neither empty nor comments (#)."""
     lines = EQUIVALENT.read_text("utf-8").splitlines() if EQUIVALENT.exists() else []
     return {line for line in lines if line and not line.startswith("#")}
 
 
 def report(lines: Sequence[dict]) -> None:
-    """The rate of each file and of all, and every mutant that lived. Raises ValueError where the tests fail anyway."""
+    """Print the kill rate of each file and of all, and every survivor. Raises ValueError if unchanged code fails."""
     red = [line["by"] for line in lines if line["operator"] == NOTHING and line["outcome"] != "survived"]
     if red:
         raise ValueError(f"{red[0]} fails where nothing was changed: mend that, and delete the record")

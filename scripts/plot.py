@@ -1,5 +1,5 @@
-"""Draws what scripts/benchmark.py measured: a step against N and against the context, with the limit beside it, and one
-layer's attention by length and by batch.
+"""Plot what scripts/benchmark.py measured: a step against N and against the context, with its limit, and one layer's
+attention by length and by batch.
 
 python scripts/plot.py --cells cells.jsonl --out charts
 """
@@ -29,8 +29,8 @@ AXES = {"num_samples": ("context", "N, samples"), "context": ("num_samples", "co
 
 
 def draw(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """Of decode steps one PNG per shape and axis, a panel for each value of the other one; of attention alone one per
-    shape. Returns the files."""
+    """Plot decode steps, one PNG per shape and axis with a panel for each value of the other axis, and attention, one
+    PNG per shape. Returns the files."""
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for shape in dict.fromkeys(cell["shape"] for cell in cells):
@@ -47,7 +47,7 @@ def draw(cells: Sequence[dict[str, Any]], out: Path) -> list[Path]:
 
 
 def panels(cells: Sequence[dict[str, Any]], axis: str, fixed: str, label: str, file: Path) -> None:
-    """Milliseconds per step against `axis`, both logarithmic, in one panel for each value of `fixed`."""
+    """Plot milliseconds per step against `axis`, both logarithmic, in one panel for each value of `fixed`."""
     values = sorted({cell[fixed] for cell in cells})
     figure, grid = pyplot.subplots(1, len(values), figsize=(4.5 * len(values), 4), sharey=True, squeeze=False)
     for panel, value in zip(grid[0], values, strict=True):
@@ -70,7 +70,7 @@ def panels(cells: Sequence[dict[str, Any]], axis: str, fixed: str, label: str, f
 
 
 def attention_panels(points: Sequence[dict[str, Any]], file: Path) -> None:
-    """Milliseconds of one layer: prefill, decoding and both at once, by length above and by batch below."""
+    """Plot one layer's milliseconds: prefill, decoding and both at once, by length above and by batch below."""
     kinds = list(dict.fromkeys(point["kind"] for point in points))
     figure, grid = pyplot.subplots(2, len(kinds), figsize=(4.5 * len(kinds), 7), squeeze=False)
     for line, (by, axis) in zip(grid, (("length", "context"), ("batch", "num_samples")), strict=True):

@@ -1,9 +1,9 @@
-"""Makes the model that ships with the repository: samples a corpus of stories, trains a vocabulary and a model on it.
+"""Make the model that ships with the repository: sample a corpus of stories, train a vocabulary and a model on it.
 
     python scripts/train_tiny.py sample --checkpoint_path STORIES15M --out stories.txt --stories 18176
     python scripts/train_tiny.py train --corpus stories.txt --out checkpoints/tiny
 
-`train` needs a text file alone: stories with a line <|endoftext|> after each.
+`train` needs only a text file: stories with a line <|endoftext|> after each.
 """
 
 import sys
@@ -62,7 +62,7 @@ CONFIG = {
 
 
 def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: float, rows: int = 256) -> None:
-    """Appends whole stories, drawn from the bare BOS token, to `out`; unfinished ones are dropped."""
+    """Append whole stories, drawn from a bare BOS token, to `out`; drop unfinished ones."""
     checkpoint = read_checkpoint(checkpoint_path)
     tokenizer = load_tokenizer(checkpoint.folder)
     engine = Engine(load_model(checkpoint, torch.device("cpu"), torch.bfloat16), tokenizer)
@@ -75,7 +75,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
                 max_new_tokens=checkpoint.args.context_limit - 1,
                 sampling=Sampling(temperature, top_k=200),
                 seed=seed,
-                # A model trained on stories that BOS alone separates ends one by BOS.
+                # A model trained on stories separated only by BOS ends a story with BOS.
                 eos_ids=checkpoint.eos_ids | {tokenizer.bos_id},
             )
             for each in engine.generate([tokenizer.bos_id], request):
@@ -87,7 +87,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
 
 
 def train_tokenizer(stories: list[str], out: Path) -> None:
-    """A SentencePiece BPE vocabulary with bytes for what it does not know, as Llama's."""
+    """Train a SentencePiece BPE vocabulary with byte fallback, like Llama's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for story in stories for line in story.splitlines() if line),
@@ -108,7 +108,7 @@ def train_tokenizer(stories: list[str], out: Path) -> None:
 
 
 def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Random windows of the token stream, [batch,length+1] each."""
+    """Yield random windows of the token stream, [batch,length+1] each."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         begins = torch.randint(len(tokens) - length, (batch, 1), generator=generator)
@@ -116,7 +116,7 @@ def batches(tokens: Tensor, batch: int, length: int, steps: int, seed: int) -> I
 
 
 def loss_of(model: Transformer, batch: Tensor) -> Tensor:
-    """Mean cross-entropy, nats per token; the products in bfloat16 where the CPU has instructions for it. batch
+    """Return the mean cross-entropy, nats per token; products in bfloat16 if the CPU has instructions for it. batch
     [N,S+1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     input_pos = torch.arange(inputs.shape[1], device=batch.device).expand_as(inputs)
@@ -133,7 +133,7 @@ def initialise(model: Transformer) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 200 steps, then a cosine down to a twentieth of the peak."""
+    """Return the learning rate: linear warm-up over 200 steps, then a cosine to a twentieth of the peak."""
     if step < 200:
         return peak * (step + 1) / 200
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -147,7 +147,7 @@ def validation_loss(model: Transformer, tokens: Tensor, length: int) -> float:
 
 
 def read_stories(corpus: Path, seed: int) -> list[str]:
-    """The distinct stories of a corpus, shuffled."""
+    """Return the distinct stories of a corpus, shuffled."""
     stories = [story.strip() for story in read_text(corpus).split(SEPARATOR)]
     stories = [story for story in dict.fromkeys(stories) if story]
     random.Random(seed).shuffle(stories)
@@ -155,7 +155,7 @@ def read_stories(corpus: Path, seed: int) -> list[str]:
 
 
 def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
-    """Trains the vocabulary on all stories, the model on all but 1 % of them, at least 16, kept for validation."""
+    """Train the vocabulary on all stories, the model on all but 1 % of them, at least 16, held out for validation."""
     stories = read_stories(corpus, seed)
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer(stories, out / "tokenizer.model")
