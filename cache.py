@@ -8,6 +8,7 @@ D head dimension; R rows of an ancestor cache.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Self
 
 import torch
@@ -150,10 +151,21 @@ class KVCache:
         first = begin - int(self.start[row])
         k = self.k[0]
         shape = (1, k.shape[1], length, k.shape[3])
-        copy = KVCache(k, len(self.k), shape, self.start.new_tensor([begin]))
-        for mine, theirs in zip(copy.tensors, self.tensors, strict=True):
+        made = KVCache(k, len(self.k), shape, self.start.new_tensor([begin]))
+        for mine, theirs in zip(made.tensors, self.tensors, strict=True):
             mine.copy_(theirs[row : row + 1, :, first : first + length])
-        return copy
+        return made
+
+    def row_view(self, row: int, slots: int, links: tuple["Link", ...]) -> "KVCache":
+        """View one row as a cache of its own, with its first `slots` slots, behind `links`."""
+        view = copy(self)
+        view.start, view.links = self.start[row : row + 1], links
+        view.k, view.v = ([each[row : row + 1, :, :slots] for each in side] for side in (self.k, self.v))
+        return view
+
+    def extend_from(self, *links: "Link") -> None:
+        """Make the rows extend ancestors, the nearest first."""
+        self.links = links
 
     def append(self, other: "KVCache", length: int) -> None:
         """Append the first `length` slots of another one-row cache, which begins where this one ends."""

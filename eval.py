@@ -54,7 +54,7 @@ SHARED_PROMPT = 64  # fewest tokens worth a cache link, which costs time at ever
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
 
-class Texts:
+class HarnessTokenizer:
     """Encoder of texts as in the harness's `hf` model: the name of a control token in a text is that token.
 
     prefix: context token of a text without context, BOS or else EOS. eos_ids: tokens that end generation.
@@ -137,7 +137,7 @@ NEUTRAL = {
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationArgs:
     """Parameters of a generate_until request. until: stop strings."""
 
     until: tuple[str, ...]
@@ -145,7 +145,7 @@ class Drawing:
     sampling: Sampling
 
     @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> "Drawing":
+    def parse(cls, given: Mapping[str, Any]) -> "GenerationArgs":
         """Parse generation_kwargs; null means not given. Raises ValueError naming all unknown or malformed fields."""
         found: dict[str, Any] = {}
         wrong = []
@@ -180,7 +180,7 @@ class Evaluator:
     def __init__(
         self,
         engine: Engine,
-        texts: Texts,
+        texts: HarnessTokenizer,
         batch_tokens: int,
         quiet: bool = True,
         seed: int = 0,
@@ -252,9 +252,9 @@ class Evaluator:
     def generate_until(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
         """Generate for requests of (context, generation_kwargs). Equal requests are samples of one prompt, or one
         shared sample if decoding is greedy."""
-        places: dict[tuple[str, Drawing], list[int]] = {}
+        places: dict[tuple[str, GenerationArgs], list[int]] = {}
         for number, (context, given) in enumerate(requests):
-            places.setdefault((context, Drawing.parse(given)), []).append(number)
+            places.setdefault((context, GenerationArgs.parse(given)), []).append(number)
         groups = list(places)
         # 2: the last token is not shared, so that each prompt has logits to draw from.
         leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
@@ -271,19 +271,19 @@ class Evaluator:
                 self.show(finished, len(requests), "requests")
         return found
 
-    def request(self, context: str, drawing: Drawing, count: int) -> Request:
+    def request(self, context: str, drawing: GenerationArgs, count: int) -> Request:
         """Build the request for `count` samples of a context, with a seed for each context and drawing."""
         seed = seed_of(self.seed, repr((context, drawing)))
         return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
-    def room(self, drawing: Drawing) -> int:
+    def room(self, drawing: GenerationArgs) -> int:
         """Return how many tokens of a context fit before the drawn ones. Raises ValueError if none do."""
         room = self.limit - drawing.length
         if room < 1:
             raise ValueError(f"{drawing.length} new tokens leave no room in the model's limit of {self.limit}")
         return room
 
-    def cut_prompt(self, context: str, drawing: Drawing) -> list[int]:
+    def cut_prompt(self, context: str, drawing: GenerationArgs) -> list[int]:
         """Truncate a context on the left, to leave room for the drawn tokens."""
         return (self.texts.encode(context) or [self.texts.prefix])[-self.room(drawing) :]
 
@@ -339,7 +339,7 @@ def harness_model(evaluator: Evaluator) -> Any:
     return EngineLM()
 
 
-def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
+def check_tasks(tasks: Mapping[str, Any]) -> list[GenerationArgs]:
     """Parse the generation parameters of harness tasks. Raises ValueError naming the tasks that cannot run, and why."""
     if unsafe := [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False)]:
         why = "run generated code to score it, which is not done here: draw with --samples, and score elsewhere"
@@ -348,7 +348,7 @@ def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
     for name, task in tasks.items():
         if task.get_config("output_type") == "generate_until":
             try:
-                found.append(Drawing.parse(task.get_config("generation_kwargs") or {}))
+                found.append(GenerationArgs.parse(task.get_config("generation_kwargs") or {}))
             except ValueError as error:
                 wrong.append(f"task {name}: {error}")
     if wrong:
@@ -356,7 +356,7 @@ def check_tasks(tasks: Mapping[str, Any]) -> list[Drawing]:
     return found
 
 
-def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str], list[Drawing]]:
+def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str], list[GenerationArgs]]:
     """Return the harness's TaskManager, the tasks that names or patterns match, and their generation parameters. Only
     the folder is searched if it has them all, since listing the harness's own tasks takes seconds. Raises ValueError if
     a task is unknown or cannot run."""
@@ -439,7 +439,7 @@ def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Eval
     check_output(options.output, files_of(checkpoint.folder))
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
     engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
-    texts = Texts(engine, checkpoint.folder, checkpoint.eos_ids)
+    texts = HarnessTokenizer(engine, checkpoint.folder, checkpoint.eos_ids)
     seed = new_seed() if options.seed is None else options.seed
     return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed, checkpoint.weights[0])
 
@@ -715,7 +715,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--scored", lines, type=Path, metavar="FILE")
     parser.section("output")
     flag("--output", "results as JSON; of --samples the samples (default: samples.jsonl)", type=Path)
-    flag("--resume", "go on where a killed --samples has stopped writing --output", action="store_true")
+    flag("--resume", "continue a killed --samples run that has written to --output", action="store_true")
     flag("--quiet", "no progress and no summary on stderr", action="store_true")
     return parser
 
@@ -730,7 +730,7 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
     if len(given) != 1:
         raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
     if options.resume and given != ["samples"]:
-        raise ValueError("--resume goes on with --samples: leave it out")
+        raise ValueError("--resume continues --samples: leave it out")
     if (options.scored is not None) != (given == ["pass_at"]):
         raise ValueError("--pass_at and --scored go together: give both or none")
     for path in (options.perplexity, options.samples, options.scored):
@@ -775,7 +775,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         begun = options.samples is not None and options.output is not None and options.output.exists()
         kept = (
-            f"{options.output} has what is done, the same command with --resume goes on"
+            f"{options.output} holds what is finished: the same command with --resume continues"
             if begun
             else "there are no results"
         )

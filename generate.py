@@ -34,8 +34,8 @@ from cli.jobs import (
     Progress,
     Record,
     ResumeState,
-    block_of,
     fingerprint,
+    output_lines,
     read_begun,
     read_records,
     set_up_job,
@@ -44,7 +44,7 @@ from cli.jobs import (
 from cli.jobs import summary as summarise
 from cli.ranks import Listener, Ranks, join, lost_rank
 from cli.repl import Repl
-from engine.batch import BatchStats, generate_many, refusal, workload
+from engine.batch import BatchStats, generate_many, rejection, workload
 from engine.chat import ChatEncoder, choose_chat
 from engine.drafts import Speculation, choose_draft
 from engine.engine import Engine
@@ -58,7 +58,7 @@ from engine.plan import (
     out_of_memory,
     peak_memory,
     plan_run,
-    weigh_sizes,
+    sum_weight_sizes,
 )
 from engine.request import Request, new_seed
 from engine.samples import Sample, not_finite, rank
@@ -173,9 +173,9 @@ def arrange(
     dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)
     if job is not None:
-        sound = [len(prompt.tokens) for prompt in job.prompts if refusal(local, request, prompt) is None]
+        sound = [len(prompt.tokens) for prompt in job.prompts if rejection(local, request, prompt) is None]
         work = workload(sound or [1], request, device)
-    weights = weigh_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
+    weights = sum_weight_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
     drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
     speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
     if speculation is not None:
@@ -302,7 +302,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     try:
         for outcome in generate_many(engine, job.prompts, session.request, tally, session.plan):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
-            block = block_of(outcome, fields, options)
+            block = output_lines(outcome, fields, options)
             if output is None:
                 print(block, end="", flush=True)
             elif ranks.shard.rank == 0:
@@ -314,7 +314,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
         if output is not None:
             output.close()
         if output is not None and not options.quiet:
-            told = f"stopped: {options.output} has what is done, the same command with --resume goes on"
+            told = f"stopped: {options.output} holds what is finished: the same command with --resume continues"
             print(told, file=sys.stderr)
         raise
     finally:
@@ -388,7 +388,7 @@ def run(options: argparse.Namespace) -> None:
             print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)
         return
     if session.job is None and plan.waves > 1 and not options.quiet:
-        print(f"running in {plan.waves} waves: memory does not hold all at once", file=sys.stderr)
+        print(f"running in {plan.waves} waves: not all samples fit into memory at once", file=sys.stderr)
     if plan.compiled and not options.quiet:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
     if plan.compiled:

@@ -47,9 +47,9 @@ from loading.checkpoint import (
     load_model,
     read_checkpoint,
     read_weights,
+    save_atomically,
     save_quantised,
     unpickle,
-    write_whole,
 )
 from loading.files import check_plain, read_text
 from loading.tokenizer import load_tokenizer
@@ -175,7 +175,7 @@ def calibrated(
         else:
             done = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
             tensors = {name: tensors_of(weight) for name, weight in done.layers.items()}
-            write_whole({"layers": tensors, "rounded": done.rounded}, path)
+            save_atomically({"layers": tensors, "rounded": done.rounded}, path)
         calibration.run(block, keep=True)
         rounded += [prefix + name for name in done.rounded]
         yield {prefix + name: weight for name, weight in done.layers.items()}

@@ -78,7 +78,7 @@ def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
     return ((even[0] << 21) | (odd[0] >> 11)).double() * 2.0**-53
 
 
-def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
+def token_uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
     """Return the random numbers of tokens [N,K], given each row's number [N] from `uniform`: fp64 [N,K], also uniform.
 
     A row's 53 bits are the key, and the token the counter, of another Philox4x32-10. So a token's number depends
@@ -141,7 +141,7 @@ def draw(
     sampling: Filters,
     seen: Tensor = NOTHING,
     names: Tensor | None = None,
-    numbers: Callable[[Tensor, Tensor], Tensor] = of_tokens,
+    numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
 ) -> tuple[Tensor, Tensor]:
     """Run draw_rows in chunks of rows, so that their fp32 logits stay within LOGITS_AT_ONCE.
 
@@ -160,10 +160,10 @@ def draw_rows(
     seen: Tensor,
     sampling: Filters,
     names: Tensor | None = None,
-    numbers: Callable[[Tensor, Tensor], Tensor] = of_tokens,
+    numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token per row. logits [N,V], uniform [N] in [0,1), seen: tokens that each row already has, bool [N,V] or
-    [N,0], names [V]: token id of each logit, None: its index, numbers: `of_tokens` or a kernel with the same results
+    [N,0], names [V]: token id of each logit, None: its index, numbers: `token_uniforms` or a kernel that equals it
     -> tokens [N], log-probabilities [N].
 
     The draw is a race: each candidate arrives after an exponential time of rate p, so candidate i is first with
@@ -176,7 +176,7 @@ def draw_rows(
         index = scores.argmax(-1, keepdim=True)  # [N,1]
     else:
         probs, ids = candidates(scores, sampling)
-        index = first_to_arrive(probs, numbers(uniform, named(ids, names, probs)))
+        index = exponential_race(probs, numbers(uniform, named(ids, names, probs)))
         index = index if ids is None else ids.gather(-1, index)
     token = index if names is None else names[index]
     return token[:, 0], (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0]
@@ -190,7 +190,7 @@ def named(ids: Tensor | None, names: Tensor | None, probs: Tensor) -> Tensor:
     return names.expand_as(probs)
 
 
-def first_to_arrive(probs: Tensor, numbers: Tensor) -> Tensor:
+def exponential_race(probs: Tensor, numbers: Tensor) -> Tensor:
     """Return the index [N,1] of the smallest -log(1 - u) / p. probs [N,K] fp32, numbers [N,K] fp64 (overwritten).
 
     Numbers are multiples of 2^-53, so a time is exact to 2^-53 and a token of probability 1e-12 has its rate to 1e-4. A

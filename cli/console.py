@@ -38,7 +38,7 @@ def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
 
 
 # The flags, besides --seed, that determine the samples of a prompt.
-DECIDING = (
+SAMPLE_FLAGS = (
     "checkpoint_path",
     "dtype",
     "kv_dtype",
@@ -54,8 +54,8 @@ DECIDING = (
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags of DECIDING that a command has."""
-    return {name: getattr(options, name) for name in DECIDING if hasattr(options, name)}
+    """Return the flags of SAMPLE_FLAGS that a command has."""
+    return {name: getattr(options, name) for name in SAMPLE_FLAGS if hasattr(options, name)}
 
 
 class Stopwatch(Monitor):
@@ -259,7 +259,7 @@ def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None
     single = extends_context(engine.args, plan.workload, engine.device, engine.dtype, plan.rows_at_once)
     return {
         "attention": request.attention,
-        "attention_path": "one row: the context's own cache goes on" if single else PATHS[request.attention],
+        "attention_path": "one row: the context's own cache is extended" if single else PATHS[request.attention],
         "attention_kernel": attention_kernel(engine.device, engine.dtype, engine.args.head_dim),
         "compiled": plan.compiled,
         "compile_reason": plan.compile_reason,

@@ -32,7 +32,7 @@ from loading.files import companions, counted, decode_text, write_file
 from sampling import RULE
 
 Id = str | int
-OWN = frozenset(
+RESERVED_FIELDS = frozenset(
     "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
 )
 CONFIGS = ("config.json", "generation_config.json")  # hashed as parsed, not as bytes
@@ -52,7 +52,7 @@ class Record:
     fields: dict[str, Any]
 
 
-def nests(value: object, levels: int) -> bool:
+def nests_deeper_than(value: object, levels: int) -> bool:
     """Return whether lists and objects nest deeper than `levels`."""
     layer = [value]
     for _ in range(levels):
@@ -66,13 +66,13 @@ def parse_json(line: str) -> Any:
     half of a surrogate pair."""
     try:
         value = json.loads(line)
-        if nests(value, DEEPEST):
+        if nests_deeper_than(value, DEEPEST):
             raise RecursionError
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     except RecursionError:
-        raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
+        raise ValueError(f"it nests_deeper_than more than {DEEPEST} levels deep") from None
     text.encode()
     return value
 
@@ -110,7 +110,7 @@ def parse(number: int, line: str) -> Record:
     if isinstance(id, bool) or not isinstance(id, str | int):
         raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
     fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
-    if taken := sorted(fields.keys() & OWN):
+    if taken := sorted(fields.keys() & RESERVED_FIELDS):
         raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
     return Record(number, id, said, fields)
 
@@ -374,7 +374,7 @@ class Output:
         if self.apart:
             lines = chain([json.dumps({"header": header}).encode() + b"\n"], lines)
         elif done:
-            lines = headed(lines, header)
+            lines = with_header(lines, header)
         else:
             self.header = header
 
@@ -388,12 +388,12 @@ class Output:
         """Append the lines of a prompt in one write. Raises OSError."""
         assert self.file is not None, "an output is begun first"
         if self.header is not None:
-            block, self.header = b"".join(headed(block.splitlines(True), self.header)), None
+            block, self.header = b"".join(with_header(block.splitlines(True), self.header)), None
         try:
             while block:
                 block = block[self.file.write(block) :]
         except OSError as error:
-            why = f"{self.path} cannot be written ({error.strerror}): make room, then go on with --resume"
+            why = f"{self.path} cannot be written ({error.strerror}): make room, then continue with --resume"
             raise OSError(why) from error
 
     def merge(self, others: Iterable[Path], done: set[str]) -> None:
@@ -428,7 +428,7 @@ def hold(path: Path) -> Iterator[BinaryIO]:
         yield file  # type: ignore[misc]
 
 
-def headed(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
+def with_header(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[bytes]:
     """Yield lines of JSON objects, with the header added to the first."""
     for number, line in enumerate(lines):
         yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
@@ -479,12 +479,12 @@ def summary(report: dict[str, Any]) -> str:
         f"{counted(report['tokens'], 'token')} in {report['seconds']:.3g} s, {report['tokens_per_s']:.0f} tokens/s; "
         f"{counted(report['rows'], 'row')} at once, {report['rows_busy']:.0%} of them busy\n"
         f"{counted(report['context_tokens_read'], 'token')} of context read, not {report['context_tokens']}; "
-        f"{human(report['kv_spared_bytes'])} of their keys and values not held again; "
+        f"{human(report['kv_spared_bytes'])} of keys and values saved; "
         f"peak {human(report['peak_memory_bytes'])}"
     )
 
 
-def block_of(outcome: Outcome, fields: dict[str, Any], options: argparse.Namespace) -> str:
+def output_lines(outcome: Outcome, fields: dict[str, Any], options: argparse.Namespace) -> str:
     """Return the lines of a prompt: its best samples, or its error."""
     begin = {"id": outcome.prompt.id, **fields}
     if outcome.error is not None:

@@ -41,7 +41,7 @@ def add_batch(flag: Callable[..., None]) -> None:
     flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
     flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
     flag("--output", help="append each prompt's samples to this file; default: stdout", type=Path)
-    flag("--resume", help="go on where a killed run has stopped writing --output", action="store_true")
+    flag("--resume", help="continue a killed run that has written to --output", action="store_true")
 
 
 def build_parser() -> OneLineParser:
@@ -58,7 +58,7 @@ def build_parser() -> OneLineParser:
     flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
     flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
     flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
-    flag("--synthetic_prompt", "a prompt of so many random tokens", type=int, metavar="T")
+    flag("--synthetic_prompt", "a prompt of T random tokens", type=int, metavar="T")
     flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
     chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
@@ -70,10 +70,10 @@ def build_parser() -> OneLineParser:
     drawn, others = Request(), "--num_return_sequences --num_sequences"
     names = "--num_samples", "--parallel_samples"
     flag("-n", "samples drawn in parallel", *names, type=int, default=drawn.num_samples, elsewhere=others)
-    flag("--top", "print the so many best; default: all", type=int)
+    flag("--top", "print only the K best; default: all", type=int)
     others = "--max_tokens --max_length --n_predict"
     flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens, elsewhere=others)
-    ranks = "ended: what ended by itself before what its length cut; mean: by mean log-probability alone"
+    ranks = "ended: finished samples before truncated ones; mean: by mean log-probability alone"
     flag("--rank", ranks, choices=("ended", "mean"), default="ended")
     flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
     flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
@@ -84,7 +84,7 @@ def build_parser() -> OneLineParser:
     flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
     stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped, elsewhere="--stop_strings")
-    flag("--ignore_eos", "go on past the end of text, to max_new_tokens", action="store_true")
+    flag("--ignore_eos", "continue past the end of text, to max_new_tokens", action="store_true")
     parser.section("execution")
     flag("--attention", "how the samples hold the context", choices=LAYOUT_NAMES, default=drawn.attention)
     flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
@@ -190,7 +190,7 @@ def check_batch(options: argparse.Namespace) -> None:
     if options.prompt_separator == "":
         raise ValueError("--prompt_separator is empty: give what stands between two prompts")
     if options.resume and options.output is None:
-        raise ValueError("--resume goes on with a file: add --output")
+        raise ValueError("--resume continues a file: add --output")
 
 
 def check_outputs(options: argparse.Namespace) -> None:

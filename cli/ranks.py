@@ -63,7 +63,7 @@ class Ranks:
         """Run `make` on each rank and return its result. If it fails on any, all end: rank 0 with a ValueError giving
         the first reason, the others with status 2. patient: one rank may take much longer than others."""
         value, error = self.attempt(make)
-        self.end_if([each for each in self.all(error, patient) if each is not None])
+        self.exit_if([each for each in self.all(error, patient) if each is not None])
         return value  # type: ignore[return-value]
 
     def share(self, make: Callable[[], T]) -> T:
@@ -72,7 +72,7 @@ class Ranks:
         if self.control is not None:
             dist.broadcast_object_list(found, 0, group=self.patient)
         value, error = found[0]
-        self.end_if([] if error is None else [error])
+        self.exit_if([] if error is None else [error])
         return value  # type: ignore[return-value]
 
     def attempt(self, make: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -84,7 +84,7 @@ class Ranks:
                 raise
             return None, f"rank {self.rank}: {failure}" if self.rank else str(failure)
 
-    def end_if(self, errors: Sequence[str]) -> None:
+    def exit_if(self, errors: Sequence[str]) -> None:
         """End all ranks if there are errors."""
         if errors and self.leads:
             raise ValueError(errors[0])

@@ -87,12 +87,12 @@ class Repl:
         console = Console(self.options, self.plan, self.engine.device, None, turn=len(self.turns) + 1)
         try:
             tokens = self.dialogue.encode_turn(text)
-            self.conversation.request = self.fitting(len(tokens))
+            request = self.fitting(len(tokens))
             with console:
                 if console.streams:
-                    console.show_live(self.conversation.stream(tokens, console))
+                    console.show_live(self.conversation.stream(tokens, console, request))
                 else:
-                    self.conversation.turn(tokens, console)
+                    self.conversation.turn(tokens, console, request)
             ranked = console.show([each for part in self.ranks.gather(console.finished) for each in part])
         except KeyboardInterrupt as error:
             if self.ranks.control is not None:
@@ -103,7 +103,7 @@ class Repl:
             if told is None or not (self.ranks.control is None or isinstance(error, ValueError)):
                 raise  # other ranks may not have failed, and wait
             if self.ranks.leads:
-                print_error(f"{told}; /reset begins anew" if self.turns else told)
+                print_error(f"{told}; /reset starts over" if self.turns else told)
             return True
         if ranked:
             reply = self.ranks.share(partial(pick, ranked)) if self.options.pick else ranked[0].sample
@@ -126,7 +126,7 @@ class Repl:
         left = self.room - len(self.conversation.history) - tokens
         length = min(self.request.max_new_tokens, max(1, left))
         if 1 <= left < self.request.max_new_tokens:
-            self.say(f"{counted(left, 'token')} left of {self.room}: a reply ends there; /reset begins anew")
+            self.say(f"{counted(left, 'token')} left of {self.room}: a reply ends there; /reset starts over")
         index = self.request.first_index + self.again * self.options.num_samples
         return replace(self.request, max_new_tokens=length, first_index=index)
 
@@ -170,11 +170,11 @@ def undo(talk: Repl) -> bool:
 HELP = """\
 /regenerate  other replies to the last text
 /undo        takes back the last text and its reply
-/reset       begins anew
+/reset       starts over
 /exit        ends the conversation
 /help        this
-Any other line is said to the model; several lines that are pasted are one text. Ctrl-C ends a reply, and what was said
-of it is kept; twice, or Ctrl-D, it ends the conversation."""
+Anything else is sent to the model; several lines that are pasted are one text. Ctrl-C stops the reply and keeps it;
+twice, or Ctrl-D, it ends the conversation."""
 
 
 def show_help(talk: Repl) -> bool:

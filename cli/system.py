@@ -255,4 +255,4 @@ def replica_files(output: Path) -> list[Path]:
 def check_new(output: Path) -> None:
     """Raise ValueError if an earlier run has started this output."""
     if found := [each for each in (output, *replica_files(output)) if each.exists()]:
-        raise ValueError(f"{found[0]} exists: add --resume to go on with it, or give another file")
+        raise ValueError(f"{found[0]} exists: add --resume to continue it, or give another file")

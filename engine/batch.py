@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,11 +22,11 @@ from torch import Tensor
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, Link
-from engine.engine import LOOK_EVERY, SILENT, Engine, bucket, rows_to_keep
+from engine.engine import SILENT, SYNC_EVERY, Engine, bucket, rows_to_keep
 from engine.graphs import StepInput
 from engine.plan import Plan
 from engine.request import Request, Workload, as_tokens, check_tokens
-from engine.samples import Ending, Row, Sample
+from engine.samples import Row, Sample, StopConditions
 from engine.scoring import SMALL, Node, Rows, batches, shared, tree
 from model import ModelArgs
 from sampling import uniform
@@ -269,14 +268,10 @@ class SlotPool:
 
     def view(self, row: int, links: tuple[Link, ...] = ()) -> KVCache:
         """Return one row as a cache of its own, limited to the slots in use."""
-        view = copy(self.cache)
-        part = slice(row, row + 1)
-        view.start, view.links = self.cache.start[part], links
-        view.k, view.v = ([each[part, :, : self.used[row]] for each in side] for side in (self.cache.k, self.cache.v))
-        return view
+        return self.cache.row_view(row, self.used[row], links)
 
 
-class Reading(Rows):
+class PackedPrefill(Rows):
     """Several prompts prefilled together, packed end to end; each is stored in a row of a slot pool."""
 
     def __init__(self, nodes: Sequence[Node], begin: int, links: Sequence[Link], shelf: SlotPool) -> None:
@@ -322,14 +317,14 @@ class Batch:
         self, engine: Engine, prompts: Sequence[Prompt], request: Request, tally: BatchStats, plan: Plan | None = None
     ) -> None:
         self.engine, self.prompts, self.request, self.tally = engine, prompts, request, tally
-        self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
+        self.ending = StopConditions.of(request, engine.eos_ids, engine.tokenizer)
         scaling = engine.args.rope_scaling
         # Scaling by length rotates a token by the length of its whole sequence: nothing can be shared.
         self.shares = scaling is None or not scaling.by_length
         sharing = Sharing.among([prompt.tokens for prompt in prompts], self.shares)
         plan = plan or engine.plan_workload(workload(sharing.lengths, request, engine.device))
         engine.prepare(plan)
-        self.step, self.look = engine.step(request.sampling, plan), LOOK_EVERY[engine.device.type]
+        self.step, self.look = engine.step(request.sampling, plan), SYNC_EVERY[engine.device.type]
         room = Capacity.within(plan, sharing, request.num_samples)
         if room.bytes > plan.available:  # fall back to one row and its prompt, as planned
             sharing = Sharing(0, (), sharing.lengths)
@@ -354,11 +349,12 @@ class Batch:
         self.remaining = [0, *(len(group.members) for group in sharing.groups)]  # unfinished members
         self.shelf = SlotPool(engine, room.prompts, sharing.longest_rest)
         self.cache = KVCache.empty(engine.args.kv_shape, room.rows, 0, like, self.request.max_new_tokens)
-        self.cache.links = (RowMap(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples),)
+        links: list[Link] = [RowMap(self.shelf.cache, self.shelf.length, room.rows, self.request.num_samples)]
         if sharing.groups:
-            self.cache.links += (RowMap(self.groups.cache, self.groups.length, room.rows),)
+            links.append(RowMap(self.groups.cache, self.groups.length, room.rows))
         if sharing.root:
-            self.cache.links += (Link(self.root, [0] * room.rows, None),)
+            links.append(Link(self.root, [0] * room.rows, None))
+        self.cache.extend_from(*links)
         self.above = tuple(link.keep([0]) for link in self.cache.links[-1:] if sharing.root)  # for a single row
         self.token = torch.zeros(room.rows, 1, dtype=torch.long, device=like.device)
         self.input_pos = self.token.clone()
@@ -472,7 +468,7 @@ class Batch:
                 else:
                     self.start([held], self.engine.prefill(self.shelf.view(held.row, links), tokens, chunk, SILENT))
             for nodes in batches([node for _, node in short.values()], chunk):
-                reading = Reading(nodes, behind, links, self.shelf)
+                reading = PackedPrefill(nodes, behind, links, self.shelf)
                 hidden = model.hidden(reading.tokens, reading.input_pos, reading)  # [1,T,dim]
                 self.start([short[node.ends[0]][0] for node in nodes], model.logits(hidden[:, reading.last])[0])
 
@@ -577,7 +573,7 @@ class Batch:
                 self.places[at], self.moved = None, True
 
 
-def refusal(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
+def rejection(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
     """Return the reason why a prompt cannot be run; None if it can."""
     try:
         request.check_length(args.context_limit, len(prompt.tokens))
@@ -608,11 +604,11 @@ def generate_many(
     if request.sampling.repetition_penalty != 1:
         raise ValueError("many prompts run without a repetition_penalty")
     prompts, request = [replace(prompt, tokens=as_tokens(prompt.tokens)) for prompt in prompts], engine.seeded(request)
-    refused = [refusal(engine.args, request, prompt) for prompt in prompts]
+    refused = [rejection(engine.args, request, prompt) for prompt in prompts]
     sound = [prompt for prompt, reason in zip(prompts, refused, strict=True) if reason is None]
-    alone = [prompt for prompt in sound if is_read_anew(engine.args, request, prompt)]
+    alone = [prompt for prompt in sound if needs_recompute(engine.args, request, prompt)]
     together, tally = (
-        [prompt for prompt in sound if not is_read_anew(engine.args, request, prompt)],
+        [prompt for prompt in sound if not needs_recompute(engine.args, request, prompt)],
         tally or BatchStats(),
     )
     batch = Batch(engine, together, request, tally, plan) if together else None
@@ -622,20 +618,20 @@ def generate_many(
             if reason is not None:
                 yield Outcome(prompt, [], reason)
         for prompt in alone:
-            yield draw_alone(engine, prompt, request, tally)
+            yield run_alone(engine, prompt, request, tally)
         if batch is not None:
             yield from batch.outcomes()
 
     return run()
 
 
-def is_read_anew(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
+def needs_recompute(args: ModelArgs, request: Request, prompt: Prompt) -> bool:
     """Return whether rows of the prompt may grow so long that their cache is recomputed (RopeScaling.crosses)."""
     scaling, length = args.rope_scaling, len(prompt.tokens)
     return scaling is not None and scaling.crosses(length, length + request.max_new_tokens)
 
 
-def draw_alone(engine: Engine, prompt: Prompt, request: Request, tally: BatchStats) -> Outcome:
+def run_alone(engine: Engine, prompt: Prompt, request: Request, tally: BatchStats) -> Outcome:
     """Run one prompt as a request of its own."""
     assert request.seed is not None
     tokens, samples, error = len(prompt.tokens), list[Sample](), None

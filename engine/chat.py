@@ -493,15 +493,17 @@ class Conversation:
         """Replace the history by one that begins with the context's tokens; the next turn reads the rest."""
         self.history, self.replies = list(history), {}
 
-    def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> list[Sample]:
+    def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None) -> list[Sample]:
         """Read the user's tokens and draw replies. Raises ValueError, with nothing changed, if they do not fit."""
-        run = Run(self.engine, self.request, [*self.history, *tokens], monitor)
+        run = Run(self.engine, request or self.request, [*self.history, *tokens], monitor)
         deque(self.draw(run), maxlen=0)
         return run.samples
 
-    def stream(self, tokens: Sequence[int], monitor: Monitor = SILENT) -> Generator[Piece]:
+    def stream(
+        self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None
+    ) -> Generator[Piece]:
         """Stream `turn`: yield pieces of text as they are drawn."""
-        return self.draw(Run(self.engine, self.request, [*self.history, *tokens], monitor), live=True)
+        return self.draw(Run(self.engine, request or self.request, [*self.history, *tokens], monitor), live=True)
 
     def draw(self, run: Run, live: bool = False) -> Generator[Piece]:
         scaling, end = self.engine.args.rope_scaling, len(run.history)

@@ -17,7 +17,7 @@ from torch import Tensor
 from cache import KVCache
 from engine.engine import SILENT, Engine, Run
 from engine.graphs import Step, StepInput
-from engine.speculate import USUAL_K, Draft, Speculation, SpeculativeDecoder
+from engine.speculate import DEFAULT_K, Draft, Speculation, SpeculativeDecoder
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
@@ -133,9 +133,12 @@ class ModelDraft(LayersDraft):
     context: KVCache
     base: int  # slots before the rows' own
 
-    def __init__(self, args: ModelArgs, load: Callable[..., Transformer]) -> None:
-        """load(device, dtype, rows): returns the model."""
+    def __init__(
+        self, args: ModelArgs, load: Callable[..., Transformer], weights: int = 0, token_bytes: int = 0
+    ) -> None:
+        """load: device, dtype, rows -> the model. weights, token_bytes: as in Draft, as far as known before loading."""
         self.name, self.layers, self.args, self.load = "model", args.n_layer, args, load
+        self.weights, self.token_bytes = weights, token_bytes
 
     def place(self, engine: Engine, rows: int) -> None:
         model = self.load(engine.device, engine.dtype, rows)
@@ -250,9 +253,9 @@ def choose_draft(
     if path:
         checkpoint = read_checkpoint(locate(path))
         check_vocabulary(checkpoint, target)
-        draft = ModelDraft(checkpoint.args, partial(load_model, checkpoint))
-        draft.weights = sum(weight_sizes(checkpoint, *place).values())
-        draft.token_bytes = checkpoint.args.kv_values_per_token * place[1].itemsize
+        weights = sum(weight_sizes(checkpoint, *place).values())
+        token_bytes = checkpoint.args.kv_values_per_token * place[1].itemsize
+        draft = ModelDraft(checkpoint.args, partial(load_model, checkpoint), weights, token_bytes)
     elif kind == "layers" and len(names) == 1 and count.isdecimal() and 1 <= int(count) < target.args.n_layer:
         draft = LayersDraft(int(count))
     elif kind == "medusa" and len(names) == 2:
@@ -262,4 +265,4 @@ def choose_draft(
     else:
         most = target.args.n_layer - 1
         raise ValueError(f"--draft {' '.join(names)}: give prompt, layers:K with K from 1 to {most}, or medusa PATH")
-    return Speculation(draft, None if k == "auto" else min(USUAL_K, draft.longest) if k is None else int(k))
+    return Speculation(draft, None if k == "auto" else min(DEFAULT_K, draft.longest) if k is None else int(k))

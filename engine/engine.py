@@ -32,11 +32,11 @@ from engine.plan import (
     weigh,
 )
 from engine.request import Request, Sampling, Workload, as_tokens, check_tokens, new_seed
-from engine.samples import Ending, Piece, Row, Sample
+from engine.samples import Piece, Row, Sample, StopConditions
 from engine.scoring import Scored, Scorer
 from layers import kernels
 from layers.linear import pack_linears, stream_linears
-from layers.moe import is_recordable
+from layers.moe import can_capture_graph
 from loading.checkpoint import load_model, read_checkpoint
 from loading.hub import locate
 from loading.tokenizer import Tokenizer, load_tokenizer
@@ -45,7 +45,7 @@ from sampling import UniformBlocks, add, draw, seen_in, uniform
 from tp import WHOLE, Shard
 
 # Decode steps between syncs to the host, each of which waits for the device.
-LOOK_EVERY = {"cpu": 1, "cuda": 8}
+SYNC_EVERY = {"cpu": 1, "cuda": 8}
 
 # Output of one decode step: tokens [N,k], log-probabilities [N,k], number of valid leading tokens [N].
 StepOutput = tuple[Tensor, Tensor, Tensor]
@@ -103,7 +103,7 @@ class Engine:
         self.available = available_memory(self.device) + self.weights.total if plan is None else plan.available
         self.packed = False
         self.hidden = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
-        self.draw = partial(draw, numbers=kernels.of_tokens)
+        self.draw = partial(draw, numbers=kernels.token_uniforms)
         self.compiled: Step | None = None
         self.decoder: Decoder | None = None  # None: plain decoding
 
@@ -171,7 +171,7 @@ class Engine:
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
             return self.draw(*network(inputs, cache), sampling, inputs.seen)
 
-        return RecordedStep(step) if on_cuda and is_recordable(self.model) else step
+        return RecordedStep(step) if on_cuda and can_capture_graph(self.model) else step
 
     @torch.no_grad()
     def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor) -> Tensor:
@@ -294,7 +294,7 @@ class Run:
         instead of as a continuation of the history. plan: None: the engine makes one. Raises ValueError as
         `Engine.generate`."""
         request.check_length(engine.args.context_limit, len(history))
-        self.ending = Ending.of(request, engine.eos_ids, engine.tokenizer)
+        self.ending = StopConditions.of(request, engine.eos_ids, engine.tokenizer)
         self.engine, self.request = engine, engine.seeded(request)
         self.history, self.monitor = history, monitor
         self.text_after = () if alone else history
@@ -353,7 +353,7 @@ class Run:
             # 3. Sync to the host; retire finished rows, and compact once half have finished. The first step is synced
             # alone, since it may compile.
             crosses = self.crosses(self.begin + ahead - 1)
-            if crosses or len(pending) == LOOK_EVERY[device.type] or steps < 2 or ahead >= limit:
+            if crosses or len(pending) == SYNC_EVERY[device.type] or steps < 2 or ahead >= limit:
                 yield from self.collect(rows, pending, cache, steps > 0)
                 pending = []
                 kept = rows_to_keep([row.sample.finish_reason is None for row in rows])
@@ -365,7 +365,7 @@ class Run:
                     token, input_pos = token[kept], input_pos[kept]
                 ahead = max(len(row.sample.tokens) for row in rows)
                 if crosses:
-                    cache = self.read_anew(rows, ahead)
+                    cache = self.recompute_cache(rows, ahead)
                     decoding.move(cache)
             # 4. Run a step over the slots that it may write and those before them.
             cache.resize(base + min(self.own_slots, bucket(ahead - 1 + decoding.width)))
@@ -381,7 +381,7 @@ class Run:
         scaling = self.engine.args.rope_scaling
         return scaling is not None and scaling.crosses(position, position + 1)
 
-    def read_anew(self, rows: Sequence[Row], own: int) -> KVCache:
+    def recompute_cache(self, rows: Sequence[Row], own: int) -> KVCache:
         """Recompute the cache of rows that have generated `own` tokens, or are finished, at their present length. The
         context is prefilled together with one row's tokens, to reach that length, and then serves all rows."""
         engine, chunk = self.engine, self.request.prefill_chunk

@@ -17,7 +17,7 @@ from cache import KVCache
 from layers.notices import Notice, showing
 from sampling import NOTHING
 
-LONGEST_CHAIN = 3  # the most links for which a step is compiled: each chain length is a graph of its own
+MAX_COMPILED_LINKS = 3  # the most links for which a step is compiled: each chain length is a graph of its own
 
 
 class StepInput(NamedTuple):
@@ -49,22 +49,22 @@ def compiled(step: Step) -> Step:
     graph, first = torch.compile(own, fullgraph=True, dynamic=False), [showing("compiling")]
 
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-        if len(cache.links) > LONGEST_CHAIN:
-            notify(f"a context of more than {LONGEST_CHAIN} parts: its steps run uncompiled")
+        if len(cache.links) > MAX_COMPILED_LINKS:
+            warn_once(f"a context of more than {MAX_COMPILED_LINKS} parts: its steps run uncompiled")
             return step(inputs, cache)
         mark_dynamic(inputs, cache)
         try:
             with first.pop() if first else nullcontext():
                 return graph(inputs, cache)
         except FailOnRecompileLimitHit:
-            notify("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
+            warn_once("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
             return step(inputs, cache)
 
     return marked
 
 
 @functools.cache
-def notify(text: str) -> None:
+def warn_once(text: str) -> None:
     """Warn once per text."""
     warnings.warn(text, Notice, stacklevel=3)
 
@@ -119,7 +119,7 @@ class RecordedStep:
         self.recording: Recording | None = None
 
     def __call__(self, inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-        layout = [(tensor.shape, tensor.dtype) for tensor in inputs] + layout_of(cache)
+        layout = [(tensor.shape, tensor.dtype) for tensor in inputs] + cache_signature(cache)
         if layout != self.layout:
             self.layout, self.recording = [], None  # frees its memory for the next one
             self.inputs = StepInput(*(tensor.clone() for tensor in inputs))
@@ -133,7 +133,7 @@ class RecordedStep:
         return first.clone(), second.clone()
 
 
-def layout_of(cache: KVCache) -> list[tuple]:
+def cache_signature(cache: KVCache) -> list[tuple]:
     """List what a recording depends on in a chain: the type of each cache, and the address, shape, strides and dtype of
     its tensors. Freed memory is reused, so an address alone does not tell a new cache from an old one."""
     tensors = [(type(cache), tensor) for tensor in (*cache.tensors, cache.start)]

@@ -19,7 +19,7 @@ from bifurcated_attention import has_fused
 from engine.request import Workload
 from engine.workspace import Workspace
 from layers.kernels import STREAMED_ROWS
-from layers.linear import SMALLEST, can_pack, multiplies_bfloat16, streams
+from layers.linear import MIN_PACK_ELEMENTS, can_pack, multiplies_bfloat16, streams
 from layers.moe import MoEConfig
 from loading.files import counted
 from model import ModelArgs, Transformer
@@ -49,10 +49,10 @@ class WeightSizes:
 def weigh(model: Transformer) -> WeightSizes:
     """Return the weight sizes of a network, in memory or on the meta device."""
     tensors = chain(model.named_parameters(), model.named_buffers())  # a tied tensor is listed once
-    return weigh_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
+    return sum_weight_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
 
 
-def weigh_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
+def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
     """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes)."""
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
@@ -110,7 +110,7 @@ class Plan:
         if self.mixture is None:
             return ""
         number = self.mixture.expected(self.rows_at_once)
-        return f", of {number:.1f} of {self.mixture.experts} experts a layer, were all equally likely"
+        return f", of {number:.1f} of {self.mixture.experts} experts a layer, assuming uniform routing"
 
     @property
     def packed_twice(self) -> str:
@@ -252,7 +252,7 @@ def human(size: float) -> str:
     return f"{size:.4g} TB"
 
 
-UNTOLD = 1 << 40  # free bytes assumed on a system that does not report them
+UNKNOWN_FREE_BYTES = 1 << 40  # free bytes assumed on a system that does not report them
 
 
 def available_memory(device: torch.device, processes: int = 1) -> int:
@@ -267,7 +267,7 @@ def free_on_cpu() -> int:
         try:
             return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         except (AttributeError, ValueError, OSError):  # e.g. Windows: give --max_memory
-            return UNTOLD
+            return UNKNOWN_FREE_BYTES
     lines = meminfo.read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")
@@ -349,17 +349,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 # Decode steps that amortise packing, which costs some 0.5 ns a byte; each step saves 0.02 to 0.03 ns a byte.
-REPAYS_PACKING = 20
+MIN_STEPS_TO_PACK = 20
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
     """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row): if the
     feed-forward weights are large enough, the cost is amortised, and the rows are too many to stream plain weights. In
     a mixture the rows per expert count, since most weights are the experts'."""
-    large = args.dim * args.hidden_dim >= SMALLEST
+    large = args.dim * args.hidden_dim >= MIN_PACK_ELEMENTS
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
     few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
-    return can_pack(device, dtype) and large and steps >= REPAYS_PACKING and not few
+    return can_pack(device, dtype) and large and steps >= MIN_STEPS_TO_PACK and not few
 
 
 # Seconds, measured on 2 cores of an AVX-512 CPU with a cold compile cache; rough values suffice. An operation is a

@@ -145,7 +145,7 @@ def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopConditions:
     """Stop conditions: an EOS token, a stop string in the text, a length in tokens. names: of the control tokens, which
     decode to no text; filled if a stop string contains one."""
 
@@ -181,7 +181,7 @@ class Row:
     def __init__(
         self,
         index: int,
-        ending: Ending,
+        ending: StopConditions,
         tokenizer: Tokenizer | None,
         history: Sequence[int],
         live: bool,

@@ -32,7 +32,7 @@ from engine.plan import WeightSizes, Workload
 from model import ModelArgs, Transformer
 from sampling import NOTHING, UniformBlocks, seen_prefixes
 
-USUAL_K, LARGEST_K = 4, 16  # proposals per step: the default; the most that `auto` tries
+DEFAULT_K, LARGEST_K = 4, 16  # proposals per step: the default; the most that `auto` tries
 
 
 class Draft:
@@ -72,7 +72,7 @@ class DraftController:
 
     def __init__(self, k: int | None, longest: int) -> None:
         """k None: adapt it, up to `longest`."""
-        self.auto, self.k, self.longest = k is None, k or min(USUAL_K, longest), longest
+        self.auto, self.k, self.longest = k is None, k or min(DEFAULT_K, longest), longest
         self.accepted: Counter[int] = Counter()
         self.draft_s = self.drafted_s = self.plain_s = self.expected_s = self.taken_s = 0.0
         self.steps, self.drafted_steps, self.switched_off, self.rest = 0, 0, 0, self.REST
@@ -229,7 +229,7 @@ class SpeculativeDecoder(PlainDecoder):
 class Speculation:
     """Decoding with a draft (Engine.decoder), and its statistics."""
 
-    def __init__(self, draft: Draft, k: int | None = USUAL_K) -> None:
+    def __init__(self, draft: Draft, k: int | None = DEFAULT_K) -> None:
         """k: proposals per step; None: adaptive. Raises ValueError if the draft cannot propose that many."""
         if k is not None and not 1 <= k <= draft.longest:
             most = f" and at most {draft.longest}" if draft.longest < LARGEST_K else ""

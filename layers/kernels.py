@@ -343,15 +343,15 @@ def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-def of_tokens(rows: Tensor, tokens: Tensor) -> Tensor:
-    """sampling.of_tokens, by the C++ kernel if it is available."""
+def token_uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
+    """sampling.token_uniforms, by the C++ kernel if it is available."""
     if rows.device.type != "cpu" or library().functions is None:
-        return sampling.of_tokens(rows, tokens)
+        return sampling.token_uniforms(rows, tokens)
     return numbers(sampling.token_keys(rows), tokens)
 
 
 def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
-    """C++ version of sampling.of_tokens: row keys int64 [N], tokens int64 [N,K] -> fp64 [N,K]."""
+    """C++ version of sampling.token_uniforms: row keys int64 [N], tokens int64 [N,K] -> fp64 [N,K]."""
     functions = library().functions
     assert functions is not None, "chosen where there is no library"
     assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]

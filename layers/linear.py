@@ -33,7 +33,7 @@ from layers.kernels import check_gradients, linear_shape, multiplies
 from layers.moe import GroupedLinear
 
 # Elements below which packing gains nothing (2 cores): the op call itself costs some 5 us.
-SMALLEST = 1 << 17
+MIN_PACK_ELEMENTS = 1 << 17
 
 BLOCK = 1 << 19  # elements dequantised at a time, to stay in a CPU's cache
 
@@ -157,7 +157,7 @@ def stream_linears(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                large = child.weight.numel() >= SMALLEST and not child.weight.requires_grad  # not in training
+                large = child.weight.numel() >= MIN_PACK_ELEMENTS and not child.weight.requires_grad  # not in training
                 if large and streams(child.weight.device, child.weight.dtype, child.in_features):
                     replace_module(parent, name, StreamedLinear(child))
 
@@ -191,7 +191,7 @@ def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
     files = MappedFiles()
 
     def pack(name: str, linear: nn.Linear) -> nn.Module | None:
-        if linear.weight.numel() < SMALLEST:
+        if linear.weight.numel() < MIN_PACK_ELEMENTS:
             return None
         packed = PackedLinear(linear)
         files.release(linear.weight)
@@ -529,7 +529,7 @@ def make_linear(
     return LINEARS[choose_kernel(weight, device, dtype, rows)](weight, bias, dtype)
 
 
-def held_bytes(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
+def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
     """Bytes that a decode step reads of the layer that make_linear would make."""
     if choose_kernel(weight, device, dtype, rows) == "dequantised":
         return math.prod(weight.shape) * dtype.itemsize

@@ -143,7 +143,7 @@ def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -
                 torch.cuda.empty_cache()  # single experts' blocks are too small to reuse for the next stack
 
 
-def is_recordable(model: nn.Module) -> bool:
+def can_capture_graph(model: nn.Module) -> bool:
     """Whether a step can be captured as a CUDA graph: the loop over experts syncs with the host."""
     return not any(isinstance(module, ExpertLinear) for module in model.modules())
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from layers.linear import KINDS, MappedFiles, Quantised, held_bytes, make_linear, swap_linears, tensors_of
+from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, swap_linears, tensors_of
 from layers.moe import group_experts
 from loading.families import (
     args_from_config,
@@ -149,7 +149,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
     if isinstance(version, int) and version != RECIPE_VERSION:
         raise ValueError(f"{path}: its recipe is of another version, {version}: quantise the model again")
     wrong = [name for name in ("mode", "layers", "version") if name not in values]
-    wrong += [name for name, value in values.items() if name not in kinds or not is_of(value, kinds[name])]
+    wrong += [name for name, value in values.items() if name not in kinds or not has_type(value, kinds[name])]
     if not wrong and not KINDS.keys() >= set(values["layers"].values()):
         wrong = ["layers"]
     if not wrong and "int4" in values["layers"].values() and values.get("groupsize", 0) < 1:
@@ -159,7 +159,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
     return Recipe(**values)
 
 
-def is_of(value: object, kind: Any) -> bool:
+def has_type(value: object, kind: Any) -> bool:
     """Whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
@@ -176,7 +176,7 @@ def as_ids(value: int | list[int] | None) -> frozenset[int]:
     return frozenset(ids)
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A stored tensor, or a part of one, with its file and its name in the file."""
 
     tensor: Tensor
@@ -184,10 +184,10 @@ class Stored(NamedTuple):
     name: str
 
 
-def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
+def read_stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """Map the tensors into memory, by our names. Raises ValueError if a file is truncated or of another kind, or if a
     tensor is stored twice."""
-    state: dict[str, Stored] = {}
+    state: dict[str, StoredTensor] = {}
     for path in checkpoint.weights:
         found: Any = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
         found = found["state"] if is_quantised(found) else found
@@ -203,7 +203,7 @@ def read_stored(checkpoint: Checkpoint) -> dict[str, Stored]:
                 if (other := state.get(ours)) is not None:
                     both = f"{other.name} of {other.path} and {name} of {path}"
                     raise ValueError(f"{both} are the same tensor of the model: leave out the one that is not its own")
-                state[ours] = Stored(part, path, name)
+                state[ours] = StoredTensor(part, path, name)
     return state
 
 
@@ -281,7 +281,7 @@ def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Ten
     return expected
 
 
-def check_weights(checkpoint: Checkpoint, state: Mapping[str, Stored]) -> None:
+def check_weights(checkpoint: Checkpoint, state: Mapping[str, StoredTensor]) -> None:
     """Raises ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
     their names in the files."""
     model, paths = empty_model(checkpoint.args), checkpoint.weights
@@ -371,11 +371,11 @@ def weight_sizes(
         cut = shard.cut(layer, args)
         held = weight if cut is None else weight.narrow(*cut)
         seen = rows if args.mixture is None else args.mixture.rows_of(layer, rows)
-        sizes[f"{layer}.weight"] = held_bytes(held, torch.device(device), dtype, seen)
+        sizes[f"{layer}.weight"] = bytes_read(held, torch.device(device), dtype, seen)
     return sizes
 
 
-def write_whole(value: Any, path: Path) -> None:
+def save_atomically(value: Any, path: Path) -> None:
     """torch.save to a temporary name, then rename, so that a crash leaves no partial file. Raises OSError."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
@@ -394,7 +394,7 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
     path, unfinished = folder / "config.json", folder / "config.json.unfinished"
     try:
         unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        write_whole(dict(state), folder / "model.pth")
+        save_atomically(dict(state), folder / "model.pth")
         if not path.exists() or read_json(path) != config:
             replace_file(unfinished, path)
     finally:
@@ -420,10 +420,10 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Write a quantised model and copy its source's config and tokenizer beside it. Raises OSError as write_whole."""
+    """Write a quantised model and copy its source's config and tokenizer beside it. Raises OSError."""
     output.parent.mkdir(parents=True, exist_ok=True)
     copy_companions(source, output.parent)
-    write_whole({"recipe": asdict(recipe), "state": dict(state)}, output)
+    save_atomically({"recipe": asdict(recipe), "state": dict(state)}, output)
 
 
 def copy_new(source: Path, target: Path) -> None:

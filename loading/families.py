@@ -58,7 +58,7 @@ def is_off(value: object) -> bool:
     return not value or (type(value) in (int, float) and value == 1)
 
 
-class Fields:
+class TrackedConfig:
     """config.json that tracks which fields were read, so that none that matters is overlooked.
 
     unsupported: errors that `only` adds and `done` raises together. parts: nested objects, which `done` checks too.
@@ -67,11 +67,11 @@ class Fields:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config, self.unread = config, set(config) - NEUTRAL
         self.unsupported: list[str] = []
-        self.parts: list[Fields] = []
+        self.parts: list[TrackedConfig] = []
 
-    def part(self, config: Mapping[str, Any]) -> "Fields":
+    def part(self, config: Mapping[str, Any]) -> "TrackedConfig":
         """Track the fields of a nested object."""
-        self.parts.append(Fields(config))
+        self.parts.append(TrackedConfig(config))
         return self.parts[-1]
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -152,7 +152,7 @@ class Fields:
 
 
 def windows(
-    fields: Fields, layers: int, default: int | None, is_windowed: Callable[[int], bool]
+    fields: TrackedConfig, layers: int, default: int | None, is_windowed: Callable[[int], bool]
 ) -> tuple[int | None, ...]:
     """Sliding window of each layer; layer_types, if given, overrides the family's own rule."""
     size = fields.own("sliding_window", default)
@@ -165,28 +165,28 @@ def windows(
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
-def biases(fields: Fields) -> dict[str, Any]:
+def biases(fields: TrackedConfig) -> dict[str, Any]:
     attention = fields.switch("attention_bias", False)
     return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.switch("mlp_bias", False)}
 
 
-def score_scale(fields: Fields, wanted: float) -> RopeConfig:
+def score_scale(fields: TrackedConfig, wanted: float) -> RopeConfig:
     """Make the score scale `wanted` instead of D^-0.5, by scaling queries and keys by the same factor."""
     heads = fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", fields.integer("hidden_size") // heads)
     return RopeConfig(scale=(wanted * head_dim**0.5) ** 0.5)
 
 
-def llama(fields: Fields, layers: int) -> dict[str, Any]:
+def llama(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     return biases(fields)
 
 
-def olmo2(fields: Fields, layers: int) -> dict[str, Any]:
+def olmo2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
     return biases(fields) | norms | {"norm_eps": fields.number("rms_norm_eps", 1e-5)}
 
 
-def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
+def smollm3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     interval = fields.integer("no_rope_layer_interval", 4)
     turns = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
     if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
@@ -200,7 +200,7 @@ def smollm3(fields: Fields, layers: int) -> dict[str, Any]:
     return biases(fields) | {"turning": RopeConfig(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
 
 
-def granite(fields: Fields, layers: int) -> dict[str, Any]:
+def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     """Granite multiplies what layers add to the residual stream. Here the stream is kept divided by that multiplier
     instead, which the norms cancel, except for their epsilon."""
     residual = fields.number("residual_multiplier", 1.0)
@@ -212,7 +212,7 @@ def granite(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def phi3(fields: Fields, layers: int) -> dict[str, Any]:
+def phi3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     rope = fields.table("rope_scaling") or fields.table("rope_parameters")
     share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
@@ -225,11 +225,11 @@ def phi3(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def mistral(fields: Fields, layers: int) -> dict[str, Any]:
+def mistral(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     return {"windows": windows(fields, layers, 4096, lambda layer: True)}
 
 
-def qwen(fields: Fields, layers: int) -> dict[str, Any]:
+def qwen(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     if not fields.switch("use_sliding_window", False):
         fields.unread -= {"sliding_window", "layer_types"}
@@ -240,7 +240,7 @@ def qwen(fields: Fields, layers: int) -> dict[str, Any]:
     return {"windows": windows(fields, layers, 4096, lambda layer: layer >= first)}
 
 
-def gemma(fields: Fields, layers: int) -> dict[str, Any]:
+def gemma(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     # "gelu" in a Gemma config means the tanh approximation: the models were trained with it.
     fields.only("hidden_activation", "gelu_pytorch_tanh", "gelu")
@@ -251,7 +251,7 @@ def gemma(fields: Fields, layers: int) -> dict[str, Any]:
     return {"activation": "gelu_tanh", "embedding_scale": scale, "norm_offset": 1.0, "tied_output": tied}
 
 
-def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
+def gemma2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     seen = windows(fields, layers, 4096, lambda layer: layer % 2 == 0)
     fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # the 9B configs have both
     for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
@@ -266,14 +266,14 @@ def gemma2(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
+def gemma3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     """Sliding-window layers use a local theta, without scaling."""
     pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
     fields.integer("sliding_window", 4096)
     seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
-    ropes, local = Fields(fields.table("rope_parameters")), Fields({})
+    ropes, local = TrackedConfig(fields.table("rope_parameters")), TrackedConfig({})
     if {"full_attention", "sliding_attention"} & ropes.config.keys():
-        local, ropes = (Fields(ropes.table(f"{kind}_attention")) for kind in ("sliding", "full"))
+        local, ropes = (TrackedConfig(ropes.table(f"{kind}_attention")) for kind in ("sliding", "full"))
         if local.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters {local.config} of windowed layers are not supported: only rope_theta")
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10000.0))
@@ -292,7 +292,9 @@ def gemma3(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()) -> MoEConfig:
+def mixture(
+    fields: TrackedConfig, layers: int, width: str, renormalised: bool, dense: tuple[int, ...] = ()
+) -> MoEConfig:
     """Read the MoE config. width: the field with an expert's hidden size. Two fields may give the expert count."""
     experts = fields.integer("num_experts", fields.get("num_local_experts"))
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
@@ -302,7 +304,7 @@ def mixture(fields: Fields, layers: int, width: str, renormalised: bool, dense: 
     return MoEConfig(experts, used, size, renormalised, shared, dense)
 
 
-def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
+def mixtral(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("norm_topk_prob", True)  # Mixtral's softmax is over the chosen experts
     seen = windows(fields, layers, None, lambda layer: True)
     return {
@@ -313,7 +315,7 @@ def mixtral(fields: Fields, layers: int) -> dict[str, Any]:
     }
 
 
-def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
+def qwen_moe(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("use_sliding_window", False)
     fields.only("attention_bias", False)
     fields.unread -= {"sliding_window", "layer_types"}
@@ -323,7 +325,7 @@ def qwen_moe(fields: Fields, layers: int) -> dict[str, Any]:
     return {"mixture": mixture(fields, layers, "moe_intermediate_size", renormalised, dense)}
 
 
-def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
+def olmoe(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     fields.only("attention_bias", False)
     fields.only("clip_qkv", None)
     renormalised = fields.switch("norm_topk_prob", False)
@@ -331,12 +333,12 @@ def olmoe(fields: Fields, layers: int) -> dict[str, Any]:
     return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": fields.number("rms_norm_eps", 1e-5)}
 
 
-def baichuan(fields: Fields, layers: int) -> dict[str, Any]:
+def baichuan(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     # The 7B models use RoPE and have max_position_embeddings; the 13B models use ALiBi.
     return {"alibi": "max_position_embeddings" not in fields.config}
 
 
-FAMILIES: dict[str, Callable[[Fields, int], dict[str, Any]]] = {
+FAMILIES: dict[str, Callable[[TrackedConfig, int], dict[str, Any]]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
     "Qwen2ForCausalLM": lambda fields, layers: qwen(fields, layers) | {"qkv_bias": True},
@@ -365,7 +367,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
-    fields = Fields(config)
+    fields = TrackedConfig(config)
     layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
     special = FAMILIES[architecture](fields, layers)
     if "activation" not in special:
@@ -408,7 +410,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
 
 
 def rope(
-    fields: Fields, values: Mapping[str, Any], usual_theta: float, trained: int, share: float
+    fields: TrackedConfig, values: Mapping[str, Any], usual_theta: float, trained: int, share: float
 ) -> tuple[float, RopeScaling | None]:
     """Parse rope_scaling or rope_parameters -> (theta, scaling). usual_theta: default. trained:
     max_position_embeddings. share: rotated fraction of a head."""
@@ -449,7 +451,7 @@ def rope(
     return theta, RopeScaling(kind, factor, original or trained, *turns, yarn_attention_factor(rope, factor))
 
 
-def longrope(rope: Fields, original: int, trained: int) -> RopeScaling:
+def longrope(rope: TrackedConfig, original: int, trained: int) -> RopeScaling:
     """Build LongRoPE scaling. Raises ValueError if a list of factors is missing or invalid."""
     factor = rope.number("factor", trained / original)
     long, short = rope.get("long_factor"), rope.get("short_factor")
@@ -461,7 +463,7 @@ def longrope(rope: Fields, original: int, trained: int) -> RopeScaling:
     return RopeScaling("longrope", factor, original, attention_factor=scale, short=tuple(short), long=tuple(long))
 
 
-def yarn_attention_factor(rope: Fields, factor: float) -> float:
+def yarn_attention_factor(rope: TrackedConfig, factor: float) -> float:
     """YaRN's temperature as a factor of queries and keys alike; Peng et al. 2023 (arXiv 2309.00071), section 3.4."""
 
     def warmth(weight: float) -> float:

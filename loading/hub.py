@@ -157,7 +157,7 @@ def fetch(repo: str, revision: str | None, out: Path, files: Sequence[str] = ())
         raise ValueError(explain(error, repo, revision, out)) from error
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a folder has a model with every file that it names, and no download into it was interrupted."""
     # Without an index, only this marker distinguishes some shards from all of them.
     if (folder / UNFINISHED).exists() or not (folder / "config.json").is_file():
@@ -182,7 +182,7 @@ def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
             f"no checkpoint at {path}: give a folder with config.json, the model.pth in one, or OWNER/NAME of the hub"
         )
     folder = store / name
-    if is_whole(folder):
+    if is_complete(folder):
         return folder
     try:
         return fetch(name, None, folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loading.files import read_text
-from loading.vocabulary import Added, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
+from loading.vocabulary import AddedToken, ByteTokens, Names, added_by, encode_parts, inside, merge, read_metadata
 
 LONG_CALL = 1 << 17  # characters that a tokenizer library encodes in some 0.1 s
 
@@ -88,13 +88,13 @@ class SentencePieceTokenizer:
         self.processor = processor = SentencePieceProcessor(model_file=str(path))
         self.pieces = processor.vocab_size()
         names = [processor.id_to_piece(id) for id in range(self.pieces) if processor.is_control(id)]
-        own = {name: Added(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
+        own = {name: AddedToken(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
         added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
         self.specials = {name: token.id for name, token in added.items() if token.special}
         self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
         # Gemma's have no flags and are pieces that the processor finds itself.
         texts = {name: token for name, token in added.items() if not token.special}
-        found = {name for name, t in texts.items() if t == Added(t.id, False) and t.id in processor.encode(name)}
+        found = {name for name, t in texts.items() if t == AddedToken(t.id, False) and t.id in processor.encode(name)}
         self.texts = Names({name: token for name, token in texts.items() if name not in found})
         self.spelled = {token.id: name for name, token in self.texts.tokens.items()}
         self.vocab_size = max([self.pieces, *(1 + token.id for token in added.values())])
@@ -141,7 +141,7 @@ class TiktokenTokenizer:
         if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
             raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
-        self.names = Names.of_control({name: Added(id) for name, id in self.specials.items()})
+        self.names = Names.of_control({name: AddedToken(id) for name, id in self.specials.items()})
         parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
         self.encoding = Guarded(path, Encoding, "llama3", **parts)
         self.bos_id: int | None = self.specials["<|begin_of_text|>"]

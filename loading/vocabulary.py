@@ -14,7 +14,7 @@ SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedToken:
     """Added token, matched in text by its name. special: a control token, not text. The other flags are those of the
     tokenizers library: it absorbs white space before (lstrip) or after it (rstrip), or matches only if no word
     character is adjacent (single_word)."""
@@ -26,31 +26,31 @@ class Added:
     single_word: bool = False
 
 
-def merge(own: Mapping[str, Added], metadata: Mapping[str, Any]) -> dict[str, Added]:
+def merge(own: Mapping[str, AddedToken], metadata: Mapping[str, Any]) -> dict[str, AddedToken]:
     """Merge a tokenizer's own tokens with its metadata's; its own control tokens and those named there are special."""
-    given: dict[str, Added] = metadata["added"]
+    given: dict[str, AddedToken] = metadata["added"]
     control = {name for name, token in own.items() if token.special} | metadata["named"]
     return {**own} | {name: replace(token, special=token.special or name in control) for name, token in given.items()}
 
 
-def added_by(backend: Any, named: Iterable[str]) -> dict[str, Added]:
+def added_by(backend: Any, named: Iterable[str]) -> dict[str, AddedToken]:
     """Added tokens of a tokenizers-library backend, after making the `named` ones control tokens."""
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([known.get(name, name) for name in named if backend.token_to_id(name) is not None])
     found = backend.get_added_tokens_decoder().items()
-    return {t.content: Added(id, t.special, t.lstrip, t.rstrip, t.single_word) for id, t in found}
+    return {t.content: AddedToken(id, t.special, t.lstrip, t.rstrip, t.single_word) for id, t in found}
 
 
 class Names:
     """Splits text at token names, as the tokenizers library does."""
 
-    def __init__(self, tokens: Mapping[str, Added]) -> None:
+    def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
         self.tokens = tokens
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
         self.pattern = re.compile("|".join(longest_first) or "(?!)")
 
     @classmethod
-    def of_control(cls, added: Mapping[str, Added]) -> Self:
+    def of_control(cls, added: Mapping[str, AddedToken]) -> Self:
         """Select the control tokens. A name of one character is left out: it is ordinary text too."""
         return cls({name: token for name, token in added.items() if token.special and len(name) > 1})
 
@@ -137,7 +137,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     added: added tokens by name; those of added_tokens.json, which has no flags, are control tokens unless
     tokenizer_config.json defines them. named: names of control tokens. Raises ValueError naming an unreadable file.
     """
-    added: dict[str, Added] = {}
+    added: dict[str, AddedToken] = {}
     found: dict[str, Any] = {"added": added, "named": set()}
     flags = ("special", "lstrip", "rstrip", "single_word")
     for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
@@ -145,11 +145,11 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         try:
             entries = json.loads(read_text(path)) if path.is_file() else {}
             if name == "added_tokens.json":
-                added |= {token: Added(int(id)) for token, id in entries.items() if token}
+                added |= {token: AddedToken(int(id)) for token, id in entries.items() if token}
                 continue
             for id, token in entries.pop("added_tokens_decoder", {}).items():
                 if token["content"]:
-                    added[token["content"]] = Added(int(id), **{flag: bool(token.get(flag)) for flag in flags})
+                    added[token["content"]] = AddedToken(int(id), **{flag: bool(token.get(flag)) for flag in flags})
             found["named"] |= named(entries)
             found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

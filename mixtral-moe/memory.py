@@ -18,7 +18,7 @@ from cli.system import finish, print_error, start
 if __name__ == "__main__":
     start()
 
-from engine.plan import WeightSizes, human, weigh_sizes
+from engine.plan import WeightSizes, human, sum_weight_sizes
 from layers.linear import KINDS, tensors_of
 from loading.checkpoint import read_json
 from loading.families import args_from_config
@@ -42,7 +42,7 @@ def weigh_as(args: ModelArgs, mode: str) -> WeightSizes:
         outputs, inputs = model.get_submodule(name).get_parameter("weight").shape
         weight = KINDS[kind].empty(outputs, inputs, GROUPSIZE)
         sizes[f"{name}.weight"] = sum(tensor.nbytes for tensor in tensors_of(weight).values())
-    return weigh_sizes(sizes, args)
+    return sum_weight_sizes(sizes, args)
 
 
 def main() -> int:

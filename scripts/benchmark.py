@@ -128,11 +128,17 @@ def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
     return KVCache.fork(Int8Context(copied(context, 1, 0, kind=KVCache)), n, slots)
 
 
+class TorchCache(KVCache):
+    """KVCache without the operator of kernels.py."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
+        self.write(layer, k, v, input_pos)
+        return attend_by_torch(self, layer, q, input_pos, mod)
+
+
 def by_torch(context: KVCache, n: int, slots: int) -> KVCache:
-    """As `share`, without the operator of kernels.py."""
-    cache = share(context, n, slots)
-    cache.over_chain = attend_by_torch
-    return cache
+    """As `share`, by PyTorch alone."""
+    return copied(context, 1, slots, kind=TorchCache) if n == 1 else TorchCache.fork(context, n, slots)
 
 
 COLUMNS = {
@@ -532,8 +538,7 @@ def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Tran
     """Build a rank's part of a model with random weights; the vocabulary, also split, must be divisible."""
     local = replace(shard.local(args), vocab_size=args.vocab_size // shard.world)
     model = random_model(local, options.device, options.dtype)
-    model.args = args
-    shard.attach(model)
+    shard.attach(model, args)
     if options.pack:
         pack_linears(model)
     return model
@@ -790,14 +795,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
+OF_PRESET = "context", "num_samples", "columns", "steps"  # unless a flag gives them
+
+
+def complete(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, ModelArgs]]:
     """Fill in the preset where no flag is given; return the shapes. Raises ValueError if they cannot be run."""
     preset = PRESETS.get(options.preset, PRESETS["decode"])
-    for name in ("context", "num_samples", "columns", "steps"):
-        if getattr(options, name) is None:
-            value = getattr(preset, name)
-            setattr(options, name, list(value) if isinstance(value, tuple) else value)
-    numbers = options.num_samples + options.context + [options.steps]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    options = argparse.Namespace(**vars(options) | {name: getattr(preset, name) for name in OF_PRESET} | given)
+    numbers = [*options.num_samples, *options.context, options.steps]
     if min(numbers) < 1 or options.steps > MOST_SLOTS - 8 or not options.budget > 0:
         raise ValueError(
             f"num_samples, context and steps must be at least 1, steps at most {MOST_SLOTS - 8}, budget above 0"
@@ -811,15 +817,16 @@ def complete(options: argparse.Namespace) -> dict[str, ModelArgs]:
         raise ValueError(f"--out and --charts are not for --preset {options.preset}")
     if options.charts and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
-    options.device = choose_device(options.device)
+    device, dtype = choose_device(options.device), options.dtype
     if options.preset == "load":
-        if options.dtype not in ("auto", "bfloat16"):
-            raise ValueError(f"--preset load reads bfloat16: leave out --dtype {options.dtype}")
-        options.dtype = "bfloat16"
-    options.dtype = choose_dtype(options.dtype, options.device)
-    can = can_pack(options.device, options.dtype) and options.preset not in ("attention", "load")
-    options.pack = can and not options.plain_weights
-    return {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
+        if dtype not in ("auto", "bfloat16"):
+            raise ValueError(f"--preset load reads bfloat16: leave out --dtype {dtype}")
+        dtype = "bfloat16"
+    chosen = choose_dtype(dtype, device)
+    pack = can_pack(device, chosen) and options.preset not in ("attention", "load") and not options.plain_weights
+    fields = {"device": device, "dtype": chosen, "pack": pack, "command": sys.argv[1:]}
+    options = argparse.Namespace(**vars(options) | fields)
+    return options, {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
 
 
 def append(path: Path | None, cell: Cell | Point) -> None:
@@ -865,14 +872,14 @@ def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell 
 
 def main() -> int:
     options = build_parser().parse_args()
-    options.command = sys.argv[1:]
     keep_freed_memory()
     if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
         sys.stdout = open(os.devnull, "w")
     try:
         torch._dynamo.config.recompile_limit = 64  # every column of every shape compiles the same code
         with contextlib.suppress(BrokenPipeError):
-            cells = run(options, complete(options))
+            options, shapes = complete(options)
+            cells = run(options, shapes)
             if options.charts and cells:
                 from plot import draw
 

@@ -34,7 +34,7 @@ from engine.batch import BatchStats, Prompt, generate_many, seed_of
 from engine.engine import Engine
 from engine.plan import choose_device, choose_dtype, human, keep_freed_memory, release_freed_memory
 from engine.request import Request, Sampling
-from engine.samples import Ending, Row
+from engine.samples import Row, StopConditions
 
 
 def made_prompts(count: int, preamble: int, length: int, vocabulary: int) -> list[Prompt]:
@@ -55,7 +55,7 @@ def varied(longest: int) -> type[Row]:
     """Return a class of rows that end after 8 to `longest` tokens, depending on their index and history."""
 
     class Varied(Row):
-        def __init__(self, index: int, ending: Ending, *rest) -> None:
+        def __init__(self, index: int, ending: StopConditions, *rest) -> None:
             length = 8 + random.Random(index * 7919 + sum(rest[1])).randrange(longest - 7)
             super().__init__(index, replace(ending, length=length), *rest)
 

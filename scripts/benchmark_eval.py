@@ -30,7 +30,7 @@ import torch
 
 from engine.engine import Engine
 from engine.plan import keep_freed_memory
-from eval import Evaluator, Texts, harness_model
+from eval import Evaluator, HarnessTokenizer, harness_model
 from loading.checkpoint import read_checkpoint
 
 TASK = """
@@ -120,7 +120,9 @@ def main() -> None:
         if options.preamble:
             random_model(options.checkpoint_path, source)
         engine = Engine.open(source, "cpu", "float32", compile=False)
-        evaluator = Evaluator(engine, Texts(engine, source, read_checkpoint(source).eos_ids), options.batch_tokens)
+        evaluator = Evaluator(
+            engine, HarnessTokenizer(engine, source, read_checkpoint(source).eos_ids), options.batch_tokens
+        )
         items = [json.loads(line) for line in options.items.read_text("utf-8").splitlines()]
         write_task(folder, items, preamble_of(items, evaluator, options.preamble) if options.preamble else "")
         theirs = HFLM(str(source), device="cpu", dtype="float32")

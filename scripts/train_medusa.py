@@ -29,7 +29,7 @@ from cli.flags import OneLineParser
 from engine.plan import keep_freed_memory
 from engine.request import check_tokens
 from layers.linear import Quantised, dequantise
-from loading.checkpoint import Checkpoint, load_model, read_checkpoint, write_whole
+from loading.checkpoint import Checkpoint, load_model, read_checkpoint, save_atomically
 from loading.files import check_stays, companions, read_text
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
@@ -149,7 +149,7 @@ def main() -> int:
         check_writable(options.out)
         checkpoint = read_checkpoint(locate(options.checkpoint_path))
         check_stays([*checkpoint.weights, *companions(checkpoint.folder), options.text], options.out)
-        write_whole(trained(options, checkpoint), options.out)
+        save_atomically(trained(options, checkpoint), options.out)
     except (ValueError, OSError) as error:
         return print_error(error)
     return 0

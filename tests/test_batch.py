@@ -16,7 +16,7 @@ from engine import engine as road
 from engine.batch import Batch, BatchStats, Outcome, Prompt, Sharing, generate_many, seed_of
 from engine.engine import Engine
 from engine.request import Request, Sampling
-from engine.samples import Ending, Row
+from engine.samples import Row, StopConditions
 from layers.moe import MoEConfig
 from layers.rope import RopeScaling
 
@@ -97,7 +97,7 @@ def test_a_host_that_looks_every_few_steps_draws_the_same(engine, monkeypatch):
     """As on a GPU: rows go on for a while after their sample's end."""
     prompts, asked = prompts_of(20, 2, 70, 7), request(3, 12, eos_ids=ENDS, rows_at_once=5)
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
-    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(batch.SYNC_EVERY, "cpu", 5)
     assert drawn(generate_many(engine, prompts, asked)) == expected
 
 
@@ -106,12 +106,12 @@ def test_long_samples_are_those_of_each_prompt_alone(monkeypatch, look):
     """Past 64, 128 and 256 tokens, with rows that are taken again by prompts which come later, and rows that are done
     and go on meanwhile, beyond the slots in view."""
 
-    def row(index: int, ending: Ending, *rest) -> Row:
+    def row(index: int, ending: StopConditions, *rest) -> Row:
         return Row(index, replace(ending, length=(5, 67, 131, 261)[(index + len(rest[1])) % 4]), *rest)
 
     for module in (batch, road):
         monkeypatch.setattr(module, "Row", row)
-    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(batch.SYNC_EVERY, "cpu", look)
     engine = Engine(random_model(replace(GQA, n_layer=1)), compile=False)
     prompts, asked = prompts_of(20, 1, 66, 4), request(2, 261, rows_at_once=3)
     expected = {prompt.id: alone(engine, prompt, asked) for prompt in prompts}
@@ -157,7 +157,7 @@ def test_what_cannot_be_run_is_said_and_the_others_go_on(engine):
 def test_a_prompt_whose_logits_are_not_finite_is_said_and_the_others_go_on(monkeypatch, look):
     """A damaged row of the embedding, which some prompts hold, at their end or as a group, and some samples draw. Rows
     that read it are taken again. Oracle: the run of each prompt alone, which ends in an error or does not."""
-    monkeypatch.setitem(batch.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(batch.SYNC_EVERY, "cpu", look)
     model = random_model(replace(GQA, n_layer=1))
     model.tok_embeddings.weight[11] = torch.nan
     engine, asked = Engine(model, compile=False), request(2, 25, Sampling(1.0), rows_at_once=5)
@@ -291,7 +291,7 @@ def test_rows_are_kept_busy(monkeypatch):
     """32 prompts, 8 samples of 8 to 128 tokens each, 64 rows: at least 85 % of them draw for a sample that is not done,
     the end included, where nothing waits."""
 
-    def row(index: int, ending: Ending, *rest) -> Row:
+    def row(index: int, ending: StopConditions, *rest) -> Row:
         return Row(index, replace(ending, length=8 + (index * 7919 + sum(rest[1]) * 31) % 121), *rest)
 
     monkeypatch.setattr(batch, "Row", row)

@@ -17,7 +17,7 @@ LAYERS = (
     {"generate", "eval", "quantize"}, {"cli"}, {"engine"}, {"loading"}, {"tp"}, {"model", "cache"}, {"layers"},
     {"bifurcated_attention", "sampling"},
 )  # fmt: skip
-BUDGET, COMMAND_LINE, LONGEST = 1720, 350, 60
+BUDGET, COMMAND_LINE, LONGEST = 1730, 350, 60
 BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -119,6 +119,57 @@ def test_imports_run_downward():
     paths = [path for path in SOURCES if path.name != "__init__.py"]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     assert len(paths) > 25 and not upward({name: path.read_text("utf-8") for path, name in names.items()})
+
+
+def stores(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+    """Attributes that are assigned to, or by setattr, as (the object, the attribute's name)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield node.value, node.attr
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            yield node.args[0], node.args[1].value if isinstance(node.args[1], ast.Constant) else "any"
+
+
+def attributes(source: str, name: str) -> set[str]:
+    """What the methods of a class assign to self."""
+    (found,) = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name == name]
+    return {attribute for value, attribute in stores(found) if isinstance(value, ast.Name) and value.id == "self"}
+
+
+def written(source: str, kept: dict[str, set[str]]) -> list[str]:
+    """Writes to a Namespace, and to attributes of the classes `kept` outside their own or a subclass's methods."""
+    tree, own = ast.parse(source), set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            named = {node.name, *(base.id for base in node.bases if isinstance(base, ast.Name))}
+            if named & kept.keys():
+                own |= {id(value) for value, _ in stores(node)}
+    wrong = []
+    for value, attribute in stores(tree):
+        text = ast.unparse(value)
+        if text in ("options", "args", "namespace"):
+            wrong.append(f"{text}.{attribute}")
+        elif text != "self" and id(value) not in own and any(attribute in names for names in kept.values()):
+            wrong.append(f"{text}.{attribute}")
+    return wrong
+
+
+def test_what_writes_to_an_object_of_another_is_found():
+    kept = {"KVCache": {"links", "k"}}
+    source = "class KVCache:\n    def f(self):\n        other.links = 1\n"
+    assert written(source, kept) == []
+    source += "options.seed, cache.k = 1, 2\nsetattr(options, 'x', 3)\ncache.room = 4\n"
+    assert sorted(written(source, kept)) == ["cache.k", "options.seed", "options.x"]
+
+
+def test_flags_are_not_written_to_nor_engines_runs_and_caches_from_outside():
+    """An attribute is taken for one of theirs by its name alone."""
+    homes = {"Engine": "engine/engine.py", "Run": "engine/engine.py", "KVCache": "cache.py"}
+    kept = {name: attributes((ROOT / path).read_text("utf-8"), name) for name, path in homes.items()}
+    assert {"weights", "available"} <= kept["Engine"] and {"links", "start"} <= kept["KVCache"]
+    paths = [*SOURCES, *(ROOT / "scripts").glob("*.py")]
+    found = {path.name: written(path.read_text("utf-8"), kept) for path in paths}
+    assert not {name: wrong for name, wrong in found.items() if wrong}
 
 
 def test_quantising_is_within_its_own():

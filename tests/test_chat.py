@@ -51,7 +51,7 @@ from engine.engine import Engine
 from engine.request import Request
 from layers.rope import RopeScaling
 from loading.tokenizer import load_tokenizer
-from loading.vocabulary import Added, Names
+from loading.vocabulary import AddedToken, Names
 
 __all__ = ["folders"]  # a fixture of test_tokenizer.py
 LLAMA2_FOLDERS = [TINY, *(path for kind, path in PUBLISHED.items() if kind == "llama2")]
@@ -395,7 +395,7 @@ def test_a_tokenizer_without_prefix_space_ignores_the_setting_for_it(tmp_path):
 
 
 def test_a_tokenizer_that_reaches_over_any_barrier_encodes_each_text_on_its_own():
-    names = Names({"<s>": Added(0)})
+    names = Names({"<s>": AddedToken(0)})
     whole = SimpleNamespace(specials={"<s>": 0}, names=names, bos_id=None, encode=lambda text: [len(text)] * bool(text))
     assert opening_tokens(Chat("<s>{{ messages[0].content }}", legacy=False), whole, None, "four") == [0, 4]
 

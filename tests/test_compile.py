@@ -1,4 +1,4 @@
-"""The compiled step. Oracles: torch.compile's own refusal to compile again; the eager step's numbers in fp32."""
+"""The compiled step. Oracles: torch.compile's own rejection to compile again; the eager step's numbers in fp32."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from cli.console import Stopwatch
 from engine import engine as road
 from engine.drafts import LayersDraft
 from engine.engine import SILENT, Engine, Run
-from engine.graphs import LONGEST_CHAIN, StepInput, compiled, notify
+from engine.graphs import MAX_COMPILED_LINKS, StepInput, compiled, warn_once
 from engine.layouts import Int8Context
 from engine.request import Sampling
 from engine.speculate import DraftController, Speculation
@@ -151,7 +151,7 @@ def counter(monkeypatch) -> CompileCounter:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     for module in (road, sampling):
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
-    notify.cache_clear()
+    warn_once.cache_clear()
     return counter
 
 
@@ -182,7 +182,7 @@ def test_the_length_of_a_chain_does_not_multiply_graphs(counter):
                 list(run.draw(cache, logits))
             assert draws(runs[0].samples) == draws(runs[1].samples)
             above = cache
-    assert counter.frame_count == LONGEST_CHAIN
+    assert counter.frame_count == MAX_COMPILED_LINKS
     assert [str(each.message) for each in told] == ["a context of more than 3 parts: its steps run uncompiled"]
 
 

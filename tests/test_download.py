@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, interruptible
 
 import download
-from loading.hub import UNFINISHED, choose, fetch, is_whole, locate
+from loading.hub import UNFINISHED, choose, fetch, is_complete, locate
 
 COMPANIONS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 INDEX = "model.safetensors.index.json"
@@ -421,7 +421,7 @@ def test_a_name_goes_on_where_its_download_was_interrupted(hub, tmp_path):
     assert (folder / names[0]).exists() and not (folder / names[1]).exists()
     result = hub.locate("own/model", tmp_path)
     assert result.returncode == 0 and hub.fetched == names[1:], result.stderr
-    assert is_whole(folder) and sorted(path.name for path in folder.iterdir() if path.is_file()) == [
+    assert is_complete(folder) and sorted(path.name for path in folder.iterdir() if path.is_file()) == [
         "config.json", *names
     ]  # fmt: skip
 
@@ -438,7 +438,7 @@ def test_a_folder_is_whole_with_all_that_it_names(tmp_path, missing, stopped):
         (tmp_path / UNFINISHED).touch()
     if missing:
         (tmp_path / missing).unlink()
-    assert is_whole(tmp_path) == (missing in (None, INDEX) and not stopped)
+    assert is_complete(tmp_path) == (missing in (None, INDEX) and not stopped)
 
 
 def test_a_path_that_is_there_is_not_looked_up(tmp_path, no_hub):

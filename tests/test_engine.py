@@ -48,7 +48,7 @@ def test_all_layouts_draw_the_same_tokens(n):
 
 @pytest.mark.parametrize("look,length", [(1, 1), (1, 2), (1, 40), (1, 261), (8, 261)])
 def test_logprobs_equal_those_of_one_forward_pass(engine, monkeypatch, look, length):
-    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
     for each in engine.generate(PROMPT, request(5, length)):
         assert each.logprobs == pytest.approx(engine.score(PROMPT, [each.tokens])[0].logprobs, abs=1e-6)
 
@@ -62,7 +62,7 @@ def growing() -> Engine:
     return Engine(random_model(replace(TWO, rope_scaling=LONGROPE)), Letters(), compile=False)
 
 
-def read_anew(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+def recompute_cache(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
     """The log-probability of each token, by a pass over all before it, at the length of that."""
     found = []
     for end in range(len(prompt), len(prompt) + len(tokens)):
@@ -77,21 +77,21 @@ def read_anew(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]) -> l
 ])  # fmt: skip
 def test_what_outgrows_the_original_context_of_longrope_is_read_anew(growing, monkeypatch, length, n, attention, look):
     """Also where rows have ended before, and in waves."""
-    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
     prompt = random_tokens(TWO, length).tolist()
     ends = frozenset(range(3, 97, 40) if length > 13 else ())
     asked = request(n, 66, attention=attention, rows_at_once=4, eos_ids=ends)
     samples = growing.generate(prompt, asked)
     assert any(len(sample.tokens) + length > 72 for sample in samples)
     for sample in samples:
-        assert sample.logprobs == pytest.approx(read_anew(growing, prompt, sample.tokens), abs=1e-6)
+        assert sample.logprobs == pytest.approx(recompute_cache(growing, prompt, sample.tokens), abs=1e-6)
 
 
 def test_a_context_in_int8_is_read_anew_too(growing):
     """Rounding moves a log-probability by less than a tenth; keys turned by the short factors, by more."""
     prompt = random_tokens(TWO, 66).tolist()
     for sample in growing.generate(prompt, request(3, 20, kv_dtype="int8", eos_ids=frozenset())):
-        assert sample.logprobs == pytest.approx(read_anew(growing, prompt, sample.tokens), abs=0.1)
+        assert sample.logprobs == pytest.approx(recompute_cache(growing, prompt, sample.tokens), abs=0.1)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -105,7 +105,7 @@ def test_a_conversation_that_outgrows_the_original_context_is_read_anew(growing,
             conversation.back_to(mark)
             samples = conversation.turn(new)
             for sample in samples:
-                assert sample.logprobs == pytest.approx(read_anew(growing, history, sample.tokens), abs=1e-6)
+                assert sample.logprobs == pytest.approx(recompute_cache(growing, history, sample.tokens), abs=1e-6)
         conversation.keep(samples[-1])
         history = [*history, *samples[-1].tokens, turn + 5]
 
@@ -409,7 +409,7 @@ class Drafted(road.PlainDecoder):
 @pytest.fixture(params=[1, 8], ids=["looked at every step", "looked at every eight"])
 def stride(request, monkeypatch) -> int:
     """How often tokens are brought to the host, which on an accelerator is not every step."""
-    monkeypatch.setitem(road.LOOK_EVERY, "cpu", request.param)
+    monkeypatch.setitem(road.SYNC_EVERY, "cpu", request.param)
     return request.param
 
 

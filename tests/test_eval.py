@@ -33,7 +33,7 @@ from engine.batch import seed_of
 from engine.engine import Engine
 from engine.request import Request, Sampling
 from engine.scoring import Scored, Scorer
-from eval import Drawing, Evaluator, Texts, main, pass_at, windows
+from eval import Evaluator, GenerationArgs, HarnessTokenizer, main, pass_at, windows
 from layers.rope import RopeScaling
 from loading.checkpoint import read_checkpoint, read_weights
 from loading.families import args_from_config
@@ -200,7 +200,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(folder):
     engine = Engine.open(folder, "cpu", "float32", compile=False)
-    return Evaluator(engine, Texts(engine, folder, read_checkpoint(folder).eos_ids), 200)
+    return Evaluator(engine, HarnessTokenizer(engine, folder, read_checkpoint(folder).eos_ids), 200)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_generated_texts_equal_those_of_hf(ours, theirs):
         read = ours.read
         assert ours.generate_until(requests) == expected
     assert len(set(expected)) > 8 and any(len(text) > 4 for text in expected)
-    lengths = [len(ours.cut_prompt(prompt, evaluation.Drawing.parse(given))) for prompt, given in requests]
+    lengths = [len(ours.cut_prompt(prompt, evaluation.GenerationArgs.parse(given))) for prompt, given in requests]
     assert ours.read - read < sum(lengths) - sum(lengths[4::7]), (
         "neither shared beginnings nor equal prompts are reread"
     )
@@ -295,7 +295,7 @@ def test_several_requests_for_one_prompt_are_its_samples(ours):
 @pytest.mark.parametrize("look", [1, 8])
 def test_long_texts_are_those_of_each_prompt_alone(monkeypatch, look):
     """Past 256 tokens, in fp64, with what prompts share read once. Oracle: the engine's own sample of each."""
-    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
     monkeypatch.setattr(evaluation, "SHARED_PROMPT", 4)
     letters = Letters()
     letters.specials = {}
@@ -325,7 +325,7 @@ def test_texts_after_prompts_that_each_extend_the_last(shallow, monkeypatch):
 
 def test_the_name_of_a_control_token_ends_a_text(ours):
     """Which has no text of its own: <s>, id 0, beside the model's own </s>, id 1."""
-    drawing = Drawing.parse({"until": ["<s>"], "max_gen_toks": 40, "temperature": 5.0})
+    drawing = GenerationArgs.parse({"until": ["<s>"], "max_gen_toks": 40, "temperature": 5.0})
     samples = ours.engine.generate(ours.texts.encode("the"), ours.request("the", drawing, 99))
     assert {0, 1} == {sample.tokens[-1] for sample in samples if sample.finish_reason == "eos"}
 
@@ -363,12 +363,12 @@ NEUTRAL = {
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_generation_kwargs_that_change_nothing_pass(name):
     base = {"until": ["\n"], "max_gen_toks": 20}
-    assert Drawing.parse(base | {name: NEUTRAL[name]}) == Drawing.parse(base)
+    assert GenerationArgs.parse(base | {name: NEUTRAL[name]}) == GenerationArgs.parse(base)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers():
     given = {"temperature": "7e-1", "top_p": "0.5", "max_gen_toks": "20", "top_k": 5.0, "until": "5"}
-    assert Drawing.parse(given) == Drawing(("5",), 20, Sampling(0.7, 5, 0.5))
+    assert GenerationArgs.parse(given) == GenerationArgs(("5",), 20, Sampling(0.7, 5, 0.5))
 
 
 def test_all_that_is_wrong_in_generation_kwargs_is_named_at_once():
@@ -377,17 +377,17 @@ def test_all_that_is_wrong_in_generation_kwargs_is_named_at_once():
         "top_k": 2.5, "min_p": True, "max_gen_toks": 0, "max_tokens": 1e400, "repetition_penalty": 10**400,
     }  # fmt: skip
     with pytest.raises(ValueError) as error:
-        Drawing.parse(wrong | {"early_stopping": False, "max_new_tokens": 5})
+        GenerationArgs.parse(wrong | {"early_stopping": False, "max_new_tokens": 5})
     assert [part.split()[0] for part in str(error.value).removeprefix("generation_kwargs: ").split("; ")] == [*wrong]
     with pytest.raises(ValueError, match=r"until \['a', 5\] is not a text or a list of texts"):
-        Drawing.parse({"until": ["a", 5]})
+        GenerationArgs.parse({"until": ["a", 5]})
 
 
 def test_a_stop_string_is_searched_and_cut_in_one_rendering():
     """SentencePiece drops the space that a text begins with, and so does hf: there " girl" has not come. Oracle: the
     text without stop strings, cut. Past 66 tokens."""
     engine = Engine.open(TINY, "cpu", "float32", compile=False)
-    evaluator = Evaluator(engine, Texts(engine, TINY, read_checkpoint(TINY).eos_ids), 1024)
+    evaluator = Evaluator(engine, HarnessTokenizer(engine, TINY, read_checkpoint(TINY).eos_ids), 1024)
     prompt, length = "Once upon a time, there was a little", {"max_gen_toks": 67, "do_sample": False}
     (free,) = evaluator.generate_until([(prompt, length)])
     words = free.split(" ")
@@ -610,7 +610,7 @@ def test_samples_are_lines_that_a_scorer_reads(tmp_path):
     lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
     assert [line["task_id"] for line in lines] == ["T/0"] * 7 + ["T/1"] * 7
     engine = Engine.open(TINY, "cpu", "float32", compile=False)
-    texts = Texts(engine, TINY, read_checkpoint(TINY).eos_ids)
+    texts = HarnessTokenizer(engine, TINY, read_checkpoint(TINY).eos_ids)
     for prompt, part in zip(prompts, (lines[:7], lines[7:]), strict=True):
         seed = seed_of(3, part[0]["task_id"])
         request = evaluation.Request(7, 4, Sampling(0.6), seed, eos_ids=texts.eos_ids, stop=(",",))
@@ -659,7 +659,7 @@ def test_ids_beyond_the_embedding_are_refused_by_name(foreign, mode, tmp_path):
     told = "one of the model's 300: use the model's own tokenizer"
     if mode == "loglikelihood":
         engine = Engine.open(foreign, "cpu", "float32", compile=False)
-        evaluator = Evaluator(engine, Texts(engine, foreign, frozenset([2])), 1024)
+        evaluator = Evaluator(engine, HarnessTokenizer(engine, foreign, frozenset([2])), 1024)
         for request in (("Once upon a time", " there"), ("a", " upon a time"), ("", "Once")):
             with pytest.raises(ValueError, match=told):
                 evaluator.loglikelihood([("a", "b"), request])
@@ -688,7 +688,10 @@ def test_logits_that_are_not_finite_name_the_file_and_the_dtype(mode, tmp_path):
     "arguments, kept",
     [
         (["--perplexity", "text"], "there are no results"),
-        (["--samples", "text", "--output", "out"], "out has what is done, the same command with --resume goes on"),
+        (
+            ["--samples", "text", "--output", "out"],
+            "out holds what is finished: the same command with --resume continues",
+        ),
     ],
 )
 def test_ctrl_c_is_one_line(arguments, kept, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from test_cli import ENVIRONMENT, lines_of, run
 
 import generate
 from cli import jobs
-from cli.jobs import Output, ResumeState, block_of, encode, fingerprint, read_begun, read_records
+from cli.jobs import Output, ResumeState, encode, fingerprint, output_lines, read_begun, read_records
 from cli.system import check_new, replica_file, replica_files
 from engine.batch import Outcome, Prompt, generate_many
 from engine.chat import Chat, ChatEncoder
@@ -129,8 +129,8 @@ BAD = [
     (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),
     (b'{"id": 1, "prompt": "a"}', "id 1 is also that of line 1"), (b'{"prompt": "a", "rank": 1}', "the field rank"),
     (b'"\xff"', "not UTF-8"), (b'"\\ud800"', "not UTF-8"), (b'{"prompt": "a", "x": NaN}', "not JSON (Out of range"),
-    (b'{"prompt": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}", "it nests more than 100 levels deep"),
-    (b"[" * 100_000, "it nests more than 100 levels deep"),
+    (b'{"prompt": "a", "x": ' + b"[" * 100 + b"]" * 100 + b"}", "it nests_deeper_than more than 100 levels deep"),
+    (b"[" * 100_000, "it nests_deeper_than more than 100 levels deep"),
 ]  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def test_another_command_is_refused(prompts, tmp_path):
 
 def block(id: str) -> bytes:
     samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length", 3) for at in range(2)]
-    return block_of(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
+    return output_lines(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
 
 
 def closed(output: Output) -> bytes:
@@ -366,7 +366,7 @@ def test_a_stopped_batch_says_how_it_goes_on(prompts, tmp_path):
     with mock.patch.object(generate, "generate_many", stopped):
         result = run("--prompts", prompts, *FLAGS[:-1], "--output", output)
     assert result.returncode == 130
-    assert f"stopped: {output} has what is done, the same command with --resume goes on" in result.stderr
+    assert f"stopped: {output} holds what is finished: the same command with --resume continues" in result.stderr
     assert len({line["id"] for line in written(output)}) == 1
     again = run("--prompts", prompts, *FLAGS[:-1], "--output", output, "--resume")
     assert again.returncode == 0 and "1 done before" in again.stderr

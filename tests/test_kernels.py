@@ -328,7 +328,7 @@ def test_one_or_two_rows_stream_a_plain_weight(dtype, most, threads):
 
 def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
     """Tied ones and experts too; hooks and numbers stay, and parameters are the same."""
-    monkeypatch.setattr("layers.linear.SMALLEST", 1)
+    monkeypatch.setattr("layers.linear.MIN_PACK_ELEMENTS", 1)
     args = replace(GQA, dim=32, hidden_dim=64, tied_output=True)
     model, plain = (random_model(args, torch.float32) for _ in range(2))
     names, told = dict(model.named_parameters()), []
@@ -390,7 +390,7 @@ def test_gradients_flow_through_a_chain(trained, mod):
 @pytest.mark.parametrize("args", [GQA, ALIBI], ids=["GQA", "ALiBi, window"])
 def test_a_model_is_trained_through_its_caches(args, monkeypatch):
     """All weights, in fp32, by N = 3 rows behind a context of 70 tokens. Oracle: one full pass of each row, in fp64."""
-    monkeypatch.setattr("layers.linear.SMALLEST", 1)
+    monkeypatch.setattr("layers.linear.MIN_PACK_ELEMENTS", 1)
     model = random_model(replace(args, n_layer=2, windows=args.windows[:2]), torch.float32)
     exact = deepcopy(model).double()
     stream_linears(model)

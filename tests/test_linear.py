@@ -24,10 +24,10 @@ from layers.linear import (
     PackedLinear,
     QuantisedLinear,
     WidenedLinear,
+    bytes_read,
     can_pack,
     choose_kernel,
     dequantise,
-    held_bytes,
     kernels,
     make_linear,
     pack_linears,
@@ -45,7 +45,7 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.01}
 
 @pytest.fixture
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(packed, "SMALLEST", 1)
+    monkeypatch.setattr(packed, "MIN_PACK_ELEMENTS", 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +83,7 @@ def test_a_packed_model_is_the_plain_model(small_ones_too, dtype):
 
 
 def test_what_is_shared_or_small_stays(monkeypatch):
-    monkeypatch.setattr(packed, "SMALLEST", 30 * 52)
+    monkeypatch.setattr(packed, "MIN_PACK_ELEMENTS", 30 * 52)
     model = random_model(replace(GQA, tied_output=True), torch.float32)
     pack_linears(model)
     assert model.output.weight is model.tok_embeddings.weight
@@ -229,9 +229,9 @@ def test_planned_bytes_are_those_that_a_step_reads(kind, dtype, copies, monkeypa
     weight = random_weight(kind, 48, 96)
     linear = make_linear(weight, None, CPU, dtype, 3)
     read = {"int8": ("values", "scales"), "int4": ("packed", "packed_scales")}[kind] if copies == 1 else ("weight",)
-    assert held_bytes(weight, CPU, dtype, 3) == sum(getattr(linear, name).nbytes for name in read)
+    assert bytes_read(weight, CPU, dtype, 3) == sum(getattr(linear, name).nbytes for name in read)
     empty = type(weight).empty(48, 96, 32)
-    assert held_bytes(empty, CPU, dtype, 3) == held_bytes(weight, CPU, dtype, 3)
+    assert bytes_read(empty, CPU, dtype, 3) == bytes_read(weight, CPU, dtype, 3)
 
 
 def test_dequantised_layers_are_packed_as_plain_ones(small_ones_too):

@@ -40,9 +40,9 @@ from layers.moe import (
     MixtureOfExperts,
     MoEConfig,
     by_expert,
+    can_capture_graph,
     can_group,
     group_experts,
-    is_recordable,
 )
 from loading.checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
 from model import empty_model, make_feed_forward
@@ -192,7 +192,7 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
     made = nn.ModuleList(mixture_of(MoEConfig(5, 2, width, True), dtype, 32) for width in (40, 41))
     x = F.pad(inputs(3, 7, dtype), (1, 1))
     expected = made[0](x)
-    assert not is_recordable(made)
+    assert not can_capture_graph(made)
     group_experts(made)
     assert kernels(made) == {"plain": 30}, "a CPU has no grouped kernel"
     weights = [weakref.ref(module) for module in made[0].modules() if isinstance(module, nn.Linear)]
@@ -204,7 +204,7 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
     assert alive == [15, 10, 5]
     assert kernels(made) == {"grouped": 3, "plain": 15} and isinstance(made[0].w1, GroupedLinear)
     torch.testing.assert_close(made[0](x), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
-    assert is_recordable(made[0]) and not is_recordable(made)
+    assert can_capture_graph(made[0]) and not can_capture_graph(made)
 
 
 def test_a_grouped_step_never_waits_for_the_host():
@@ -216,7 +216,7 @@ def test_a_grouped_step_never_waits_for_the_host():
     with Recorder() as recorder:
         logits = model(tokens, tokens, NoCache())
     assert logits.shape == (3, 2, 97) and recorder.devices == {"meta"} and recorder.count("_grouped_mm") == 3 * 3
-    assert is_recordable(model) and not can_group(model.layers[0].feed_forward.w1.weight[0])
+    assert can_capture_graph(model) and not can_group(model.layers[0].feed_forward.w1.weight[0])
 
 
 @needs_gpu
@@ -228,7 +228,7 @@ def test_recorded_steps_of_a_mixture_are_the_plain_steps_on_a_gpu():
     loop = partial(decode, deepcopy(model), uniform)
     group_experts(model)
     grouped = partial(decode, model, uniform)
-    recorded = RecordedStep(grouped) if is_recordable(model) else grouped
+    recorded = RecordedStep(grouped) if can_capture_graph(model) else grouped
     for length in (40, 41, 40):
         context = KVCache.empty(args.kv_shape, 1, length, model.norm.weight)
         for tensor in context.tensors:
@@ -242,7 +242,7 @@ def test_recorded_steps_of_a_mixture_are_the_plain_steps_on_a_gpu():
 
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="needs an x86 CPU")
 def test_packed_experts_multiply_as_plain_ones(monkeypatch):
-    monkeypatch.setattr(packed, "SMALLEST", 1)
+    monkeypatch.setattr(packed, "MIN_PACK_ELEMENTS", 1)
     made, x = mixture_of(SHAPES["shared"], torch.float32), inputs(3, 7, torch.float32)
     expected = made(x)
     pack_linears(made)

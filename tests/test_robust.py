@@ -43,7 +43,7 @@ from cli.system import SafeStderr, cache_folder, finish, start
 from engine import engine as road
 from engine.engine import Engine
 from engine.request import Request
-from engine.samples import Ending, Row
+from engine.samples import Row, StopConditions
 from loading.checkpoint import read_checkpoint
 from loading.tokenizer import Guarded
 
@@ -499,7 +499,7 @@ def test_an_interrupted_run_shows_what_it_has_and_writes_its_report(tmp_path, n)
 
 
 def row_of(index: int, logprobs: list[float], finish_reason: str | None = None) -> Row:
-    row = Row(index, Ending(frozenset(), (), 9), Letters(), [1], False)
+    row = Row(index, StopConditions(frozenset(), (), 9), Letters(), [1], False)
     row.sample.logprobs[:], row.sample.tokens[:] = logprobs, range(10, 10 + len(logprobs))
     row.sample.finish_reason, row.sample.text = finish_reason, str(index) if finish_reason else ""
     return row
@@ -555,8 +555,8 @@ def test_a_reply_is_no_longer_than_what_the_conversation_has_left():
     first, second = lines_of(result)
     tokens = len(Engine.open(TINY).encode(text))
     assert len(first["tokens"]) == 320 - tokens and first["tokens"] == second["tokens"]
-    assert result.stderr.count(f"{320 - tokens} tokens left of 320: a reply ends there; /reset begins anew") == 2
-    assert re.search(r"error: prompt of 32\d tokens .* shorten one of them; /reset begins anew\n", result.stderr)
+    assert result.stderr.count(f"{320 - tokens} tokens left of 320: a reply ends there; /reset starts over") == 2
+    assert re.search(r"error: prompt of 32\d tokens .* shorten one of them; /reset starts over\n", result.stderr)
     once = run(*base, "--prompt", text, input="")
     assert lines_of(once) == [first]
 

@@ -13,7 +13,7 @@ from engine.batch import Prompt, generate_many
 from engine.chat import Conversation
 from engine.engine import Engine
 from engine.request import Sampling
-from engine.samples import Ending, Row
+from engine.samples import Row, StopConditions
 from loading.tokenizer import Tokenizer, load_tokenizer
 
 NAMES = {"<|turn|>": 2048, "<|call|>": 2049, "<|end|>": 2050}
@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 def ended(tokenizer: Tokenizer, stop: tuple[str, ...], tokens: list[int], eos: int = 2) -> Row:
     """A row that has recorded the tokens up to its end."""
-    ending = Ending.of(request(1, 400, stop=stop, eos_ids=frozenset([eos])), frozenset(), tokenizer)
+    ending = StopConditions.of(request(1, 400, stop=stop, eos_ids=frozenset([eos])), frozenset(), tokenizer)
     row = Row(0, ending, tokenizer, tokenizer.encode("Before it."), False)
     for token in tokens:
         if row.sample.finish_reason is None:

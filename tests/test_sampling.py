@@ -13,14 +13,14 @@ from torch import Tensor
 
 from engine.request import Sampling
 from layers import kernels
-from layers.kernels import of_tokens
+from layers.kernels import token_uniforms
 from sampling import (
     LOGITS_AT_ONCE,
     UniformBlocks,
     candidates,
     draw,
     draw_rows,
-    first_to_arrive,
+    exponential_race,
     philox,
     uniform,
 )
@@ -198,7 +198,7 @@ def test_numbers_of_tokens_are_those_of_row_and_token(maker, monkeypatch, K):
     ids[:, 0] = torch.tensor([0, 2**32 - 1, 2**31])
     shared = torch.arange(31_999, 31_999 + K).expand(3, -1)
     for tokens in (ids, ids.repeat(1, 2)[:, ::2], ids.T.contiguous().T, shared):
-        found = of_tokens(rows, tokens)
+        found = token_uniforms(rows, tokens)
         pairs = zip(rows.tolist(), tokens.tolist(), strict=True)
         expected = [[plain_of_token(row, id) for id in each] for row, each in pairs]
         assert found.dtype == torch.float64 and found.tolist() == expected
@@ -210,9 +210,9 @@ def test_many_numbers_are_divided_among_threads(maker, monkeypatch):
     monkeypatch.setattr(kernels, "NUMBERS_PER_THREAD", 0)
     rows = uniform(torch.tensor(5), torch.arange(7), torch.tensor(0))
     tokens = torch.arange(1003).expand(7, -1)
-    found = of_tokens(rows, tokens)
+    found = token_uniforms(rows, tokens)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert torch.equal(found, torch.cat([of_tokens(row[None], tokens[:1]) for row in rows]))
+    assert torch.equal(found, torch.cat([token_uniforms(row[None], tokens[:1]) for row in rows]))
 
 
 @pytest.mark.parametrize("step", [(1, 0), (0, 1)], ids=["row", "token"])
@@ -220,7 +220,7 @@ def test_numbers_of_tokens_are_uniform_and_those_of_neighbours_independent(step)
     """As those of rows: pairs on a grid of 16 x 16, of 256 rows by 256 tokens. Fails with odds of 1e-6 for a generator
     that is right; the seed is fixed."""
     rows = uniform(torch.tensor(11), torch.arange(257), torch.tensor(7))
-    numbers = of_tokens(rows, torch.arange(257).expand(257, -1)).numpy()
+    numbers = token_uniforms(rows, torch.arange(257).expand(257, -1)).numpy()
     here, there = numbers[:256, :256].flatten(), numbers[step[0] :, step[1] :][:256, :256].flatten()
     counts, _, _ = numpy.histogram2d(here, there, bins=16, range=[[0, 1], [0, 1]])
     statistic, bound = chi_square(counts, numpy.full((16, 16), 256.0))
@@ -292,8 +292,8 @@ def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_interval():
     for filtered in ends:
         for kept in ends:
             numbers = torch.where(probs > 0, kept, filtered)
-            assert first_to_arrive(probs, numbers).item() == 3, "the likelier of two with the same number"
-    assert first_to_arrive(torch.full((1, 5), 0.2), torch.full((1, 5), 0.5, dtype=torch.float64)).item() == 0, "a tie"
+            assert exponential_race(probs, numbers).item() == 3, "the likelier of two with the same number"
+    assert exponential_race(torch.full((1, 5), 0.2), torch.full((1, 5), 0.5, dtype=torch.float64)).item() == 0, "a tie"
 
 
 @pytest.mark.parametrize("p", [1e-3, 1e-6, 1e-9, 1e-12])
@@ -306,7 +306,7 @@ def test_a_rare_token_arrives_first_as_often_as_it_should(p, other):
 
     def is_first(multiple: int) -> bool:
         numbers = torch.tensor([[other, multiple * 2.0**-53]], dtype=torch.float64)
-        return first_to_arrive(probs, numbers).item() == 1
+        return exponential_race(probs, numbers).item() == 1
 
     low, high = 0, 2**53 - 1
     while high - low > 1:

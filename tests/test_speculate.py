@@ -135,7 +135,7 @@ def test_samples_are_those_of_plain_decoding(always, model, draft, expected):
 @pytest.mark.parametrize("draft,look", [("model", 1), ("layers", 8)], indirect=["draft"])
 def test_long_samples_are_those_of_plain_decoding(always, model, draft, monkeypatch, look):
     """Past 64, 128 and 256 tokens, with rows that end early and stay."""
-    monkeypatch.setitem(road.LOOK_EVERY, "cpu", look)
+    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
     row, asked = road.Row, request(3, 261, DRAWN)
     monkeypatch.setattr(road, "Row", lambda at, end, *rest: row(at, replace(end, length=(30, 131, 261)[at]), *rest))
     expected = Engine(model).generate(PROMPT, asked)

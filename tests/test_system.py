@@ -18,7 +18,7 @@ from conftest import GQA, PROMPT, ROOT, random_model, request
 
 from cli.system import SafeStderr, Stream, begin, start
 from engine.engine import Engine
-from engine.graphs import notify
+from engine.graphs import warn_once
 from layers import kernels
 from layers.notices import Notice, showing
 
@@ -101,7 +101,7 @@ def test_compiling_is_told(monkeypatch):
         monkeypatch.setattr(
             torch, "compile", lambda step, **_: lambda *args: seen.append(terminal.screen) or step(*args)
         )
-        notify.cache_clear()
+        warn_once.cache_clear()
         Engine(random_model(GQA, torch.float32), compile=True).generate(PROMPT, request(3, 4))
         assert seen == ["compiling ...", "", ""] and terminal.screen == ""
 
