@@ -753,7 +753,7 @@ def test_samples_that_are_there_are_not_replaced(drawing, tmp_path):
         assert (status, err.count("\n")) == (2, 1) and words in err
     assert (tmp_path / "samples.jsonl").read_text() == "mine\n"
     status, _, err = run("--perplexity", tmp_path / "problems", "--resume")
-    assert status == 2 and "--resume goes on with --samples" in err
+    assert status == 2 and "--resume continues --samples" in err
 
 
 @pytest.mark.parametrize("left", [0, 1, 3, 5, 12])

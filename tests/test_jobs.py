@@ -166,7 +166,7 @@ def test_messages_are_put_into_the_chat_template():
 @pytest.mark.parametrize(
     "flags,words",
     [
-        (["--resume"], "--resume goes on with a file"),
+        (["--resume"], "--resume continues a file"),
         (["--echo"], "--echo is for one prompt"),
         (["--attention", "expanded"], "--attention is for one prompt"),
         (["--draft", "prompt"], "--draft is for one prompt"),
