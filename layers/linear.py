@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bifurcated_attention import differentiated
-from layers.kernels import check_gradients, linear_shape, multiplies
+from layers.kernels import check_gradients, multiplies
 from layers.moe import GroupedLinear
 
 # Elements below which packing gains nothing (2 cores): the op call itself costs some 5 us.
@@ -312,64 +312,10 @@ def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
     return whole
 
 
-def multiply_expanded(x: Tensor, weight: Quantised) -> Tensor:
-    """Multiply x [rows,in] -> [rows,out] in x's dtype, dequantising a block of the weight at a time. Computes in fp32
-    if the CPU has no instructions for x's dtype: that is several times as fast there."""
-    dtype = x.dtype if multiplies_bfloat16() else torch.float32
-    product, wide = x.new_empty(x.shape[0], weight.shape[0]), x.to(dtype)
-    for begin, end, part in blocks(weight):
-        product[:, begin:end] = F.linear(wide, part.expand(dtype))
-    return product
-
-
-# Fewest input rows for which dequantising block by block beats PyTorch's op, which dequantises again for every few
-# rows. Measured on 1 core with AVX2, in bfloat16, matrices of 768 x 2048 to 5632 x 2048.
-EXPAND_FROM = {"int8": 24, "int4": 96}
-
-
-def multiply_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply x bfloat16 [N,S,in] by an Int8Weight -> [N,S,out]."""
-    check_gradients("int8_linear", x, scales, bias)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if flat.shape[0] < EXPAND_FROM["int8"]:
-        product = torch.ops.aten._weight_int8pack_mm(flat, values, scales)
-    else:
-        product = multiply_expanded(flat, Int8Weight(values, scales))
-    product = product.view(*x.shape[:-1], values.shape[0])
-    return product if bias is None else product.add_(bias)
-
-
-def multiply_int4(
-    x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Multiply x bfloat16 [N,S,in] by an Int4Weight, packed and plain -> [N,S,out]. packed_scales [groups,out,2]"""
-    check_gradients("int4_linear", x, scales, zeros, bias)
-    flat, weight = x.reshape(-1, x.shape[-1]).contiguous(), Int4Weight(values, scales, zeros)
-    if flat.shape[0] < EXPAND_FROM["int4"]:
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, weight.groupsize, packed_scales)
-    else:
-        product = multiply_expanded(flat, weight)
-    product = product.view(*x.shape[:-1], values.shape[0])
-    return product if bias is None else product.add_(bias)
-
-
-def multiply_int4_shape(x: Tensor, packed: Tensor, packed_scales: Tensor, values: Tensor, *rest: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
 OPERATORS = torch.library.Library("bifurcated", "DEF")
 OPERATORS.define("packed_linear(Tensor x, Tensor? bias, int number, int features) -> Tensor")
 OPERATORS.impl("packed_linear", multiply, "CPU")
 OPERATORS.impl("packed_linear", multiply_shape, "Meta")
-OPERATORS.define("int8_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor")
-OPERATORS.impl("int8_linear", multiply_int8, "CPU")
-OPERATORS.impl("int8_linear", linear_shape, "Meta")
-OPERATORS.define(
-    "int4_linear(Tensor x, Tensor packed, Tensor packed_scales, Tensor values, Tensor scales, Tensor zeros, "
-    "Tensor? bias) -> Tensor"
-)
-OPERATORS.impl("int4_linear", multiply_int4, "CPU")
-OPERATORS.impl("int4_linear", multiply_int4_shape, "Meta")
 
 
 class DequantisedLinear(nn.Linear):
@@ -391,7 +337,7 @@ class QuantisedLinear(HeldLinear):
 
     def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.held = type(weight)
+        self.held, self.names = type(weight), tuple(tensors_of(weight))  # torch.compile does not trace fields()
         self.bias: Tensor | None
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.contiguous())  # GPTQ leaves it transposed
@@ -399,7 +345,7 @@ class QuantisedLinear(HeldLinear):
 
     @property
     def weight(self) -> Quantised:
-        return self.held(*(getattr(self, field.name) for field in fields(self.held)))
+        return self.held(*(getattr(self, name) for name in self.names))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expanded(x) if differentiated(x, self.bias) else self.multiply(x)
@@ -408,32 +354,6 @@ class QuantisedLinear(HeldLinear):
         return F.linear(x, self.weight.expand(x.dtype), self.bias)
 
     multiply = expanded
-
-
-class Int8PackLinear(QuantisedLinear):
-    """Linear layer using PyTorch's CPU op for int8 weights; many rows, as in prefill, dequantise block by block."""
-
-    kernel = "int8pack"
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.bifurcated.int8_linear(x, self.values, self.scales, self.bias)
-
-
-class Int4PackLinear(QuantisedLinear):
-    """Linear layer using PyTorch's CPU op for int4 weights, which has its own layout. Many rows dequantise block by
-    block from the checkpoint's tensors: on a CPU these are mapped file pages, in memory only while they are used."""
-
-    kernel = "int4pack"
-
-    def __init__(self, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(weight, bias, dtype)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().int(), 1)
-        self.packed_scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return torch.ops.bifurcated.int4_linear(
-            x, self.packed, self.packed_scales, self.values, self.scales, self.zeros, self.bias
-        )
 
 
 class WidenedLinear(QuantisedLinear):
@@ -466,30 +386,10 @@ class TinygemmLinear(HeldLinear):
 
 
 LINEARS: dict[str, Callable[..., nn.Module]] = {
-    linear.kernel: linear
-    for linear in (
-        DequantisedLinear,
-        QuantisedLinear,
-        Int8PackLinear,
-        Int4PackLinear,
-        WidenedLinear,
-        TinygemmLinear,
-    )
+    linear.kernel: linear for linear in (DequantisedLinear, QuantisedLinear, WidenedLinear, TinygemmLinear)
 }
 
-# Group sizes that PyTorch's int4 ops support.
-PACK_GROUPS = (32, 64, 128, 256)
-
-# Fewest and most rows of a decode step for which PyTorch's CPU ops beat a dequantised bfloat16 weight, by whether the
-# CPU has bfloat16 instructions (measured: AVX-512, 2 cores) or not (AVX2: a whole step of 12 layers takes 1.4 times as
-# long at one row, two thirds at 8 and 64). In fp32 and float16 the ops are several times slower.
-PACK_ROWS = {
-    ("int8", True): (1, 4),
-    ("int4", True): (1, 8),
-    ("int8", False): (2, math.inf),
-    ("int4", False): (2, math.inf),
-}
-
+TINYGEMM_GROUPS = (32, 64, 128, 256)
 
 # Most rows of a decode step for which the op of kernels.py beats all others, by whether the CPU has bfloat16
 # instructions. With them it has not been measured: 16 is an estimate.
@@ -499,17 +399,12 @@ WIDEN_ROWS = {True: 16, False: math.inf}
 def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
     """Choose the fastest kernel, a key of LINEARS, for decode steps of `rows` rows."""
     outputs, inputs = weight.shape
-    groups = isinstance(weight, Int8Weight) or weight.groupsize in PACK_GROUPS
+    groupsize = weight.groupsize if isinstance(weight, Int4Weight) else inputs
     if device.type == "cpu":
-        groupsize = inputs if isinstance(weight, Int8Weight) else weight.groupsize
-        if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize):
-            return "widened"
-        # On other sizes the ops raise, and the int8 one reads past the end of its weight.
-        fits = groups and inputs % 32 == 0 and (weight.kind == "int8" or outputs % 16 == 0)
-        fewest, most = PACK_ROWS[weight.kind, multiplies_bfloat16()]
-        wins = IS_X86 and dtype == torch.bfloat16 and fewest <= rows <= most
-        return f"{weight.kind}pack" if fits and wins else "dequantised"
-    if weight.kind == "int4" and has_tinygemm(device, dtype) and groups and inputs % 32 == outputs % 8 == 0:
+        widened = rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize)
+        return "widened" if widened else "dequantised"
+    fits = groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
+    if weight.kind == "int4" and fits and has_tinygemm(device, dtype):
         return "tinygemm"
     return "dequantised at each product"
 
