@@ -32,9 +32,8 @@ from typing import Any
 
 from cache import KVCache
 from cli.console import Bar, settings_of
-from cli.flags import OneLineParser
 from cli.jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
-from cli.options import unescaped
+from cli.options import OneLineParser, unescaped
 from engine.batch import seed_of
 from engine.engine import SILENT, Engine, Run, bucket
 from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
@@ -44,8 +43,7 @@ from engine.scoring import Node, Scorer, tree
 from loading.checkpoint import load_model, read_checkpoint
 from loading.files import check_stays, counted, files_of, read_text, write_file
 from loading.hub import locate
-from loading.tokenizer import load_tokenizer
-from loading.vocabulary import read_metadata
+from loading.tokenizer import load_tokenizer, read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # default for requests that set none, as in the `hf` model

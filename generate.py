@@ -46,7 +46,6 @@ from cli.ranks import Listener, Ranks, join, lost_rank
 from cli.repl import Repl
 from engine.batch import BatchStats, generate_many, rejection, workload
 from engine.chat import ChatEncoder, choose_chat
-from engine.drafts import Speculation, choose_draft
 from engine.engine import Engine
 from engine.plan import (
     Plan,
@@ -62,6 +61,7 @@ from engine.plan import (
 )
 from engine.request import Request, new_seed
 from engine.samples import Sample, not_finite, rank
+from engine.speculate import Speculation, choose_draft
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from loading.files import files_of, write_file
 from loading.hub import locate

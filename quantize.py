@@ -35,7 +35,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from cache import NoCache
-from cli.flags import OneLineParser
+from cli.options import OneLineParser
 from engine.request import check_tokens
 from layers.gptq import gptq, quantise_int4, quantise_int8
 from layers.linear import Int4Weight, Quantised, dequantise, tensors_of

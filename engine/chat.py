@@ -24,8 +24,7 @@ from engine.engine import SILENT, Engine, Monitor, Run
 from engine.request import Request, check_tokens
 from engine.samples import Piece, Sample, continuation_text
 from loading.files import check_plain, read_text
-from loading.tokenizer import JSONTokenizer, Tokenizer
-from loading.vocabulary import continued, read_metadata
+from loading.tokenizer import JSONTokenizer, Tokenizer, continued, read_metadata
 
 Message = dict[str, Any]  # role, content, and further fields of templates: tool_calls, name, ...
 PROGRAM = Path(__file__).with_name("templates.py")

@@ -46,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
-from cli.flags import OneLineParser
+from cli.options import OneLineParser
 from cli.ranks import join, leave
 from engine.engine import SILENT, Engine
 from engine.graphs import Step, StepInput

@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 
 from benchmark import SHAPES, random_model
-from cli.flags import OneLineParser
+from cli.options import OneLineParser
 from engine import batch
 from engine import engine as road
 from engine.batch import BatchStats, Prompt, generate_many, seed_of

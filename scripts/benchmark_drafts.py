@@ -27,11 +27,11 @@ from torch import Tensor
 
 from cache import NoCache
 from cli.console import Stopwatch
-from cli.flags import OneLineParser
-from engine.drafts import choose_draft
+from cli.options import OneLineParser
 from engine.engine import Engine, Request
 from engine.plan import keep_freed_memory
 from engine.request import Sampling
+from engine.speculate import choose_draft
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     start()
 
 
-from cli.flags import OneLineParser
+from cli.options import OneLineParser
 from loading.checkpoint import (
     Checkpoint,
     copy_new,

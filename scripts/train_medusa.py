@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import NoCache
-from cli.flags import OneLineParser
+from cli.options import OneLineParser
 from engine.plan import keep_freed_memory
 from engine.request import check_tokens
 from layers.linear import Quantised, dequantise

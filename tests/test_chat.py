@@ -50,8 +50,7 @@ from engine.chat import (
 from engine.engine import Engine
 from engine.request import Request
 from layers.rope import RopeScaling
-from loading.tokenizer import load_tokenizer
-from loading.vocabulary import AddedToken, Names
+from loading.tokenizer import AddedToken, Names, load_tokenizer
 
 __all__ = ["folders"]  # a fixture of test_tokenizer.py
 LLAMA2_FOLDERS = [TINY, *(path for kind, path in PUBLISHED.items() if kind == "llama2")]

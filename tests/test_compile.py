@@ -13,12 +13,11 @@ import sampling
 from cache import KVCache
 from cli.console import Stopwatch
 from engine import engine as road
-from engine.drafts import LayersDraft
 from engine.engine import SILENT, Engine, Run
 from engine.graphs import MAX_COMPILED_LINKS, StepInput, compiled, warn_once
 from engine.layouts import Int8Context
 from engine.request import Sampling
-from engine.speculate import DraftController, Speculation
+from engine.speculate import DraftController, LayersDraft, Speculation
 from layers.notices import Notice
 from model import ModelArgs, Transformer
 from sampling import uniform

@@ -12,6 +12,7 @@ from cli.console import Stopwatch, measure
 from engine.layouts import copied
 from engine.plan import (
     Plan,
+    Workspace,
     choose_compile,
     choose_device,
     choose_dtype,
@@ -23,7 +24,6 @@ from engine.plan import (
     weigh,
 )
 from engine.request import Sampling, Workload
-from engine.workspace import Workspace
 from layers.linear import IS_X86, can_pack
 from layers.moe import MoEConfig
 from layers.rope import RopeScaling
@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def by_torch(monkeypatch) -> None:
     """Attention that holds scores."""
-    monkeypatch.setattr("engine.workspace.takes", lambda *_: False)
+    monkeypatch.setattr("engine.plan.takes", lambda *_: False)
 
 
 def plan(
@@ -107,7 +107,7 @@ def test_scores_are_planned_where_they_are_held(by_torch, monkeypatch):
     monkeypatch.setattr("engine.plan.has_compiler", lambda: True)
     assert attention(compile=True) == 2 * 4 * scores + 4 * 20_000 * 2 * 10
     assert attention(attention="contiguous") == 64 * 20_016 * 5  # what is visible: bool, and in fp32
-    monkeypatch.setattr("engine.workspace.takes", lambda *_: True)
+    monkeypatch.setattr("engine.plan.takes", lambda *_: True)
     assert attention() == 0
 
 
@@ -249,7 +249,7 @@ def test_what_is_read_anew_is_held_twice_meanwhile(context, times):
 
 def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(monkeypatch):
     """On a GPU of bfloat16: windows are masks, soft caps scores, of what a chunk of 512 sees. By hand."""
-    monkeypatch.setattr("engine.workspace.has_fused", lambda *_: True)
+    monkeypatch.setattr("engine.plan.has_fused", lambda *_: True)
     gpu = Workload(8000, 1, 20), torch.device("cuda"), torch.bfloat16, False
     plain, near, capped = (
         Workspace(replace(GQA, head_dim=64, **fields), *gpu).reading()

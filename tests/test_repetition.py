@@ -9,11 +9,10 @@ import torch
 from conftest import GQA, PROMPT, full, random_model, request
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.drafts import LayersDraft, ModelDraft
 from engine.engine import Engine
 from engine.layouts import LAYOUTS
 from engine.request import Sampling
-from engine.speculate import Speculation
+from engine.speculate import LayersDraft, ModelDraft, Speculation
 from model import Transformer
 from sampling import draw, penalised, seen_in, seen_prefixes, uniform
 

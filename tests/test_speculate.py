@@ -21,11 +21,20 @@ from torch import Tensor
 import sampling
 from engine import engine as road
 from engine.chat import Conversation
-from engine.drafts import LayersDraft, MedusaDraft, ModelDraft, PromptDraft, choose_draft
 from engine.engine import Engine
 from engine.request import Sampling
 from engine.samples import Sample
-from engine.speculate import Draft, DraftController, Speculation, SpeculativeDecoder
+from engine.speculate import (
+    Draft,
+    DraftController,
+    LayersDraft,
+    MedusaDraft,
+    ModelDraft,
+    PromptDraft,
+    Speculation,
+    SpeculativeDecoder,
+    choose_draft,
+)
 from layers.linear import dequantise
 from layers.rope import RopeScaling
 from loading.checkpoint import read_checkpoint

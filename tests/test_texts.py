@@ -26,8 +26,7 @@ from eval import main as evaluate
 from eval import read_lines
 from loading.files import decode_text, read_json, read_text
 from loading.tokenizer import interruptible as interrupt
-from loading.tokenizer import load_tokenizer
-from loading.vocabulary import read_metadata
+from loading.tokenizer import load_tokenizer, read_metadata
 
 MARK = b"\xef\xbb\xbf"
 WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]

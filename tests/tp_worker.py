@@ -34,10 +34,17 @@ from engine import engine as engine_module
 from engine import speculate
 from engine.batch import Prompt, generate_many
 from engine.chat import Conversation
-from engine.drafts import LayersDraft, ModelDraft, PromptDraft
 from engine.engine import Engine, Run
 from engine.request import Request
-from engine.speculate import Draft, DraftController, Speculation, SpeculativeDecoder
+from engine.speculate import (
+    Draft,
+    DraftController,
+    LayersDraft,
+    ModelDraft,
+    PromptDraft,
+    Speculation,
+    SpeculativeDecoder,
+)
 from loading.checkpoint import load_model
 
 
