@@ -188,14 +188,13 @@ class Evaluator:
         self.engine, self.texts, self.seed, self.weights = engine, texts, seed, weights
         self.limit = engine.args.max_positions or engine.args.context_limit  # as the harness counts
         self.scorer = Scorer(engine.model, batch_tokens, self.show, engine.args)
-        self.bar, self.begin = Bar(quiet), time.perf_counter()
+        self.bar = Bar(quiet)
         self.drawn = self.asked = self.read = 0
         self.heads = lru_cache(1024)(lambda context: tuple(texts.encode(context)))
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Show progress while the model computes. Raises ValueError naming the weights if logits are not finite."""
-        self.begin = time.perf_counter()
         try:
             yield
         except FloatingPointError as error:
@@ -205,8 +204,7 @@ class Evaluator:
 
     def show(self, done: int, total: int, what: str = "tokens") -> None:
         """Update the progress bar."""
-        left = (time.perf_counter() - self.begin) * (total / done - 1)
-        self.bar.show(done / total, f"{done}/{total} {what}", left)
+        self.bar.show(done / total, f"{done}/{total} {what}")
 
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """Return each continuation's log-probability, and whether all its tokens were the likeliest. Contexts too long

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from tqdm import tqdm
 
 from engine.engine import Engine, Monitor
 from engine.plan import Plan, extends_context, human, peak_memory, release_freed_memory
@@ -93,22 +94,28 @@ class Stopwatch(Monitor):
 
 
 class Bar:
-    """Progress bar on stderr, if stderr is a terminal."""
+    """Progress bar on stderr, if stderr is a terminal; it appears with the first `show`."""
 
     def __init__(self, quiet: bool) -> None:
         self.shown = not quiet and sys.stderr.isatty()
-        self.stands = False  # whether a bar is on the screen
+        self.bar: tqdm | None = None
 
-    def show(self, share: float, note: str, seconds: float) -> None:
-        if self.shown:
-            bar = f"\r\033[K[{'#' * int(20 * share):<20}] {note}, at most {seconds:.0f} s left"
-            print(bar, end="", file=sys.stderr, flush=True)
-            self.stands = True
+    def show(self, share: float, note: str) -> None:
+        """share: of the whole that is done, from 0 to 1."""
+        if not self.shown:
+            return
+        if self.bar is None:
+            columns, form = shutil.get_terminal_size().columns, "[{bar:20}] {desc}, {remaining} left"
+            # tqdm shows nothing where a terminal says that it has 0 columns or rows.
+            size = {"ncols": columns, "nrows": 20}
+            self.bar = tqdm(total=1.0, bar_format=form, leave=False, miniters=0, delay=0.01, file=sys.stderr, **size)
+        self.bar.set_description_str(note, refresh=False)
+        self.bar.update(share - self.bar.n)
 
     def clear(self) -> None:
-        if self.stands:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-            self.stands = False
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
 
 
 class Console(Stopwatch):
@@ -156,8 +163,7 @@ class Console(Stopwatch):
         print(json.dumps(line, ensure_ascii=False), flush=True)
 
     def prefilling(self, tokens: int, total: int) -> None:
-        left = (time.perf_counter() - self.begin) * (total / tokens - 1)
-        self.bar.show(tokens / total, f"{tokens}/{total} tokens of the prompt read", left)
+        self.bar.show(tokens / total, f"{tokens}/{total} tokens of the prompt read")
 
     def prefilled(self) -> None:
         release_freed_memory(self.device)  # decoding needs blocks of other sizes
@@ -172,9 +178,8 @@ class Console(Stopwatch):
         if self.step_s and not self.streams:
             finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
             in_wave = len(self.step_s) - self.begun
-            left = length - in_wave + length * (self.plan.waves - self.waves)
             note = f"{counted(in_wave, 'step')}, {finished}/{total} samples finished"
-            self.bar.show(in_wave / length, note, max(0, left) * statistics.median(self.step_s[-20:]))
+            self.bar.show((self.waves - 1 + in_wave / length) / self.plan.waves, note)
 
     def show_live(self, pieces: Generator[Piece]) -> None:
         """Run to the end, printing text as it arrives if there is one sample. A compiled run prints after its first

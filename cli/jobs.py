@@ -445,7 +445,7 @@ class Progress:
         self.done, self.errors = self.done + 1, self.errors + (outcome.error is not None)
         seconds = time.perf_counter() - self.begin
         note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
-        self.bar.show(self.done / self.total, note, seconds * (self.total / self.done - 1))
+        self.bar.show(self.done / self.total, note)
 
     def report(self, replicas: Sequence[tuple[BatchStats, int]]) -> dict[str, Any]:
         """Build the report. replicas: statistics of each, and how many of its prompts were refused."""
