@@ -242,7 +242,7 @@ class SentencePieceTokenizer:
         added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
         self.specials = {name: token.id for name, token in added.items() if token.special}
         self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
-        # Gemma's have no flags and are pieces that the processor finds itself.
+        # Gemma's added tokens have no flags and are pieces that the processor finds itself.
         texts = {name: token for name, token in added.items() if not token.special}
         found = {name for name, t in texts.items() if t == AddedToken(t.id, False) and t.id in processor.encode(name)}
         self.texts = Names({name: token for name, token in texts.items() if name not in found})
@@ -267,7 +267,7 @@ class SentencePieceTokenizer:
         known = [id for id in ids if (id < self.pieces or id in self.spelled) and id not in self.control]
         if self.spelled.keys().isdisjoint(known):
             return self.processor.decode(known)
-        # Given strings, it decodes those that are not pieces as text.
+        # Given strings, the processor decodes those that are not pieces as text.
         return self.processor.decode([self.spelled.get(id) or self.processor.id_to_piece(id) for id in known])
 
 
@@ -341,7 +341,14 @@ class JSONTokenizer:
         return encode_parts(self.encode_words, self.cuts.split(text))
 
     def encode_words(self, text: str) -> list[int]:
-        encode = self.backend.made.encode
+        made = self.backend.made
+
+        def encode(text: str, **options: Any) -> Any:
+            # Of a long text, which Ctrl-C may end, the one that releases the GIL; its threads do not bear forks.
+            return (
+                made.encode(text, **options) if len(text) < LONG_CALL else made.encode_batch_fast([text], **options)[0]
+            )
+
         return self.backend.call(interruptible, encode, text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:

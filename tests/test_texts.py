@@ -215,7 +215,7 @@ def test_ctrl_c_ends_the_reading_of_a_long_text_at_once(tmp_path, kind):
     command = [sys.executable, "-c", ENCODE, str(ROOT), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible) as child:
         assert child.stdout.readline() == b"go\n"
-        time.sleep(0.3)
+        time.sleep(1.5)  # the library has begun
         begin = time.perf_counter()
         child.send_signal(signal.SIGINT)
         assert child.wait() == system.INTERRUPTED and child.stderr.read() == b""
