@@ -224,7 +224,7 @@ class ScoreMod:
 
     def bias(self, input_pos: Tensor, key_pos: Tensor) -> Tensor:
         """Return the ALiBi bias: input_pos [N,S], key_pos [M,L] -> fp32 [M,H,1,L]. Distances are to the last position
-        of the call: the error is the same for all keys of a query, in all caches, and cancels in the softmax."""
+        of the call: this shifts all scores of a query alike, in all caches, and cancels in the softmax."""
         assert self.slopes is not None
         return self.slopes[:, None, None] * (key_pos - input_pos.max())[:, None, None]
 

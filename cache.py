@@ -164,7 +164,7 @@ class KVCache:
         return view
 
     def extend_from(self, *links: "Link") -> None:
-        """Make the rows extend ancestors, the nearest first."""
+        """Set the ancestors that the rows extend, nearest first."""
         self.links = links
 
     def append(self, other: "KVCache", length: int) -> None:
@@ -212,7 +212,7 @@ def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mo
 
 
 def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """Do the same with the operator of kernels.py, which has no gradients: if they are needed, with PyTorch."""
+    """As attend_by_torch, with the operator of kernels.py; if gradients are needed, which it lacks, with PyTorch."""
     if torch.is_grad_enabled():
         chain = cache, *(link.cache for link in cache.links)
         if differentiated(q, *(tensor for each in chain for tensor in each.tensors)):

@@ -91,7 +91,7 @@ def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iter
 
 
 def as_number(value: object) -> float:
-    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as do those below."""
+    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as the next three."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
     return float(value)
@@ -268,7 +268,7 @@ class Evaluator:
         return found
 
     def request(self, context: str, drawing: GenerationArgs, count: int) -> Request:
-        """Build the request for `count` samples of a context, with a seed for each context and drawing."""
+        """Build the request for `count` samples of a context, with a seed hashed from context and `drawing`."""
         seed = seed_of(self.seed, repr((context, drawing)))
         return Request(count, drawing.length, drawing.sampling, seed, eos_ids=self.texts.eos_ids, stop=drawing.until)
 
@@ -430,7 +430,7 @@ def emit_report(options: argparse.Namespace, report: dict[str, float]) -> None:
 
 
 def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
-    """Load the model and build an evaluator. rows: usual input rows of a quantised weight; None: a batch."""
+    """Load the model and build an evaluator. rows: usual rows of a product, to choose kernels; None: a batch's."""
     checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
     check_output(options.output, files_of(checkpoint.folder))
     model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
@@ -577,8 +577,8 @@ def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict
 
 @dataclass
 class Completion:
-    """A distinct text drawn for a problem. number: its samples; mean_logprob: of the likeliest; is_cut: all were
-    truncated."""
+    """A distinct text drawn for a problem. number: how many samples have it; mean_logprob: of the likeliest; is_cut:
+    all were truncated."""
 
     number: int
     mean_logprob: float

@@ -167,8 +167,8 @@ def arrange(
     available: int,
     job: Job | None,
 ) -> tuple[Plan, Speculation | None, int]:
-    """Plan a prompt of `length` tokens, or the longest conversation if --interactive is only planned. Returns the plan,
-    the draft, and the most tokens that a conversation can hold. Raises ValueError."""
+    """Plan a prompt of `length` tokens; for --interactive with --plan, the longest conversation. Returns the plan, the
+    draft, and the most tokens that a conversation can hold. Raises ValueError."""
     device, args = choose_device(options.device), checkpoint.args
     dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)

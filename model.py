@@ -184,7 +184,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Decoder: tokens [N,S] at input_pos [N,S] -> logits [N,S,V], reading and writing keys and values through `cache`.
 
-    The weights are uninitialised until loaded or drawn.
+    The weights are uninitialised until they are loaded or drawn at random.
     """
 
     def __init__(self, args: ModelArgs) -> None:

@@ -86,7 +86,7 @@ class Inputs:
 
 
 def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
-    """Collect the inputs that `run` gives a linear layer, or each of its experts. run ends at that layer."""
+    """Collect the inputs that `run` gives a linear layer, or each of its experts. `run` is stopped at that layer."""
     linears = layer if isinstance(layer, ExpertLinear) else [layer]
     found = [Inputs(torch.zeros([linear.get_parameter("weight").shape[1]] * 2)) for linear in linears]
 
@@ -197,8 +197,8 @@ def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[s
 
 
 def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
-    """Return tokens [sequences,S] spread evenly over the text, each after BOS if the tokenizer has one: its activations
-    are like no other's, and every prompt has it. Raises ValueError if the text is too short, or S too long."""
+    """Return tokens [sequences,S] spread evenly over the text, each after BOS if there is one: every prompt begins with
+    it, and its activations are like no other's. Raises ValueError if the text is too short, or S too long."""
     limit = checkpoint.args.context_limit
     count, length = options.calibration_sequences, options.calibration_seq_length
     length = min(2048, limit) if length is None else length

@@ -193,9 +193,9 @@ def named(ids: Tensor | None, names: Tensor | None, probs: Tensor) -> Tensor:
 def exponential_race(probs: Tensor, numbers: Tensor) -> Tensor:
     """Return the index [N,1] of the smallest -log(1 - u) / p. probs [N,K] fp32, numbers [N,K] fp64 (overwritten).
 
-    Numbers are multiples of 2^-53, so a time is exact to 2^-53 and a token of probability 1e-12 has its rate to 1e-4. A
-    time of 0 stands for [0,2^-53) and becomes its mean 2^-54, so a token of probability 0 never wins. With nan logits
-    any valid index will do: their log-probability is not finite.
+    Numbers are multiples of 2^-53, so a time is exact to 2^-53, and even a token of probability 1e-12 wins at its rate
+    to within 1e-4. A time of 0 stands for [0,2^-53) and becomes its mean 2^-54, so a token of probability 0 never wins.
+    With nan logits any valid index will do: their log-probability is not finite.
     """
     times = numbers.neg_().add_(1).log_().neg_().clamp_min_(2.0**-54)
     return torch.div(probs, times, out=times).argmax(-1, keepdim=True)

@@ -5,7 +5,7 @@ outputs and the second by inputs, so a layer needs two all-reduces of [N,S,dim],
 feed-forward. Attention, and so the cache, holds a rank's own heads. The network is unchanged: the all-reduces are hooks
 on its modules. The collectives are functional, so a compiled step stays one graph.
 
-Shapes: N rows, S positions, k tokens that a step may give a row, V vocabulary.
+Shapes: N rows, S positions, V vocabulary.
 """
 
 import re
@@ -96,8 +96,8 @@ class Shard:
         return tensor.narrow(dim, begin, end - begin).clone(memory_format=torch.contiguous_format)
 
     def attach(self, model: Transformer, args: ModelArgs | None = None) -> None:
-        """Install the hooks that make a network of this rank's weights compute what the whole network does. args: of
-        the whole; None: the model's, which stay those of the whole. A cache for it has the `local` shape."""
+        """Install the hooks that make a network of this rank's weights compute what the whole network does. args: the
+        whole network's, as model.args are (None). A cache for it has the shape of the `local` args."""
         args = args or model.args
         heads = self.local(args).n_head
         for block in model.layers:

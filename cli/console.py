@@ -372,7 +372,7 @@ def profiled(path: Path) -> Iterator[None]:
 def export(profile: torch.profiler.profile, path: Path) -> None:
     """Write the trace. Raises OSError if it is incomplete: PyTorch does not report a full disk, but writing more to the
     file fails."""
-    trace = path.with_name("trace")  # PyTorch would write a name in .gz elsewhere first
+    trace = path.with_name("trace")  # for a name in .gz PyTorch would first write elsewhere
     profile.export_chrome_trace(str(trace))
     with trace.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,9 +1,9 @@
 """Batch jobs: prompts from a file, samples to a file, resuming a killed run.
 
 The output is JSON lines. The first is a header with everything that determines the samples. The lines of each prompt
-are appended at once when it finishes, so a killed run leaves whole prompts and at most one partial, found by missing
-ranks and redrawn. A file has one writer: each replica writes its own, which the first replica merges into the output at
-the end, or the next run that resumes it.
+are appended at once when it finishes, so a killed run leaves at most one partial prompt, which is found by its missing
+line numbers and drawn again. A file has one writer: each replica writes its own. The first replica merges them into the
+output at the end, or the next run with --resume does.
 """
 
 import argparse

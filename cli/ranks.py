@@ -5,8 +5,8 @@ depends on a clock, a terminal, free memory or chance, rank 0 decides for all. W
 and everything here returns what it is given.
 
 There are three ways to wait. `share` broadcasts the value of rank 0, which may wait for a person or a pipe. `gather`
-and `wait` are for uneven work. `all` and `agree` are for even work: they end a run whose ranks have lost each other. In
-each, the death of a process is noticed at once.
+and `wait` are for uneven work. `all` and `agree` are for even work: they time out, which ends a run whose ranks have
+lost each other. In each, the death of a process is noticed at once.
 """
 
 import atexit
@@ -118,7 +118,7 @@ class Ranks:
 
 
 class Listener(Stream):
-    """stdout of the writing rank. If its reader leaves the run continues, since other ranks take part in it."""
+    """stdout of the writing rank. If its reader leaves, the run continues, since other ranks take part in it."""
 
     def failed(self, error: OSError) -> None:
         if not isinstance(error, BrokenPipeError):

@@ -33,7 +33,7 @@ from sampling import uniform
 
 # Rows that decode together, memory permitting: at 64 a step on a CPU is compute-bound (docs/benchmarks.md).
 ROWS = {"cpu": 64, "cuda": 512}
-# The fewest tokens of a root and a group, since every step pays for a further link of the chain.
+# Fewest tokens worth a root, and a group: every step pays for one more link of the chain.
 ROOT, GROUP = 8, 64
 
 
@@ -165,7 +165,7 @@ def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
 
 
 def workload(lengths: Sequence[int], request: Request, device: torch.device) -> Workload:
-    """Return the workload to plan: rows that decode together behind the longest prompt, run as often as they fill."""
+    """Return the workload to plan: rows decoding together after the longest prompt, run until all are done."""
     total = len(lengths) * request.num_samples
     rows = min(total, request.rows_at_once or ROWS[device.type])
     return replace(request, num_samples=rows).workload(max(lengths), -(-total // rows))
@@ -183,14 +183,14 @@ class Capacity:
     @classmethod
     def of(cls, rows: int, plan: Plan, sharing: Sharing, n: int) -> "Capacity":
         """Size the capacity for `rows` rows, n samples per prompt. A prompt's keys and values stay until its last
-        sample ends: so up to twice the prompts that fill the rows; if n is 1, a quarter more, prefilled together."""
+        sample ends, so there is room for twice as many as fill the rows; if n is 1, a quarter more, read together."""
         fill = -(-rows // n)
         prompts = min(len(sharing.lengths), fill + (fill if n > 1 else fill // 4))
         groups = min(len(sharing.groups), prompts // 2 + 1)
         token = plan.context // plan.workload.context
         held = sharing.root + prompts * sharing.longest_rest + (groups + 1) * sharing.longest_group
         held = held * token + rows * plan.decoded_per_sample
-        # Any rows may belong to one group, so as many, as a power of two, are folded for each group (RowMap).
+        # All rows may belong to one group, so each group has room for all, rounded up to a power of two (RowMap).
         share = 1 << max(1, (rows - 1).bit_length())
         folded = max(rows, prompts * n, (groups + 1) * share if sharing.groups else 0)
         linked = bool(sharing.root or sharing.groups)
@@ -308,9 +308,9 @@ class ActivePrompt:
 class Batch:
     """Scheduler that generates the samples of many prompts.
 
-    places: for each of the C rows that decode together, its prompt and sample; None: idle, at position 0 of its own.
-    moved: whether rows have become idle since the last assignment. ready: samples that have their first token and wait
-    for a row.
+    places: for each of the C rows that decode together, its prompt and sample; None: idle, at position 0. moved:
+    whether rows have become idle since the last assignment. ready: samples that have their first token and wait for a
+    row.
     """
 
     def __init__(
@@ -406,8 +406,8 @@ class Batch:
         self.seat()
 
     def entry(self, place: tuple[ActivePrompt, Row] | None) -> tuple[int, int, int, int]:
-        """Return a row's last token, its position, the sample's index and seed. An idle row is before all others, as
-        ALiBi requires, whose biases are relative to the last position of a step."""
+        """Return a row's last token, its position, the sample's index and seed. An idle row is at position 0: ALiBi
+        biases are relative to the last position of a step, which must be a live row's."""
         if place is None:
             return 0, 0, 0, 0
         held, row = place

@@ -258,7 +258,7 @@ def defused(said: Messages, tokenizer: Tokenizer, mark: str) -> Messages:
 
 
 def prefixes_all(chat: Chat, tokenizer: Tokenizer, control: str) -> bool:
-    """Return whether text after a control token is encoded like a prompt. A tokenizer.json defines that itself."""
+    """Return whether text after a control token gets a prompt's prefix space; a tokenizer.json defines this itself."""
     if not isinstance(tokenizer, JSONTokenizer):
         return chat.legacy
     tokenizer.backend.made.encode_special_tokens = False
@@ -365,7 +365,7 @@ def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
 
 
 def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> tuple[str, str]:
-    """Return what the template writes from the last reply to the one after turn `user`, and the defusing mark."""
+    """Return what the template writes between the last reply and the reply to `user`, and the mark (see `defused`)."""
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not the assistant's: a turn follows a reply")
     said = Messages([*messages, {"role": "user", "content": user}])
@@ -485,7 +485,7 @@ class Conversation:
 
     def back_to(self, mark: Mark) -> None:
         """Roll back to a mark."""
-        self.context.resize(min(mark.slots, self.context.slots))  # fewer if a failed turn was to recompute all
+        self.context.resize(min(mark.slots, self.context.slots))  # fewer after a failed turn that emptied the context
         self.history, self.replies = self.history[: mark.history], {}
 
     def go_on_from(self, history: Sequence[int]) -> None:

@@ -264,8 +264,8 @@ class PlainDecoder:
 
 class Decoder(Protocol):
     """Factory of each wave's decoder. `place`: load it for an engine, for steps of `rows` rows. `widen`, `heavier`: add
-    to a workload, and to the weights, what it needs beyond plain decoding. Raises ValueError if it cannot decode for
-    such a network."""
+    to a workload, and to the weights, what it needs beyond plain decoding. `widen` raises ValueError if it cannot
+    decode for a network of these args."""
 
     width: int
 
@@ -325,7 +325,7 @@ class Run:
         pieces of text. kept: filled with the keys and values of each finished sample, by its index."""
         self.live, self.kept = live, kept
         context = Int8Context(context) if self.request.kv_dtype == "int8" else context
-        while len(self.samples) < self.request.num_samples:  # rows wave by wave: they may be many
+        while len(self.samples) < self.request.num_samples:  # rows are made wave by wave: there may be many
             last = min(self.request.num_samples, len(self.samples) + self.rows_at_once)
             first = self.request.first_index
             rows = [

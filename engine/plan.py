@@ -36,7 +36,7 @@ from sampling import LOGITS_AT_ONCE
 
 @dataclass(frozen=True)
 class Workspace:
-    """Temporary memory of a workload. may_compile: count the larger need of a compiled and an eager step."""
+    """Temporary memory of a workload. may_compile: allow for a compiled step as well as an eager one."""
 
     args: ModelArgs
     work: Workload
@@ -46,7 +46,7 @@ class Workspace:
 
     def reading(self, linked: bool = False) -> int:
         """Return the bytes for prefill in chunks, or for the conversion to int8 after it, whichever is larger. linked:
-        after a context that prompts share, which PyTorch's attention cannot reach."""
+        the prompt continues a shared context, which takes partial attention instead of SDPA."""
         args, work = self.args, self.work
         scaling = args.rope_scaling
         whole = scaling is not None and scaling.by_length  # as in Engine.prefill
@@ -103,7 +103,7 @@ class Workspace:
         scores = rows * positions * total * self.masked(True) + self.by_sdpa(rows, rows * positions, total)
         if work.attention == "expanded":  # all keys of a layer, contiguous
             return rows * total * self.layer_token + scores
-        return max(layer, scores)  # or the row copied, of one layer
+        return max(layer, scores)  # or one layer of the row being copied
 
     @property
     def is_scored(self) -> bool:

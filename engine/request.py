@@ -91,7 +91,7 @@ class Request:
     attention: one of LAYOUT_NAMES. eos_ids: None: the engine's. stop: stop strings. prefill_chunk: prompt tokens per
     prefill step. rows_at_once: most rows that decode together, more run in waves; None: as memory allows.
     kv_dtype: of the context's keys and values during decoding: auto, the network's, or int8. first_index: index of the
-    first sample, since a replica generates a part of them."""
+    first sample: a replica generates only a part of them."""
 
     num_samples: int = 1
     max_new_tokens: int = 200
@@ -124,7 +124,7 @@ class Request:
             raise ValueError("a stop string is empty: it would end every sample at once")
 
     def check_length(self, limit: int, context: int) -> None:
-        """Raises ValueError if there are no `context` tokens, or with the new ones more than the model's limit."""
+        """Raises ValueError if `context` is 0, or exceeds the model's limit together with the new tokens."""
         if context < 1:
             raise ValueError("the prompt is empty: give at least one token")
         if (total := context + self.max_new_tokens) > limit:

@@ -57,7 +57,7 @@ class Piece:
 @dataclass(frozen=True)
 class Ranked:
     """One distinct text of a ranking. rank: 1 is best. count: samples with that text. sample: the most likely of them;
-    among equal tokens the one of lowest index, since rounding may separate their log-probabilities."""
+    of samples with equal tokens the lowest index, since rounding may separate their log-probabilities."""
 
     rank: int
     count: int
@@ -111,8 +111,8 @@ class TextStream:
         return text[given:end]
 
     def shorten(self) -> None:
-        """Drop all but the last tokens, from where their text is the same without those before; inside a character it
-        is not."""
+        """Drop all but the last tokens, cutting where these decode to the same text alone, so not inside a
+        character."""
         for size in range(self.CONTEXT, self.CONTEXT + 4):
             text = self.tokenizer.decode(self.window[-size:])
             if len(text) > len(self.text) - self.given and self.text.endswith(text):
@@ -156,8 +156,8 @@ class StopConditions:
 
     @classmethod
     def of(cls, request: Request, eos_ids: frozenset[int], tokenizer: Tokenizer | None) -> Self:
-        """Build from a request. eos_ids: used if it gives none. A stop string that is a control token's name also adds
-        that token to them. Raises ValueError if there are stop strings but no tokenizer."""
+        """Build from a request. eos_ids: used if the request gives none. A stop string that is a control token's name
+        adds that token to the EOS ids. Raises ValueError if there are stop strings but no tokenizer."""
         ends = eos_ids if request.eos_ids is None else request.eos_ids
         if not request.stop:
             return cls(ends, (), request.max_new_tokens)

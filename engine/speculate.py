@@ -407,7 +407,7 @@ class LayersDraft(Draft):
 
 class ModelDraft(LayersDraft):
     """A second model of the same vocabulary, with its own chain of caches over the same context. Its embedding may have
-    more or fewer rows than the target's, whose last ones are padding."""
+    more or fewer rows than the target's: the surplus rows are padding."""
 
     PART = 32  # positions to catch up at a time
     engine: Engine

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def check_own(path: Path) -> None:
-    """Raises PermissionError if another user owns or can write the path, and so chooses the code that runs."""
+    """Raises PermissionError if another user owns or can write the path, and so could choose the code that runs."""
     found = path.stat()
     if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
         raise PermissionError(f"{path} can be written by others")

@@ -233,8 +233,8 @@ class Int8Weight:
 class Int4Weight:
     """Group-wise int4 weight, (code - 8) * scale + zero; codes 0 to 15, two per byte, the even input in the upper half.
 
-    values uint8 [out,in/2], scales and zeros bfloat16 [out,groups]. The same on every device; a layer repacks it at
-    construction for its kernel.
+    values uint8 [out,in/2], scales and zeros bfloat16 [out,groups]. The layout is the same on every device;
+    TinygemmLinear repacks it.
     """
 
     kind: ClassVar[str] = "int4"
@@ -357,7 +357,7 @@ class QuantisedLinear(HeldLinear):
 
 
 class WidenedLinear(QuantisedLinear):
-    """Linear layer using the op of kernels.py: reads quantised bytes and widens them in registers, for any rows."""
+    """Linear layer using the op of kernels.py: reads quantised bytes and widens them in registers, for any N."""
 
     kernel = "widened"
 

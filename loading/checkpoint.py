@@ -129,7 +129,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether a tied model stores no output that differs from its embedding: that would be used, as in transformers."""
+    """Whether a tied model stores no output of its own; one that differs is used, as in transformers."""
     if checkpoint.recipe is not None and "output" in checkpoint.recipe.layers:
         return False
     stored = read_stored(checkpoint)
@@ -363,7 +363,7 @@ def weight_sizes(
 ) -> dict[str, int]:
     """Bytes of each tensor that load_model would hold, by name, from metadata alone; a tied one counts once.
 
-    Counts what a decode step reads: the plain form of an int4 weight, for prefill, stays in the file's mapped pages.
+    A quantised weight counts in the form that its kernel reads (linear.bytes_read).
     """
     model, args = empty_model(checkpoint.args), checkpoint.args
     sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}

@@ -494,7 +494,7 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-# Gemma 2 and 3, and OLMo 2, use the last name for another norm.
+# In Gemma 2 and 3, and OLMo 2, post_attention_layernorm is another norm: the one after attention.
 HF_NAMES_POST_NORMS = HF_NAMES | {
     "post_attention_layernorm": "attention_post_norm",
     "pre_feedforward_layernorm": "ffn_norm",
