@@ -1,5 +1,7 @@
 # Needs python3 (3.11 or newer), make and a C++ compiler; everything else goes into .venv.
 PYTHON ?= python3
+# One more than there are cores, since tests also wait; at most 8.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(8, 1 + len(os.sched_getaffinity(0))))" 2>/dev/null || echo 3)
 
 .PHONY: generate test slow fuzz mutants lint clean
 
@@ -7,13 +9,13 @@ generate: .venv/runtime
 	.venv/bin/python generate.py --prompt "Once upon a time" -n 16 --top 4 --echo
 
 test: lint
-	.venv/bin/python -m pytest -n auto --maxprocesses 8
+	.venv/bin/python -m pytest -n $(WORKERS)
 
 slow: .venv/dev
-	.venv/bin/python -m pytest --slow -n auto --maxprocesses 8
+	.venv/bin/python -m pytest --slow -n $(WORKERS)
 
 fuzz: .venv/dev
-	FUZZ_PROFILE=fuzz .venv/bin/python -m pytest -n auto --maxprocesses 8 tests/test_fuzz.py
+	FUZZ_PROFILE=fuzz .venv/bin/python -m pytest -n $(WORKERS) tests/test_fuzz.py
 
 mutants: .venv/dev
 	nice .venv/bin/python scripts/mutants.py

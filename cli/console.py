@@ -105,10 +105,10 @@ class Bar:
         if not self.shown:
             return
         if self.bar is None:
-            columns, form = shutil.get_terminal_size().columns, "[{bar:20}] {desc}, {remaining} left"
-            # tqdm shows nothing where a terminal says that it has 0 columns or rows.
-            size = {"ncols": columns, "nrows": 20}
-            self.bar = tqdm(total=1.0, bar_format=form, leave=False, miniters=0, delay=0.01, file=sys.stderr, **size)
+            form, columns = "[{bar:20}] {desc}, {remaining} left", shutil.get_terminal_size().columns
+            # Each update is drawn, the first too. Of a terminal of 0 columns or rows tqdm would show nothing.
+            how = {"ascii": " #", "delay": 1e-9, "mininterval": 0, "miniters": 0, "ncols": columns, "nrows": 20}
+            self.bar = tqdm(total=1.0, bar_format=form, leave=False, file=sys.stderr, **how)
         self.bar.set_description_str(note, refresh=False)
         self.bar.update(share - self.bar.n)
 

@@ -154,6 +154,7 @@ def bfloat16_errors(folder, reference) -> tuple[float, float]:
     return tuple((middle(each).sqrt() / scale).item() for each in squares)
 
 
+@slow
 def test_bfloat16_is_as_near_to_fp32_as_transformers_is(saved):
     """Four layers of large random weights amplify rounding: transformers' own bfloat16 is 1 to 6 % off."""
     ours, theirs = bfloat16_errors(*saved)

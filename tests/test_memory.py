@@ -135,6 +135,7 @@ RUNS = (
 )
 
 
+@slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of the peak")
 def test_a_plan_is_within_15_percent_of_what_a_run_holds():
     """While the prompt is read, where it is, and while samples decode, beyond the weights: where keys and values are

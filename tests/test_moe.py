@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import warm
-from conftest import GQA, PROMPT, ROOT, draws, random_model, random_tokens, request
+from conftest import GQA, PROMPT, ROOT, draws, random_model, random_tokens, request, slow
 from test_checkpoint import CONFIG
 from test_cuda import Recorder, needs_gpu
 from test_quantize import quantised
@@ -262,6 +262,7 @@ def test_samples_are_the_same_in_every_layout():
     assert draws(waves) == shared
 
 
+@slow
 def test_one_graph_serves_every_number_of_tokens():
     """Without a break, with experts in fp32 and in int4: its numbers are those of the loop."""
     torch.compiler.reset()

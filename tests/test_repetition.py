@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import GQA, PROMPT, full, random_model, request
+from conftest import GQA, PROMPT, full, random_model, request, slow
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from engine.engine import Engine
@@ -98,6 +98,7 @@ def test_a_draft_changes_no_sample(model, expected, kind):
     assert speculation.pace.drafted_steps > 2 and counts[0] and (kind == "layers" or any(counts[k] for k in (1, 2, 3)))
 
 
+@slow
 def test_one_compiled_step_serves_every_n(monkeypatch):
     """Traced and guarded as ever, without the C++ compiler. Oracle: the eager step."""
     torch.compiler.reset()

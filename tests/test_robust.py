@@ -438,7 +438,7 @@ class Terminal:
 
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
-WORD = r"tokens of the prompt read.*\r\x1b\[K.*\w"  # the first of a reply, where the bar stood
+WORD = r"tokens of the prompt read.*\r +\r.*\w"  # the first of a reply, where the bar stood
 LONG = ["--max_new_tokens", 250, "--ignore_eos", "--seed", 1, "--dtype", "float32"]
 
 

@@ -60,6 +60,7 @@ def test_commands_of_the_benchmarks_are_accepted(in_this_process, monkeypatch, c
         assert status == 0 and re.search(r"\| 33 \||MB \||, 33 tokens \|", printed.out), (command, printed.err)
 
 
+@slow
 def test_attention_alone_is_compared_with_sdpa():
     result = run("benchmark.py", *SMALL, "--preset", "attention")
     assert result.returncode == 0, result.stderr
