@@ -244,6 +244,7 @@ def test_three_lines_say_what_ran_and_verbose_says_all(tmp_path):
     assert re.findall(r"seed (\d+)", other.stderr) != [seed], "a new seed"
 
 
+@slow
 def test_no_librarys_warning_reaches_the_user(tmp_path):
     """Where NumPy is not installed PyTorch warns of it. One row, several, a chat; also torch.compile's own import."""
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('not here', name='numpy')")

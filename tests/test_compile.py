@@ -164,6 +164,7 @@ def test_many_engines_of_one_process_compile_each_its_step(counter):
     assert counter.frame_count == 2
 
 
+@slow
 def test_the_length_of_a_chain_does_not_multiply_graphs(counter):
     """Contexts that each begin with the one before, as texts of a task may. Oracle: the eager engine."""
     model, asked = random_model(PLAIN, torch.float32), request(3, 4)

@@ -40,7 +40,7 @@ from loading.families import FAMILIES
 
 HANG = 120  # seconds, of a case that takes a tenth of one
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("test", derandomize=True, max_examples=12, **COMMON)
+settings.register_profile("test", derandomize=True, max_examples=8, **COMMON)
 settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")), print_blob=True, **COMMON)
 PROFILE = os.environ.get("FUZZ_PROFILE", "test")
 settings.load_profile(PROFILE)

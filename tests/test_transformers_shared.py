@@ -405,6 +405,7 @@ def test_another_interface_is_named_with_its_version(monkeypatch):
         runpy.run_path(str(ROOT / "examples" / "transformers_shared.py"))
 
 
+@slow
 @pytest.mark.parametrize("published", ["tiny"], indirect=True)
 def test_the_command(published):
     """From another folder."""
