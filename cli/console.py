@@ -107,7 +107,15 @@ class Bar:
         if self.bar is None:
             form, columns = "[{bar:20}] {desc}, {remaining} left", shutil.get_terminal_size().columns
             # Each update is drawn, the first too. Of a terminal of 0 columns or rows tqdm would show nothing.
-            how = {"ascii": " #", "delay": 1e-9, "mininterval": 0, "miniters": 0, "ncols": columns, "nrows": 20}
+            how = {
+                "ascii": " #",
+                "smoothing": 0,
+                "delay": 1e-9,
+                "mininterval": 0,
+                "miniters": 0,
+                "ncols": columns,
+                "nrows": 20,
+            }
             self.bar = tqdm(total=1.0, bar_format=form, leave=False, file=sys.stderr, **how)
         self.bar.set_description_str(note, refresh=False)
         self.bar.update(share - self.bar.n)

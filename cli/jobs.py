@@ -439,6 +439,7 @@ class Progress:
 
     def __init__(self, quiet: bool, total: int, tally: BatchStats) -> None:
         self.bar, self.total, self.tally = Bar(quiet), total, tally
+        self.bar.show(0.0, f"0/{total} prompts")
         self.begin, self.done, self.errors = time.perf_counter(), 0, 0
 
     def show(self, outcome: Outcome) -> None:
