@@ -95,11 +95,10 @@ class Shard:
             return tensor.clone() if self.rank == 0 else torch.zeros_like(tensor)
         return tensor.narrow(dim, begin, end - begin).clone(memory_format=torch.contiguous_format)
 
-    def attach(self, model: Transformer, args: ModelArgs | None = None) -> None:
-        """Install the hooks that make a network of this rank's weights compute what the whole network does. args: the
-        whole network's, as model.args are (None). A cache for it has the shape of the `local` args."""
-        args = args or model.args
-        heads = self.local(args).n_head
+    def attach(self, model: Transformer) -> None:
+        """Install the hooks that make a network of this rank's weights compute what the whole network does. Its args
+        stay those of the whole; a cache for it has the `local` shape."""
+        args, heads = model.args, self.local(model.args).n_head
         for block in model.layers:
             mod = block.attention.score_mod
             if mod is not None and mod.slopes is not None:

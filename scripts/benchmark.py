@@ -535,10 +535,14 @@ def hold(model: Transformer, quantiser: Callable[[Tensor], Quantised], rows: int
 
 
 def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Transformer:
-    """Build a rank's part of a model with random weights; the vocabulary, also split, must be divisible."""
-    local = replace(shard.local(args), vocab_size=args.vocab_size // shard.world)
-    model = random_model(local, options.device, options.dtype)
-    shard.attach(model, args)
+    """Build a rank's part of a model with random weights."""
+    model = random_model(args, options.device, options.dtype)
+    for name, module in model.named_modules():
+        for kind, whole in module._parameters.items():
+            if whole is not None:
+                part = shard.part(f"{name}.{kind}", whole.detach(), args)
+                module._parameters[kind] = torch.nn.Parameter(part, requires_grad=False)
+    shard.attach(model)
     if options.pack:
         pack_linears(model)
     return model
