@@ -33,7 +33,7 @@ from typing import Any
 from cache import KVCache
 from cli.console import Bar, settings_of
 from cli.jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
-from cli.options import OneLineParser, unescaped
+from cli.options import OneLineParser, changed, unescaped
 from engine.batch import seed_of
 from engine.engine import SILENT, Engine, Run, bucket
 from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
@@ -506,7 +506,7 @@ def run_samples(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
     header = read_begun(options.output).header
     if options.seed is None and header is not None:
-        options = argparse.Namespace(**vars(options) | {"seed": header["seed"]})
+        options = changed(options, seed=header["seed"])
     evaluator = open_evaluator(options, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
@@ -733,7 +733,7 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
         if path is not None and not path.is_file():
             raise ValueError(f"{path} is not there: give a file")
     if given == ["samples"]:
-        options = argparse.Namespace(**vars(options) | {"output": options.output or Path("samples.jsonl")})
+        options = changed(options, output=options.output or Path("samples.jsonl"))
         if not options.resume:
             check_new(options.output)
         if isinstance(options.limit, float):

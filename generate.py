@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cli.options import check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
+from cli.options import changed, check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
 
 if __name__ == "__main__":
     begin(read_options().quiet)  # --help and invalid flags do not wait for the imports below
@@ -97,14 +97,9 @@ class Session:
         return self.plan.space.dtype
 
 
-def changed(options: argparse.Namespace, **values: object) -> argparse.Namespace:
-    """Return a copy of the flags with some values replaced."""
-    return argparse.Namespace(**vars(options) | values)
-
-
-def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None, list[Record] | None, ResumeState]:
-    """Read on one rank what all ranks need: the flags with seed and dtype, the prompt's text, the prompts of --prompts
-    or None, and what an earlier run of them finished. Raises ValueError."""
+def decide(options: argparse.Namespace) -> tuple[int, str, str | None, list[Record] | None, ResumeState]:
+    """Read on one rank what all ranks need: the seed, the dtype, the prompt's text, the prompts of --prompts or None,
+    and what an earlier run of them finished. Raises ValueError."""
     check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = ResumeState() if options.output is None else read_begun(options.output)
@@ -116,7 +111,7 @@ def decide(options: argparse.Namespace) -> tuple[argparse.Namespace, str | None,
         skip_bad(bad, options)
     if seed is None:
         seed = new_seed() if begun.header is None else begun.header["seed"]
-    return changed(options, seed=seed, dtype=str(dtype).removeprefix("torch.")), text, records, begun
+    return seed, str(dtype).removeprefix("torch."), text, records, begun
 
 
 def set_up(
@@ -202,8 +197,8 @@ def fetch(options: argparse.Namespace) -> None:
 
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """Set up the same run on all ranks. Raises ValueError or OSError."""
-    decided, text, records, begun = ranks.share(lambda: decide(options))
-    options = changed(options, seed=decided.seed, dtype=decided.dtype)
+    seed, dtype, text, records, begun = ranks.share(lambda: decide(options))
+    options = changed(options, seed=seed, dtype=dtype)
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # once per machine
     session = ranks.agree(lambda: set_up(options, ranks, text, records, begun, available))

@@ -72,7 +72,7 @@ def parse_json(line: str) -> Any:
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from error
     except RecursionError:
-        raise ValueError(f"it nests_deeper_than more than {DEEPEST} levels deep") from None
+        raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
     text.encode()
     return value
 

@@ -172,6 +172,11 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def changed(options: argparse.Namespace, **values: object) -> argparse.Namespace:
+    """Copy the flags with other values: nothing writes to parsed flags."""
+    return argparse.Namespace(**vars(options) | values)
+
+
 def request_of(options: argparse.Namespace) -> Request:
     """Build the Request from the flags. Raises ValueError."""
     filters = options.top_k or None, options.top_p, options.min_p

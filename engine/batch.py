@@ -173,7 +173,7 @@ def workload(lengths: Sequence[int], request: Request, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits into memory at once: decoding rows, prompts, groups. bytes: needed, weights included."""
+    """Decoding rows, prompts and groups that fit into memory at once. bytes: needed, weights included."""
 
     rows: int
     prompts: int

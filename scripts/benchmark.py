@@ -46,7 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
-from cli.options import OneLineParser
+from cli.options import OneLineParser, changed
 from cli.ranks import join, leave
 from engine.engine import SILENT, Engine
 from engine.graphs import Step, StepInput
@@ -176,7 +176,7 @@ PAPER_COLUMNS = tuple(
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset measures unless a flag overrides it."""
+    """Shapes, sizes and columns that a preset measures unless a flag overrides them."""
 
     shapes: tuple[str, ...]
     context: tuple[int, ...]
@@ -805,8 +805,8 @@ OF_PRESET = "context", "num_samples", "columns", "steps"  # unless a flag gives 
 def complete(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, ModelArgs]]:
     """Fill in the preset where no flag is given; return the shapes. Raises ValueError if they cannot be run."""
     preset = PRESETS.get(options.preset, PRESETS["decode"])
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    options = argparse.Namespace(**vars(options) | {name: getattr(preset, name) for name in OF_PRESET} | given)
+    missing = [name for name in OF_PRESET if getattr(options, name) is None]
+    options = changed(options, **{name: getattr(preset, name) for name in missing})
     numbers = [*options.num_samples, *options.context, options.steps]
     if min(numbers) < 1 or options.steps > MOST_SLOTS - 8 or not options.budget > 0:
         raise ValueError(
@@ -828,8 +828,7 @@ def complete(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str,
         dtype = "bfloat16"
     chosen = choose_dtype(dtype, device)
     pack = can_pack(device, chosen) and options.preset not in ("attention", "load") and not options.plain_weights
-    fields = {"device": device, "dtype": chosen, "pack": pack, "command": sys.argv[1:]}
-    options = argparse.Namespace(**vars(options) | fields)
+    options = changed(options, device=device, dtype=chosen, pack=pack, command=sys.argv[1:])
     return options, {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
 
 

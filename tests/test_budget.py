@@ -131,7 +131,7 @@ def stores(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
 
 
 def attributes(source: str, name: str) -> set[str]:
-    """What the methods of a class assign to self."""
+    """Collect the attributes of self that the methods of a class assign."""
     (found,) = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) and node.name == name]
     return {attribute for value, attribute in stores(found) if isinstance(value, ast.Name) and value.id == "self"}
 

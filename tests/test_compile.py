@@ -1,4 +1,4 @@
-"""The compiled step. Oracles: torch.compile's own rejection to compile again; the eager step's numbers in fp32."""
+"""The compiled step. Oracles: torch.compile's own refusal to compile again; the eager step's numbers in fp32."""
 
 from dataclasses import replace
 from functools import partial

@@ -236,7 +236,7 @@ def test_converting_and_running_another_model(published, checkout):
 
 @pytest.mark.parametrize("command", [FETCHED[0], *(pytest.param(each, marks=slow) for each in FETCHED[1:])])
 def test_fetching_without_a_network_is_one_line(command, checkout, monkeypatch):
-    """What they do with a hub is tested in test_download.py; here that they exist, with these arguments."""
+    """Check that the commands exist with these arguments; test_download.py tests their work with a hub."""
     (checkout / "TEXT").write_text("Once upon a time there was a cat.")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("PYTHON", sys.executable)
