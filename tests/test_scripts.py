@@ -14,6 +14,7 @@ import warm
 from conftest import ROOT, TINY, slow
 
 import benchmark
+import common
 
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]
@@ -43,7 +44,7 @@ def test_benchmark_of_every_eager_column(tmp_path):
 def in_this_process(monkeypatch):
     """What benchmark.py sets for its process is put back. How fast the machine is, is not measured: where the CPU has
     no instructions for bfloat16 that alone takes minutes."""
-    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(benchmark, "machine_rates", lambda device, dtype: benchmark.Rates(1e10, 1e12))
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield
@@ -127,7 +128,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs():
         ["--preset", "load", "--dtype", "float32"],
         ["--preset", "tp", "--shape", "tiny"],
         ["--preset", "nonsense"],
-        ["--preset", "prefill", "--out", "cells.jsonl"],
+        ["--preset", "prefill", "--charts", "charts"],
     ],
 )
 def test_benchmark_refuses_bad_input_in_one_line(arguments, in_this_process, monkeypatch, capsys):
