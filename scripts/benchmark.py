@@ -219,7 +219,7 @@ class Bench:
 def step_of(model: Transformer, compile: bool = False, shard: Shard = WHOLE) -> Step:
     """Return a decode step, the draw of a token included."""
     engine = Engine(model, compile=compile, shard=shard)
-    plan = replace(engine.plan(1, Request(sampling=SAMPLING)), packed=False)
+    plan = replace(engine.plan(1, Request(sampling=SAMPLING)), compiled=compile, packed=False)
     engine.prepare(plan)
     return engine.step(SAMPLING, plan)
 

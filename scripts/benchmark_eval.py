@@ -119,14 +119,10 @@ def main() -> None:
         theirs.batch_size_per_gpu = min(probed, key=probed.__getitem__)
         found = {"eval.py": evaluate(harness_model(evaluator), folder, options.limit)}
         found[f"hf, batch size {theirs.batch_size_per_gpu}"] = evaluate(theirs, folder, options.limit)
-    table = Table("", "seconds:.1f", "acc", "acc_norm", out=options.out)
+    metrics = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    table = Table("by", "seconds:.2f", *(f"{metric}:.3f" for metric in metrics), out=options.out)
     for name, (results, seconds) in found.items():
-        scores = results["results"]["items"]
-        table.row(
-            name,
-            seconds,
-            *(f"{scores[f'{m},none']:.3f} ± {scores[f'{m}_stderr,none']:.3f}" for m in ("acc", "acc_norm")),
-        )
+        table.row(name, seconds, *(results["results"]["items"][f"{metric},none"] for metric in metrics))
     (ours, took), (other, longer) = found.values()
     pairs = zip(ours["samples"]["items"], other["samples"]["items"], strict=True)
     answers = (zip(*(item["filtered_resps"] for item in pair), strict=False) for pair in pairs)

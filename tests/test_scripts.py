@@ -161,16 +161,64 @@ def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
     assert result.stderr == f"{tmp_path} has no tokenizer: {tmp_path}/out needs that of this model\n"
 
 
-def test_a_batch_is_compared_with_its_prompts_one_by_one():
+def test_a_batch_is_compared_with_its_prompts_one_by_one(tmp_path):
     """The commands of the tables, with smaller sizes."""
     commands = re.findall(r"^`python scripts/benchmark_batch\.py ([^`]*)`", BENCHMARKS, re.MULTILINE)
     assert len(commands) == 3 and sum("--flat" in command for command in commands) == 1
     small = ["--shape", "tiny", "--prompts", 3, "--prompt_tokens", 6, "-n", 2, "--max_new_tokens", 4, "--preamble", 5]
+    small += ["--vary", 3, "--dtype", "float32", "--out", tmp_path / "rows.jsonl"]
     for command in commands[1:]:  # the first is the second with other sizes
         flat = ["--flat", 20] if "--flat" in command else []
         result = run("benchmark_batch.py", *shlex.split(command), *small, *flat)
         assert result.returncode == 0, result.stderr
-        assert "| 5 | " in result.stdout or flat and "MB" in result.stdout, result.stdout
+        assert result.stdout.startswith("`python scripts/benchmark_batch.py ")
+    compared, *memory = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert compared["preamble"] == 5 and compared["samples that differ"] == "0 of 6"
+    assert compared["ratio"] == pytest.approx(compared["one by one, s"] / compared["batch, s"])
+    assert [row["prompts done"] for row in memory] == [2, 20] and all("MB" in row["resident"] for row in memory)
+
+
+def test_a_draft_is_compared_with_plain_decoding_and_priced(tmp_path):
+    """Both draw the same samples. The price is of two layers of five: most of their proposals are not accepted."""
+    flags = ["--checkpoint_path", TINY, "--out", tmp_path / "rows.jsonl", "--length", 9, "--runs", 1]
+    for more in (["--only", "copy"], ["--price"]):
+        result = run("benchmark_drafts.py", *flags, *more)
+        assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    names = ["copy, prompt look-up", "copy, prompt look-up, auto"]
+    assert [(row["what"], row["N"]) for row in rows[:4]] == [(name, n) for n in (1, 8) for name in names]
+    assert 0 < rows[4]["by the same numbers"] < rows[4]["standard rule"] < 0.5 < rows[6]["standard rule"] < 1
+    refused = run("benchmark_drafts.py", "--checkpoint_path", tmp_path / "nothing")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: no checkpoint at")
+
+
+@pytest.mark.parametrize("more, columns", [([], 7), (["--logprobs", "--length", 3], 8)])
+def test_sharing_is_compared_with_transformers(more, columns, tmp_path):
+    small = ["-n", 2, 3, "--context", 20, "--steps", 2, "--layers", 1, "--vocabulary", 99]
+    result = run("benchmark_transformers.py", *small, *more, "--out", tmp_path / "rows.jsonl")
+    assert result.returncode == 0, result.stderr
+    rows = [list(json.loads(line).values()) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row[0] for row in rows] == [2, 3] and all(len(row) == columns for row in rows)
+    for _, plain, shared, ratio, *_ in rows:
+        assert ratio == pytest.approx(plain / shared)
+    assert not more or all(row[-1] < 1e-4 for row in rows)
+
+
+def test_a_table_prints_a_row_at_once_and_writes_it_unrounded(tmp_path, capsys):
+    table = common.Table("what", "ms:.1f", "share:.0%", out=tmp_path / "rows.jsonl", shape="tiny")
+    assert capsys.readouterr().out == "\n| what | ms | share |\n|---|---|---|\n"
+    table.row("step", 1.25, None)
+    assert capsys.readouterr().out == "| step | 1.2 | - |\n"
+    written = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert written == {"shape": "tiny", "what": "step", "ms": 1.25, "share": None}
+    with pytest.raises(ValueError):
+        table.row("step", 1.25)
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count():
+    calls = []
+    sides = [lambda name=name: calls.append(name) or len(calls) for name in "ab"]
+    assert common.alternate(sides, 2, warm_up=1) == [(3, 5), (4, 6)] and calls == list("ababab")
 
 
 @slow
