@@ -20,8 +20,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,6 @@ from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
 from cli.options import changed
 from cli.ranks import join
-from cli.system import check_writable
 from engine.engine import SILENT, Engine
 from engine.graphs import Step, StepInput
 from engine.layouts import Int8Context, SDPACache, copied
@@ -158,13 +158,15 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a table measures: a shape, under the flags. records: the cells so far, as --out writes them."""
+    """What a table measures: a shape, under the flags. records: the cells of all shapes so far, as --out writes them.
+    started: by time.perf_counter."""
 
     options: argparse.Namespace
     shape: str
     args: ModelArgs
     rates: Rates
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]]
+    started: float
 
     @property
     def like(self) -> Tensor:
@@ -181,6 +183,13 @@ class Bench:
         """Record a cell."""
         self.records.append({"shape": self.shape, **fields})
         common.append(self.options.out, self.records[-1])
+
+    def log(self, cell: str) -> None:
+        """Log a cell of all, and how long the rest should take."""
+        options, seconds = self.options, time.perf_counter() - self.started
+        total = len(options.shape) * len(options.columns) * len(list(self.sizes()))
+        left = seconds * (total / len(self.records) - 1)
+        print(f"{self.shape}, {cell}; about {left:.0f} s left", file=sys.stderr, flush=True)
 
     def packs(self, rows: int) -> bool:
         """Return whether generate.py would pack the weights for a long run of `rows` rows."""
@@ -266,6 +275,7 @@ def decode_table(bench: Bench) -> None:
                     cell["share_of_limit"] = cell["ms"] and limits[limit] / cell["ms"]
                     bench.record(**cell)
                     texts[name] = cell["note"] or f"{cell['ms']:.1f} ({cell['share_of_limit']:.0%})"
+                    bench.log(f"{name}, N {rows}, T {context}: {texts[name]}")
             finally:  # an interruption prints what it has
                 table.row(context, rows, *texts.values(), f"{limits[limit]:.1f} {limit}")
 
@@ -636,8 +646,6 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     preset, given = PRESETS[options.preset], vars(options)
     missing = {name: value for name, value in preset._asdict().items() if given.get(name) is None}
-    if options.out is not None:
-        check_writable(options.out)
     if options.charts is not None:
         if options.charts.is_file() or not options.charts.parent.is_dir():
             raise ValueError(f"--charts {options.charts} is not a folder, in one that exists")
@@ -658,7 +666,7 @@ def main() -> None:
     options = read_options()
     shapes = {name: shape_of(name, options.set) for name in options.shape}
     if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout, options = open(os.devnull, "w"), changed(options, out=None)
     torch._dynamo.config.recompile_limit = 64  # every column of every shape compiles the same code
     # Loading multiplies nothing, and a bfloat16 product takes seconds on a CPU without instructions for it.
     rates = machine_rates(options.device, torch.float32 if options.preset == "load" else options.dtype)
@@ -666,10 +674,10 @@ def main() -> None:
     units = "Milliseconds; of a decode step also the share of the limit that is reached."
     packed = ", packed weights" * options.pack
     common.print_heading(options.device, options.dtype, f"{packed}; measured in this run: {measured}. {units}")
-    records: list[dict[str, Any]] = []
+    records, started = list[dict[str, Any]](), time.perf_counter()
     for shape, args in shapes.items():
         print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys")
-        options.table(Bench(options, shape, args, rates, records))
+        options.table(Bench(options, shape, args, rates, records, started))
     if options.charts and records:
         from plot import draw
 

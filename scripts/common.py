@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import torch
 
 from cli.options import OneLineParser
+from cli.system import check_writable
 from engine.plan import choose_device, choose_dtype, keep_freed_memory
 from engine.request import Sampling
 from model import ModelArgs, Transformer, empty_model
@@ -64,11 +65,20 @@ def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
 count = positive(int)
 
 
+def writable(text: str) -> Path:
+    """Return the path of a file that can be written: better told before measuring than after it."""
+    try:
+        check_writable(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
 def build_parser(description: str | None, dtype: str = "auto") -> OneLineParser:
     """Return a parser with the flags of every benchmark. dtype: the default."""
     parser = OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default=dtype)
-    parser.add_argument("--out", type=Path, help="append one JSON object per measurement to this file")
+    parser.add_argument("--out", type=writable, help="append one JSON object per measurement to this file")
     return parser
 
 

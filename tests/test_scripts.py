@@ -36,6 +36,8 @@ def test_benchmark_of_every_eager_column(tmp_path):
     assert len(refused) == 2 and all((cell["ms"], cell["note"]) == (None, "no such kernel") for cell in refused)
     assert all(cell["ms"] > 0 for cell in cells if cell not in refused)
     assert len(re.findall(r"^\| 33 \| [13] \|", result.stdout, re.MULTILINE)) == 2
+    left = re.findall(r"^tiny, .*, N [13], T 33: .*; about (\d+) s left$", result.stderr, re.MULTILINE)
+    assert len(left) == len(cells) and left[-1] == "0"
     (chart,) = (tmp_path / "charts").iterdir()
     assert chart.name == "tiny-num_samples.png" and chart.read_bytes().startswith(b"\x89PNG")
 
@@ -94,13 +96,14 @@ def test_a_step_with_quantised_weights_is_compared_with_a_plain_one(in_this_proc
 
 
 @slow
-def test_ranks_are_compared_with_one_process():
+def test_ranks_are_compared_with_one_process(tmp_path):
     flags = ["--preset", "tp", "--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "3", "--steps", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    files = [str(ROOT / "scripts" / "benchmark.py"), *flags]
+    files = [str(ROOT / "scripts" / "benchmark.py"), *flags, "--out", str(tmp_path / "rows.jsonl")]
     result = subprocess.run([*command, *files], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^\| 33 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE)) == 1
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1  # one rank writes
 
 
 @slow
