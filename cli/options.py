@@ -77,9 +77,37 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
+def as_number(value: object) -> float:
+    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as the next
+    three."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(value)
+    return float(value)
+
+
+def as_whole(value: object, least: int = -1) -> int:
+    found = as_number(value)
+    if not found.is_integer() or found < least:
+        raise ValueError(value)
+    return int(found)
+
+
+def as_switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        raise TypeError(value)
+    return tuple(filter(None, found))
+
+
 def add_batch(flag: Callable[..., None]) -> None:
     """Add the flags of --prompts."""
-    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt, temperature ...}; - is stdin"
     flag("--prompts", help=lines, metavar="FILE")
     flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
     flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
@@ -206,7 +234,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--pick chooses between the replies of a turn: add --interactive")
     if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
         raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
-    if options.unranked and (options.format != "jsonl" or options.top or options.pick):
+    if options.unranked and (options.format != "jsonl" and options.prompts is None or options.top or options.pick):
         raise ValueError("--unranked prints objects as they come: add --format jsonl, leave out --top and --pick")
     if options.interactive and options.verbose:
         raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
@@ -225,8 +253,7 @@ def check_options(options: argparse.Namespace) -> None:
 def check_batch(options: argparse.Namespace) -> None:
     """Raise ValueError if flags conflict with --prompts or require it."""
     alone = {
-        "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
-        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None, "repetition_penalty": 1.0, "unranked": False,
+        "interactive": False, "echo": False, "num_runs": 1,
     }  # fmt: skip
     many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
     for name, default in alone.items() if options.prompts is not None else many.items():

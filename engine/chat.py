@@ -10,8 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -20,9 +19,11 @@ from threading import Lock, Timer
 from typing import Any, NamedTuple
 
 from cache import KVCache
-from engine.engine import SILENT, Engine, Monitor, Run
+from engine.engine import Engine
 from engine.request import Request, check_tokens
+from engine.runner import SILENT, Monitor
 from engine.samples import Piece, Sample, continuation_text
+from engine.scheduler import Given, Outcome, Scheduler, pieces_of, samples_of
 from loading.files import check_plain, read_text
 from loading.tokenizer import JSONTokenizer, Tokenizer, continued, read_metadata
 
@@ -494,30 +495,31 @@ class Conversation:
 
     def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None) -> list[Sample]:
         """Read the user's tokens and draw replies. Raises ValueError, with nothing changed, if they do not fit."""
-        run = Run(self.engine, request or self.request, [*self.history, *tokens], monitor)
-        deque(self.draw(run), maxlen=0)
-        return run.samples
+        return samples_of(self.draw(self.scheduler(tokens, monitor, request), live=False))
 
     def stream(
         self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None
     ) -> Generator[Piece]:
         """Stream `turn`: yield pieces of text as they are drawn."""
-        return self.draw(Run(self.engine, request or self.request, [*self.history, *tokens], monitor), live=True)
+        return pieces_of(self.draw(self.scheduler(tokens, monitor, request), live=True))
 
-    def draw(self, run: Run, live: bool = False) -> Generator[Piece]:
-        scaling, end = self.engine.args.rope_scaling, len(run.history)
+    def scheduler(self, tokens: Sequence[int], monitor: Monitor, request: Request | None) -> Scheduler:
+        return self.engine.single([*self.history, *tokens], request or self.request, monitor)
+
+    def draw(self, run: Scheduler, live: bool) -> Iterator[Piece | Outcome]:
+        history = run.prompts[0][0].tokens
+        scaling, end = self.engine.args.rope_scaling, len(history)
         if scaling is not None and scaling.regime(self.read) != scaling.regime(end):
             self.context.resize(0)  # its keys would now be rotated differently
         slots = self.context.slots
         try:
-            self.context.resize(end, end + run.own_slots if run.extends else 0)
-            new = run.history[slots:]
-            logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
-            slots, self.history, self.read = end, list(run.history), end
+            self.context.resize(end)
+            hidden = self.engine.prefill(self.context, history[slots:], self.request.prefill_chunk, run.monitor)
+            slots, self.history, self.read = end, list(history), end
             self.replies = {}
-            yield from run.draw(self.context, logits, live, self.replies)
+            yield from run.run(live, Given(self.context, hidden), self.replies)
         finally:
-            self.context.resize(slots)  # drop slots not read, or drawn in place
+            self.context.resize(slots)  # drop slots that were not read
 
     def keep(self, reply: Sample) -> None:
         """Continue from this reply of the last turn: move its keys and values into the context."""

@@ -198,7 +198,8 @@ def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Execution plan of a workload. Sizes are in bytes. rows_at_once: samples decoded together; more run in waves."""
+    """Execution plan of a workload. Sizes are in bytes. rows_at_once: samples decoded together; others take the rows of
+    those that have finished."""
 
     workload: Workload
     weights: WeightSizes
@@ -215,20 +216,16 @@ class Plan:
     compile_reason: str
     packed: bool
     packed_tied: int  # packed copy of a tied output
-    needed: int  # peak memory: the larger of prefill and of decoding one wave
-
-    @property
-    def waves(self) -> int:
-        return -(-self.workload.num_samples // self.rows_at_once)
+    needed: int  # peak memory: the larger of prefill and of decoding
 
     @property
     def decoded(self) -> int:
-        """Decoded keys and values of one wave at full length."""
+        """Decoded keys and values of all rows at full length."""
         return self.decoded_per_sample * self.rows_at_once
 
     @property
     def workspace(self) -> int:
-        """Scores, logits and context copies of one wave."""
+        """Scores, logits and context copies of a step."""
         return self.space.decoding(self.rows_at_once) + self.copied_per_sample * self.rows_at_once
 
     @property
@@ -249,7 +246,7 @@ class Plan:
         return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
 
     def __str__(self) -> str:
-        rows = counted(self.rows_at_once, "sample")
+        rows = f"{self.rows_at_once} of {counted(self.workload.num_samples, 'sample')}"
         return "\n".join(
             (
                 f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
@@ -259,7 +256,6 @@ class Plan:
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
                 f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
                 f"available                   {human(self.available):>10}",
-                f"waves                       {self.waves:>10}",
             )
         )
 
@@ -308,9 +304,7 @@ def plan_run(
             f"is read), {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
     rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
-    waves = -(-work.num_samples // rows)
-    rows = -(-work.num_samples // waves)  # equal waves
-    steps = work.runs * waves * work.max_new_tokens
+    steps = work.runs * -(-work.num_samples // rows) * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
@@ -366,13 +360,6 @@ def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --pref
         return None
     why = next(iter(str(error).splitlines()), "") or "no memory is left"
     return ValueError(f"{why}: give a lower {flags}")
-
-
-def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Return whether rows that decode together need no fork: a single row extends the context's own cache, a chain of
-    one. The fused kernel that splits long keys over a GPU takes no mask, so there the context stays separate."""
-    alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
-    return alone and not has_fused(device, dtype, args.head_dim)
 
 
 def human(size: float) -> str:

@@ -97,7 +97,7 @@ def share(context: KVCache, n: int, slots: int, kind: type[KVCache] = KVCache) -
 
 
 def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
-    return KVCache.fork(Int8Context(copied(context, 1, 0, kind=KVCache)), n, slots)
+    return KVCache.fork(Int8Context.of(copied(context, 1, 0, kind=KVCache)), n, slots)
 
 
 def copied_for(kernel: SDPBackend) -> Callable[[KVCache, int, int], KVCache]:
@@ -230,7 +230,7 @@ def step_of(model: Transformer, compile: bool = False, shard: Shard = WHOLE) -> 
     engine = Engine(model, compile=compile, shard=shard)
     plan = replace(engine.plan(1, Request(sampling=SAMPLING)), compiled=compile, packed=False)
     engine.prepare(plan)
-    return engine.step(SAMPLING, plan)
+    return engine.step(plan, lambda: SAMPLING)
 
 
 def stepping(step: Step, cache: KVCache, position: int, stride: int = 1) -> Callable[[], None]:
@@ -477,7 +477,7 @@ def kernel_table(bench: Bench) -> None:
         q = torch.randn(rows, args.n_head, 1, args.head_dim, dtype=like.dtype)
         where = torch.full((rows, 1), context)
         operations = 4 * rows * args.n_layer * args.n_head * args.head_dim * context / rates.operations
-        for name, root in (("context", plain), ("context in int8", Int8Context(bench.context(context)))):
+        for name, root in (("context", plain), ("context in int8", Int8Context.of(bench.context(context)))):
             cache = KVCache.fork(root, rows, 0)
             sides = (partial(all_layers, way, cache, q, where) for way in (attend_chain, attend_by_torch))
             limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)

@@ -16,10 +16,10 @@ import random
 import time
 from dataclasses import replace
 
-from engine.batch import BatchStats, Outcome, Prompt, generate_many, seed_of
 from engine.engine import Engine
 from engine.plan import human
 from engine.request import Request
+from engine.scheduler import BatchStats, Outcome, Prompt, seed_of
 
 
 def made_prompts(number: int, preamble: int, length: int, vocabulary: int) -> list[Prompt]:
@@ -38,7 +38,7 @@ def compare(options: argparse.Namespace, engine: Engine, asked: Request) -> None
         "samples that differ", out=options.out,
     )  # fmt: skip
     warm, short = made_prompts(2, 8, 16, engine.args.vocab_size), replace(asked, max_new_tokens=3)
-    list(generate_many(engine, warm, short))
+    list(engine.generate_many(warm, short))
     engine.generate(warm[0].tokens, short)
     for preamble in options.preamble:
         prompts = made_prompts(options.prompts, preamble, options.prompt_tokens, engine.args.vocab_size)
@@ -51,7 +51,7 @@ def both_ways(engine: Engine, prompts: list[Prompt], asked: Request) -> tuple[ob
     tally, apart = BatchStats(), {}
 
     def batch() -> None:
-        together.extend(generate_many(engine, prompts, asked, tally))
+        together.extend(engine.generate_many(prompts, asked, stats=tally))
 
     def one_by_one() -> None:
         for prompt in prompts:
@@ -70,7 +70,7 @@ def flat(options: argparse.Namespace, engine: Engine, asked: Request) -> None:
     """Show that memory stays flat."""
     table = Table("prompts done", "seconds:.0f", "resident", out=options.out)
     prompts, begin = made_prompts(options.flat, 0, 16, engine.args.vocab_size), time.perf_counter()
-    for done, _ in enumerate(generate_many(engine, prompts, asked), 1):
+    for done, _ in enumerate(engine.generate_many(prompts, asked), 1):
         if done in (options.flat // 10, options.flat):
             table.row(done, time.perf_counter() - begin, human(common.resident()))
 

@@ -81,7 +81,7 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
         assert row["seed"] == 1
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
     report = json.loads(report_path.read_text())
-    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
+    assert report["num_samples"] == 8 and report["rows"] == 8 and report["attention"] == "bifurcated"
     assert report["kv_unshared_bytes"] > report["kv_context_bytes"] + report["kv_decoded_bytes"]
     assert report["compile_s"] is None and report["compiled"] is False
     assert report["selfcheck_max_difference"] < 1e-4
@@ -106,12 +106,12 @@ def test_a_report_of_one_token_has_no_decode_numbers(tmp_path):
     assert report["decode_ms_per_step"] is report["tokens_per_s"] is report["bandwidth_gb_s"] is None
 
 
-def test_waves_and_layouts_draw_the_same_samples():
+def test_few_rows_and_layouts_draw_the_same_samples():
     base = [*PROMPT, "-n", 5, "--max_new_tokens", 15, "--format", "jsonl", "--dtype", "float32"]
     expected = [row["tokens"] for row in lines_of(run(*base))]
-    waves = run(*base, "--max_memory", "8.1MB", "--no-compile")
-    assert re.search(r"running in [2-5] waves", waves.stderr), waves.stderr
-    for result in (waves, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
+    few = run(*base, "--max_memory", "8.1MB", "--no-compile")
+    assert re.search(r"running [1-4] samples? at a time: not all fit into memory", few.stderr), few.stderr
+    for result in (few, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
         assert [row["tokens"] for row in lines_of(result)] == expected
 
 
@@ -127,7 +127,7 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path):
 def test_a_plan_runs_nothing():
     result = run("--plan", "-n", 2048, "--synthetic_prompt", 200000, "--max_memory", "100GB")
     assert result.returncode == 0
-    assert re.search(r"waves +[1-9]", result.stdout) and "an unshared K/V cache" in result.stdout
+    assert re.search(r"[1-9]\d* of 2048 samples at once", result.stdout) and "an unshared K/V cache" in result.stdout
 
 
 def test_several_runs_and_a_profile(tmp_path):

@@ -14,13 +14,14 @@ import pytest
 from conftest import GQA, ROOT, TINY
 from test_cli import ENVIRONMENT, lines_of, run
 
-import generate
 from cli import jobs
 from cli.jobs import Output, ResumeState, encode, fingerprint, output_lines, read_begun, read_records
 from cli.system import check_new, replica_file, replica_files
-from engine.batch import Outcome, Prompt, generate_many
 from engine.chat import Chat, ChatEncoder
+from engine.engine import Engine
+from engine.request import Request
 from engine.samples import Sample
+from engine.scheduler import Outcome, Prompt
 from loading.checkpoint import Checkpoint
 from loading.tokenizer import load_tokenizer
 
@@ -76,6 +77,48 @@ def test_lines_are_those_of_each_prompt_alone(prompts, tmp_path):
         alone = lines_of(run("--prompt", TEXTS[int(id[1:])], *flags))
         assert_same(block, [line | {"id": id, "of": 2} for line in alone])
         assert alone[0].keys() - {"settings"} | {"id", "of", "seed"} == block[0].keys()
+
+
+def test_a_line_may_have_settings_of_its_own(tmp_path):
+    """Which replace the flags for that prompt, beside others in one batch, with a draft and an int8 context. Oracle:
+    each prompt alone with those flags."""
+    lines = [
+        ({}, []),
+        ({"temperature": 0, "n": 1, "max_new_tokens": 30}, ["--temperature", 0, "-n", 1, "--max_new_tokens", 30]),
+        ({"top_k": 5, "top_p": 0.9, "n": 5}, ["--top_k", 5, "--top_p", 0.9, "-n", 5]),
+        ({"repetition_penalty": 1.5, "stop": "."}, ["--repetition_penalty", 1.5, "--stop", "."]),
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": at, "prompt": TEXTS[at]} | own) + "\n" for at, (own, _) in enumerate(lines))
+    )
+    for more in (["-n", 3], ["-n", 2, "--draft", "prompt"], ["-n", 2, "--kv_dtype", "int8"]):
+        found = lines_of(batch(path, *more))
+        for at, (own, flags) in enumerate(lines):
+            block = [line for line in found if line["id"] == at]
+            assert all(line[name] == value for line in block for name, value in own.items())
+            seed = ["--format", "jsonl", *FLAGS, "--seed", block[0]["seed"]]
+            alone = lines_of(run("--prompt", TEXTS[at], *seed, *more, *flags))
+            assert_same(block, [line | {"id": at, "of": len(alone)} for line in alone])
+
+
+@pytest.mark.parametrize(
+    "own,told",
+    [
+        ({"temperature": "warm"}, "temperature 'warm' is not a number"),
+        ({"temperature": -1}, "temperature -1.0 must be 0"),
+        ({"n": 0}, "n 0 is not a whole number from 1 on"),
+        ({"stop": 3}, "stop 3 is not a text or a list of texts"),
+        ({"presence_penalty": 1}, "the setting presence_penalty is not known"),
+        ({"seed": 3}, "the field seed is a sample's own"),
+    ],
+)
+def test_settings_of_a_line_that_cannot_be_are_refused(tmp_path, own, told):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a"} | own) + '\n"b"\n')
+    refused = batch(path)
+    assert (refused.returncode, refused.stdout) == (2, "") and "line 1: " in refused.stderr and told in refused.stderr
+    assert {line["id"] for line in lines_of(batch(path, "--skip_bad"))} == {2}
 
 
 def test_without_an_output_lines_go_to_stdout(prompts):
@@ -157,10 +200,12 @@ def test_messages_are_put_into_the_chat_template():
     chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     spoken, plain = (ChatEncoder(tokenizer, 2048, each, None) for each in (chat, None))
     data = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}\n"hello"'
-    (first, second), bad = encode(read_records(data, None)[0], spoken, plain)
+    (first, second), bad = encode(read_records(data, None)[0], spoken, plain, Request())
     assert not bad and tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
     assert second.tokens == plain.encode_turn("hello")
-    assert encode(read_records(data, None)[0], plain, plain)[1][0].startswith("line 1: messages need a chat template")
+    assert encode(read_records(data, None)[0], plain, plain, Request())[1][0].startswith(
+        "line 1: messages need a chat template"
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,8 +213,7 @@ def test_messages_are_put_into_the_chat_template():
     [
         (["--resume"], "--resume continues a file"),
         (["--echo"], "--echo is for one prompt"),
-        (["--attention", "expanded"], "--attention is for one prompt"),
-        (["--draft", "prompt"], "--draft is for one prompt"),
+        (["--num_runs", 2], "--num_runs is for one prompt"),
         (["--prompt", "a"], "--prompt and --prompts are both given"),
         (["--prompt_separator", ""], "--prompt_separator is empty"),
         (["--format", "text"], "--format text is for one prompt"),
@@ -239,7 +283,9 @@ def test_another_command_is_refused(prompts, tmp_path):
 
 def block(id: str) -> bytes:
     samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length", 3) for at in range(2)]
-    return output_lines(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
+    return output_lines(
+        Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None, unranked=False)
+    ).encode()
 
 
 def closed(output: Output) -> bytes:
@@ -358,12 +404,14 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
 def test_a_stopped_batch_says_how_it_goes_on(prompts, tmp_path):
     """Ctrl-C after the first prompt."""
 
-    def stopped(*given) -> Iterator[Outcome]:
-        yield next(generate_many(*given))
+    many = Engine.generate_many
+
+    def stopped(*given, **named) -> Iterator[Outcome]:
+        yield next(many(*given, **named))
         raise KeyboardInterrupt
 
     output = tmp_path / "o.jsonl"
-    with mock.patch.object(generate, "generate_many", stopped):
+    with mock.patch.object(Engine, "generate_many", stopped):
         result = run("--prompts", prompts, *FLAGS[:-1], "--output", output)
     assert result.returncode == 130
     assert f"stopped: {output} holds what is finished: the same command with --resume continues" in result.stderr

@@ -268,7 +268,7 @@ def test_a_context_in_int8_is_that_of_its_rounded_numbers(dtype, n, D):
     for side in context.tensors:
         side.normal_()
     context.k[0][..., 3] *= 8
-    held = Int8Context(context)
+    held = Int8Context.of(context)
     q = torch.randn(n, 4, 1, D).to(dtype)
     k, v = (
         side.float() * scale.float() for side, scale in ((held.k[0], held.k_scale[0]), (held.v[0], held.v_scale[0]))

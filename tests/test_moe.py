@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 import quantize
 from cache import KVCache, NoCache
-from engine.engine import Engine, decode
+from engine.engine import Engine
 from engine.graphs import RecordedStep, StepInput
 from engine.plan import plan_run, weigh
 from engine.request import Workload
+from engine.runner import decode
 from layers import linear as packed
 from layers.gptq import gptq, quantise_int4
 from layers.linear import can_pack, dequantise, kernels, pack_linears, swap_linears
@@ -258,8 +259,8 @@ def test_samples_are_the_same_in_every_layout():
         draws(Engine(model, compile=False).generate(prompt, request(3, 20, attention=layout))) for layout in layouts
     )
     assert shared == copied == expanded and len({each[0][0] for each in map(list, shared)}) >= 1
-    waves = Engine(model, compile=False).generate(prompt, request(3, 20, rows_at_once=2))
-    assert draws(waves) == shared
+    few = Engine(model, compile=False).generate(prompt, request(3, 20, rows_at_once=2))
+    assert draws(few) == shared
 
 
 @slow

@@ -40,7 +40,7 @@ from cli.console import Console
 from cli.options import build_parser
 from cli.repl import COMMANDS as COMMANDS_OF_TALK
 from cli.system import SafeStderr, cache_folder, finish, start
-from engine import engine as road
+from engine import scheduler
 from engine.engine import Engine
 from engine.request import Request
 from engine.samples import Row, StopConditions
@@ -395,13 +395,13 @@ def test_a_user_without_a_home_keeps_what_was_compiled_elsewhere(tmp_path, monke
 
 def slowly(seconds: float = 0.05) -> None:
     """Every step takes so long that there is time to interrupt it, on any machine."""
-    plain = road.PlainDecoder.next
+    plain = scheduler.PlainDecoder.next
 
     def next(*arguments):
         time.sleep(seconds)
         return plain(*arguments)
 
-    mock.patch.object(road.PlainDecoder, "next", next).start()
+    mock.patch.object(scheduler.PlainDecoder, "next", next).start()
 
 
 class Terminal:
@@ -511,7 +511,8 @@ def test_of_an_interrupted_run_the_finished_are_shown_and_then_the_best_of_the_o
     rows = [row_of(0, [-3.0], "eos"), row_of(1, [-0.5, -0.1]), row_of(2, [-2.0]), row_of(3, []), row_of(4, [-1], "eos")]
     rows[1].sample.tokens.append(77)
     with pytest.raises(KeyboardInterrupt), Console(options, None, torch.device("cpu"), None) as console:
-        console.wave(rows)
+        for row in rows:
+            console.started(row)
         for row in rows[::4]:
             console.done(row.sample)
         raise KeyboardInterrupt
@@ -773,7 +774,7 @@ def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():
     ],
     ids=["CPU", "Python", "CUDA"],
 )
-@pytest.mark.parametrize("where", ["generate.load_model", "engine.engine.KVCache.empty"])
+@pytest.mark.parametrize("where", ["generate.load_model", "engine.contexts.KVCache.empty"])
 def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
     with mock.patch(where, side_effect=fail):
         result = run(*SHORT, "-n", 3)
