@@ -188,16 +188,16 @@ def olmo2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
 
 def smollm3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     interval = fields.integer("no_rope_layer_interval", 4)
-    turns = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
-    if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
-        raise ValueError(f"no_rope_layers {turns!r} is not supported: 0 or 1 for each layer")
+    rotates = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
+    if len(rotates) < layers or any(each not in (0, 1) for each in rotates):
+        raise ValueError(f"no_rope_layers {rotates!r} is not supported: 0 or 1 for each layer")
     seen: tuple[int | None, ...] = ()
     if fields.switch("use_sliding_window", False):
-        seen = windows(fields, layers, None, lambda layer: not turns[layer])
+        seen = windows(fields, layers, None, lambda layer: not rotates[layer])
     fields.unread -= {"sliding_window", "layer_types"}
-    kinds = tuple("global" if turns[layer] else "none" for layer in range(layers))
+    kinds = tuple("global" if rotates[layer] else "none" for layer in range(layers))
     tied = fields.switch("tie_word_embeddings", True)
-    return biases(fields) | {"turning": RopeConfig(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
+    return biases(fields) | {"rope": RopeConfig(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
 
 
 def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         "embedding_scale": fields.number("embedding_multiplier", 1.0) / residual,
         "norm_eps": fields.number("rms_norm_eps", 1e-6) / residual**2,
         "logit_scale": 1 / fields.number("logits_scaling", 1.0),
-        "turning": score_scale(fields, fields.number("attention_multiplier", 1.0)),
+        "rope": score_scale(fields, fields.number("attention_multiplier", 1.0)),
     }
 
 
@@ -220,7 +220,7 @@ def phi3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         raise ValueError(f"partial_rotary_factor is {share!r}, not a number above 0 and up to 1")
     return {
         "windows": windows(fields, layers, None, lambda layer: True),
-        "turning": RopeConfig(share=share),
+        "rope": RopeConfig(share=share),
         "norm_eps": fields.number("rms_norm_eps", 1e-5),
     }
 
@@ -262,7 +262,7 @@ def gemma2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         "post_norms": True,
         "score_softcap": fields.own("attn_logit_softcapping", 50.0),
         "logit_softcap": fields.own("final_logit_softcapping", 30.0),
-        "turning": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
+        "rope": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
     }
 
 
@@ -279,14 +279,14 @@ def gemma3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10000.0))
     fields.only("attn_logit_softcapping", None)
     kinds = tuple("global" if window is None else "local" for window in seen)
-    turning = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
+    rope = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
     return gemma(fields, layers) | {
         "windows": seen,
         "post_norms": True,
         "qk_norm": True,
         "logit_softcap": fields.optional("final_logit_softcapping"),
-        "turning": replace(turning, layers=kinds, local_theta=local_theta),
-        "rope": {**ropes.config, **fields.table("rope_scaling")},
+        "rope": replace(rope, layers=kinds, local_theta=local_theta),
+        "rope_parameters": {**ropes.config, **fields.table("rope_scaling")},
         "theta": 1e6,
         "context_limit": fields.integer("max_position_embeddings"),  # the scaled length
     }
@@ -374,12 +374,14 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         fields.only("hidden_act", "silu", "swish")
     if "layer_types" in fields.unread and {*fields.listed("layer_types", [])} - {"full_attention"}:
         fields.unsupported.append(f"layer_types other than full_attention are not supported of {architecture}")
-    share = special.get("turning", RopeConfig()).share
+    share = special.get("rope", RopeConfig()).share
     fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
     # rope_scaling is the older name of rope_parameters; like transformers, use the first present, without merging.
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
-    theta, scaling = rope(fields, special.pop("rope", old or new), special.pop("theta", 10000.0), trained, share)
+    theta, scaling = rope(
+        fields, special.pop("rope_parameters", old or new), special.pop("theta", 10000.0), trained, share
+    )
     longest = trained
     if scaling is not None and scaling.kind != "llama3":  # its configs give the scaled length
         longest = max(trained, int(scaling.original_context * scaling.factor))
@@ -404,7 +406,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     )
     fields.done()
     for each in (scaling.short, scaling.long) if scaling is not None and scaling.kind == "longrope" else ():
-        if len(each) != (pairs := args.turning.size(args.head_dim) // 2):
+        if len(each) != (pairs := args.rope.size(args.head_dim) // 2):
             raise ValueError(f"rope scaling has {len(each)} factors for the {pairs} pairs of a head")
     return args
 
@@ -444,11 +446,11 @@ def rope(
     if kind == "dynamic":
         return theta, RopeScaling(kind, factor, trained)
     if kind == "llama3":
-        turns = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return theta, RopeScaling(kind, factor, original or trained, *turns)
+        rotations = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return theta, RopeScaling(kind, factor, original or trained, *rotations)
     rope.only("truncate", True)
-    turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
-    return theta, RopeScaling(kind, factor, original or trained, *turns, yarn_attention_factor(rope, factor))
+    rotations = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
+    return theta, RopeScaling(kind, factor, original or trained, *rotations, yarn_attention_factor(rope, factor))
 
 
 def longrope(rope: TrackedConfig, original: int, trained: int) -> RopeScaling:

@@ -307,7 +307,7 @@ def test_theta_and_scaling_are_those_that_transformers_reads_from_the_same_file(
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     rotary = transformers.AutoModelForCausalLM.from_config(theirs).model.rotary_emb
     args = args_from_config(config)
-    ours = all_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.turning)
+    ours = all_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.rope)
     if name == "Gemma3":
         expected = torch.cat([rotary.full_attention_inv_freq, rotary.sliding_attention_inv_freq])
     else:

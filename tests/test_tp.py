@@ -116,11 +116,11 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
-TURNS = replace(GQA, turning=RopeConfig(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
+ROPE = replace(GQA, rope=RopeConfig(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
 EXPERTS = replace(GQA, mixture=MoEConfig(5, 2, 48, True, shared=24, dense=(1,)))
 
 
-@pytest.mark.parametrize("args", [ALIBI, TURNS, EXPERTS], ids=["ALiBi", "rotary", "experts"])
+@pytest.mark.parametrize("args", [ALIBI, ROPE, EXPERTS], ids=["ALiBi", "rotary", "experts"])
 def test_parts_sum_to_the_whole_in_fp64(args):
     """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
     and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
