@@ -68,7 +68,7 @@ class ModelArgs:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if (size := self.rope.size(self.head_dim)) % 2 or not size:
-            raise ValueError(f"head_dim {self.head_dim}, {size} of which turn, is odd: rotary embedding turns pairs")
+            raise ValueError(f"RoPE rotates {size} dimensions of head_dim {self.head_dim}: expected an even number")
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
