@@ -521,7 +521,7 @@ def test_attention_refuses_what_it_would_misread(wrong):
 def test_a_row_that_is_not_there_is_an_error(row):
     k = torch.randn(2, 2, 9, 16)
     part = Part(k, k, None, None, zeros(2), torch.tensor([0, 1, row]))
-    with pytest.raises(IndexError, match="rows .* of a cache of 2"):
+    with pytest.raises(IndexError, match="row index out of range: .* in a cache of 2 rows"):
         attend(torch.randn(3, 6, 1, 16), [part], torch.full((3, 1), 8), None)
 
 

@@ -436,7 +436,7 @@ def test_heads_that_cannot_be_divided_are_refused_with_what_divides_them(world, 
     """4 heads among 3 ranks and among 8 and 12; a width of 97 among 4."""
     args = replace(BASE, n_kv_head=4, hidden_dim=97 if world == 4 else 96)
     told = f"do not divide among {world} processes: pass --tp {fits} \\(1: one replica per process\\)"
-    with pytest.raises(ValueError, match=f"4 heads, 4 for keys, .* {told}"):
+    with pytest.raises(ValueError, match=f"4 heads, 4 key/value heads .* {told}"):
         Shard(0, world).local(args)
 
 
