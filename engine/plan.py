@@ -239,22 +239,22 @@ class Plan:
         if self.mixture is None:
             return ""
         number = self.mixture.expected(self.rows_at_once)
-        return f", of {number:.1f} of {self.mixture.experts} experts a layer, assuming uniform routing"
+        return f", {number:.1f} of {self.mixture.experts} experts per layer, assuming uniform routing"
 
     @property
     def packed_twice(self) -> str:
-        return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
+        return f"  and {human(self.packed_tied)} for a packed copy of the tied output" if self.packed_tied else ""
 
     def __str__(self) -> str:
         rows = f"{self.rows_at_once} of {counted(self.workload.num_samples, 'sample')}"
         return "\n".join(
             (
                 f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
-                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
+                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} in prefill",
                 f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
-                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
+                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} in prefill",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
-                f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
+                f"read per step               {human(self.per_step):>10}  at half length{self.experts_read}",
                 f"available                   {human(self.available):>10}",
             )
         )
@@ -300,8 +300,8 @@ def plan_run(
 
     if needed(1) > available:
         raise ValueError(
-            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} while it "
-            f"is read), {human(available)} is available: shorten the prompt, or raise --max_memory"
+            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} during "
+            f"prefill), but {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
     rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
     steps = work.runs * -(-work.num_samples // rows) * work.max_new_tokens
@@ -358,8 +358,8 @@ def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --pref
     told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if not told:
         return None
-    why = next(iter(str(error).splitlines()), "") or "no memory is left"
-    return ValueError(f"{why}: give a lower {flags}")
+    why = next(iter(str(error).splitlines()), "") or "out of memory"
+    return ValueError(f"{why}: lower {flags}")
 
 
 def human(size: float) -> str:
@@ -450,18 +450,20 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known: use cpu or cuda") from error
+        raise ValueError(f"unknown device {name!r}: use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found; cpu is")
+        raise ValueError(
+            f"device {name!r} not found ({torch.cuda.device_count()} CUDA devices available): use another, or cpu"
+        )
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve --dtype: auto is bfloat16, except on a CPU without instructions for it. Raises ValueError if unknown."""
     if name not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {name!r} is not known: use auto, bfloat16, float16 or float32")
+        raise ValueError(f"unknown dtype {name!r}: use auto, bfloat16, float16 or float32")
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
@@ -521,7 +523,7 @@ def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: f
     if asked is False:
         return False, "--no-compile"
     if not has_compiler():
-        return False, "no C++ compiler, or no Python.h, was found: running eagerly"
+        return False, "no C++ compiler or no Python.h found: running eagerly"
     if asked:
         return True, "--compile"
     decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER

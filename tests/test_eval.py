@@ -747,8 +747,8 @@ def test_samples_that_are_there_are_not_replaced(drawing, tmp_path):
     """Of another command, a file of the user, the default's name too."""
     (tmp_path / "samples.jsonl").write_text("mine\n")
     for flags, words in (
-        ([], "samples.jsonl exists: add --resume"),
-        (["--output", tmp_path / "samples.jsonl"], "samples.jsonl exists: add --resume"),
+        ([], "samples.jsonl already exists: pass --resume"),
+        (["--output", tmp_path / "samples.jsonl"], "samples.jsonl already exists: pass --resume"),
         (["--resume"], "samples.jsonl has no header of a batch"),
     ):
         status, _, err = run(*drawing, *flags)
@@ -871,9 +871,9 @@ def scored(**fields) -> str:
         (["--perplexity", "bytes"], "is not UTF-8"),
         (["--perplexity", "text", "--stride", "0"], "stride 0"),
         (["--perplexity", "text", "--stride", "999"], "stride 999"),
-        (["--perplexity", "text", "--output", "text"], "text is read, and would be replaced"),
+        (["--perplexity", "text", "--output", "text"], "text is an input and would be overwritten"),
         (["--perplexity", "text", "--output", "no/out"], "cannot be written"),
-        (["--perplexity", "text", "--checkpoint_path", "missing"], "no checkpoint at missing"),
+        (["--perplexity", "text", "--checkpoint_path", "missing"], "checkpoint missing not found"),
         (["--samples", "text"], "text, line 1: not JSON"),
         (["--samples", "problems", "-n", "0"], "num_samples 0"),
         (["--samples", "problems", "--max_new_tokens", "9999"], "A: prompt of"),

@@ -113,7 +113,7 @@ def run(main: Main, arguments: list[str], folder: Path, stdin: bytes | None = b"
 
 NOTES = re.compile(
     r"(note: .* is text here|warning: (the draft is larger|.*: skipped$)|running \d+ samples? at a time|"
-    r"kept in 16 bits|seed \d+$|rounded, since)"
+    r"kept in 16 bits|seed \d+$|rounded to nearest)"
 )
 
 # What an exception says that nobody has put into words: it names no value, and no remedy.

@@ -164,9 +164,9 @@ def test_a_file_without_a_prompt_is_refused(tmp_path, content):
 
 BAD = [
     (b'{"prompt": "a"', "not JSON"), (b"[1]", "a whole array"), (b'{"text": "a"}', "neither a text"),
-    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages are not a list"),
+    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages must be a list"),
     (b'{"messages": [{"role": "user"}]}', "message 1 (user) has no content"),
-    (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages are not a list"),
+    (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages must be a list"),
     (b'""', "the prompt is empty"), (b'{"messages": []}', "the prompt is empty"),
     (b'{"prompt": "a", "messages": []}', "with one of prompt and messages"),
     (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),
@@ -211,13 +211,13 @@ def test_messages_are_put_into_the_chat_template():
 @pytest.mark.parametrize(
     "flags,words",
     [
-        (["--resume"], "--resume continues a file"),
-        (["--echo"], "--echo is for one prompt"),
-        (["--num_runs", 2], "--num_runs is for one prompt"),
-        (["--prompt", "a"], "--prompt and --prompts are both given"),
+        (["--resume"], "--resume needs --output"),
+        (["--echo"], "--echo cannot be combined with --prompts"),
+        (["--num_runs", 2], "--num_runs cannot be combined"),
+        (["--prompt", "a"], "--prompt and --prompts cannot be combined"),
         (["--prompt_separator", ""], "--prompt_separator is empty"),
-        (["--format", "text"], "--format text is for one prompt"),
-        (["--output", ROOT / "README.md"], "exists: add --resume"),
+        (["--format", "text"], "--format text cannot be combined"),
+        (["--output", ROOT / "README.md"], "already exists: pass --resume"),
         (["--output", ROOT / "README.md", "--resume"], "no header of a batch"),
         (["--output", ROOT / "none" / "o.jsonl"], "cannot be written"),
     ],
@@ -254,7 +254,7 @@ def test_a_file_of_another_form_is_told_what_it_lacks(tmp_path, content, told):
 def test_flags_of_a_batch_ask_for_one(tmp_path):
     for flags in (["--output", tmp_path / "o"], ["--skip_bad"], ["--resume"], ["--prompt_separator", "x"]):
         result = run("--prompt", "a", *flags)
-        assert result.returncode == 2 and "is for many prompts: give --prompts" in result.stderr
+        assert result.returncode == 2 and "needs --prompts" in result.stderr
 
 
 def test_another_command_is_refused(prompts, tmp_path):
@@ -382,7 +382,7 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
             output.append(block(id))
         output.append(more)
         output.close()
-    with pytest.raises(ValueError, match=r"o.jsonl.replica-1 exists: add --resume"):
+    with pytest.raises(ValueError, match=r"o.jsonl.replica-1 already exists: pass --resume"):
         path.rename(tmp_path / "other")
         check_new(path)
     (tmp_path / "other").rename(path)

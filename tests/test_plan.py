@@ -138,11 +138,11 @@ def test_human(size, text):
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="'nonsense' is not known"):
+    with pytest.raises(ValueError, match="unknown device 'nonsense'"):
         choose_device("nonsense")
     with pytest.raises(ValueError, match="'meta' is not supported"):
         choose_device("meta")
-    with pytest.raises(ValueError, match="cuda:77' is not there"):
+    with pytest.raises(ValueError, match="cuda:77' not found"):
         choose_device("cuda:77")
     assert choose_device("cpu") == CPU
 
@@ -308,7 +308,7 @@ def test_a_tied_output_is_packed_where_its_copy_fits(streaming):
     large = replace(GQA, dim=512, hidden_dim=512, tied_output=True)
     twice = plan(large, Workload(50, 4, 200))
     embedding = 4 * large.vocab_size * large.dim
-    assert twice.packed_tied == embedding and "of the tied output, packed" in str(twice)
+    assert twice.packed_tied == embedding and "packed copy of the tied output" in str(twice)
     once = plan(large, Workload(50, 4, 200), twice.needed - 1)
     assert once.packed and once.packed_tied == 0 and once.needed == twice.needed - embedding
     assert plan(large, Workload(50, 2, 200)).packed_tied == 0

@@ -152,7 +152,7 @@ def test_a_measurement_of_one_point_is_no_chart(tmp_path):
 
 def test_conversion_refuses_bad_input_in_one_line(tmp_path):
     result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "nothing")
-    assert result.returncode == 2 and result.stderr.startswith("error: no checkpoint at")
+    assert result.returncode == 2 and result.stderr.startswith("error: checkpoint ")
 
 
 def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
@@ -161,7 +161,7 @@ def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
         shutil.copyfile(TINY / name, tmp_path / name)
     result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "model.pth", "--out", tmp_path / "out")
     assert result.returncode == 0 and result.stdout == f"{tmp_path}/out/model.pth\n"
-    assert result.stderr == f"{tmp_path} has no tokenizer: {tmp_path}/out needs that of this model\n"
+    assert result.stderr == f"no tokenizer found in {tmp_path}: copy the model's tokenizer to {tmp_path}/out\n"
 
 
 def test_a_batch_is_compared_with_its_prompts_one_by_one(tmp_path):

@@ -484,7 +484,7 @@ PLACE = (torch.device("cpu"), torch.float32, 1)
         (["prompt"], None, "x", "speculate_k 'x' is not a number"),
         (["prompt"], "somewhere", None, "--draft and --draft_checkpoint_path are both given"),
         ([], None, "4", "--speculate_k is for a draft"),
-        ([], "scripts/nothing/here", None, "no checkpoint at scripts/nothing/here"),
+        ([], "scripts/nothing/here", None, "checkpoint scripts/nothing/here not found"),
         (["layers:0"], None, None, "--draft layers:0: give prompt, layers:K with K from 1 to 4"),
         (["layers:5"], None, None, "K from 1 to 4"),
         (["layers"], None, None, "--draft layers: give"),
