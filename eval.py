@@ -27,12 +27,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cli.console import Bar, settings_of
-from cli.jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
+from cli.jobs import (
+    Output,
+    check_header,
+    digest_of,
+    end_output,
+    make_header,
+    open_output,
+    parse_json,
+    read_begun,
+)
 from cli.options import OneLineParser, as_number, as_switch, as_texts, as_whole, changed, unescaped
+from cli.ranks import Ranks, join, lost_rank, restarted
 from engine.engine import Engine
 from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from engine.request import Request, Sampling, check_tokens, new_seed
@@ -44,6 +56,9 @@ from loading.files import check_stays, counted, files_of, read_text, write_file
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer, read_metadata
 
+T = TypeVar("T")
+
+ALONE = Ranks()  # a single process
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # default for requests that set none, as in the `hf` model
 # Stop strings of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
@@ -154,13 +169,15 @@ class Evaluator:
         quiet: bool = True,
         seed: int = 0,
         weights: object = "model",
+        ranks: Ranks = ALONE,
     ) -> None:
-        """weights: name of the weights file, for errors."""
-        self.engine, self.texts, self.seed, self.weights = engine, texts, seed, weights
+        """weights: name of the weights file, for errors. ranks: replicas divide the requests, and all get all results;
+        what is counted is this replica's part."""
+        self.engine, self.texts, self.seed, self.weights, self.ranks = engine, texts, seed, weights, ranks
         self.limit = engine.args.max_positions or engine.args.context_limit  # as the harness counts
         self.scorer = Scorer(engine.model, batch_tokens, self.show, engine.args)
         self.bar = Bar(quiet)
-        self.drawn = self.asked = self.read = 0
+        self.drawn = self.asked = self.read = self.calls = 0
         self.heads = lru_cache(1024)(lambda context: tuple(texts.encode(context)))
 
     @contextmanager
@@ -186,10 +203,25 @@ class Evaluator:
         # The last token is only predicted.
         cut = [(context[-(self.limit + 1 - len(wanted)) :], wanted) for context, wanted in pairs]
         asked, read = self.scorer.asked, self.scorer.read
-        with self.running():
-            found = self.scorer.score(cut)
+        own = share_of(cut, self.ranks)
+
+        def run() -> dict[int, tuple[float, bool]]:
+            scored = self.scorer.score([cut[at] for at in own])
+            return {at: (math.fsum(each.logprobs), each.greedy) for at, each in zip(own, scored, strict=True)}
+
+        found = self.together(run)
         self.asked, self.read = self.asked + self.scorer.asked - asked, self.read + self.scorer.read - read
-        return [(math.fsum(each.logprobs), each.greedy) for each in found]
+        return found
+
+    def together(self, run: Callable[[], dict[int, T]]) -> list[T]:
+        """Run each replica's part, and return what all have found, in order of its number. If one fails all end."""
+
+        def shown() -> dict[int, T]:
+            with self.running():
+                return run()
+
+        parts = self.ranks.gather(self.ranks.agree(shown, patient=True))
+        return [value for _, value in sorted((item for part in parts for item in part.items()), key=itemgetter(0))]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
         """Encode both as one text, with spaces between them moved to the continuation; each by itself if the
@@ -231,26 +263,33 @@ class Evaluator:
             )
             for at, (each, asking) in enumerate(places.items())
         ]
-        found, asked = [""] * len(requests), list(places.values())
-        with self.running():
-            for outcome in self.generate(prompts, Request(seed=self.seed), len(requests), "requests"):
+        asked = list(places.values())
+
+        def run() -> dict[int, str]:
+            found: dict[int, str] = {}
+            for outcome in self.generate(prompts, Request(seed=self.seed), "prompts"):
                 asking = asked[int(outcome.prompt.id)]
                 drawn = [sample.text or "" for sample in outcome.samples]
-                for place, text in zip(asking, drawn * (len(asking) // len(drawn)), strict=True):
-                    found[place] = text
-        return found
+                found |= zip(asking, drawn * (len(asking) // len(drawn)), strict=True)
+            return found
 
-    def generate(self, prompts: Sequence[Prompt], request: Request, total: int, what: str) -> Iterator[Outcome]:
-        """Yield prompts as their samples are finished. Raises FloatingPointError if logits are not finite."""
+        return self.together(run)
+
+    def generate(self, prompts: Sequence[Prompt], request: Request, what: str) -> Iterator[Outcome]:
+        """Yield this replica's prompts as their samples are finished. Raises FloatingPointError if logits are not
+        finite."""
         stats, before, finished = BatchStats(), (self.asked, self.read, self.drawn), 0
-        for outcome in self.engine.generate_many(prompts, request, stats=stats):
+        self.calls += 1
+        for outcome in self.engine.generate_many(
+            prompts, request, stats=stats, queue=self.ranks.queue(f"call {self.calls}")
+        ):
             if outcome.error is not None:
                 raise FloatingPointError(outcome.error)
             yield outcome
             self.read, self.drawn = before[1] + stats.read, before[2] + stats.drawn
             self.asked += len(outcome.prompt.tokens) * len(outcome.samples)
             finished += 1
-            self.show(finished, total, what)
+            self.show(finished, len(prompts), what)
 
     def request(self, context: str, drawing: GenerationArgs, count: int) -> Request:
         """Build the request for `count` samples of a context, with a seed hashed from context and `drawing`."""
@@ -267,6 +306,16 @@ class Evaluator:
     def cut_prompt(self, context: str, drawing: GenerationArgs) -> list[int]:
         """Truncate a context on the left, to leave room for the drawn tokens."""
         return (self.texts.encode(context) or [self.texts.prefix])[-self.room(drawing) :]
+
+
+def share_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ranks: Ranks) -> list[int]:
+    """Return the numbers of the pairs that this replica scores: of those sorted by their tokens, which share prefixes,
+    a run with its share of the tokens."""
+    order = sorted(range(len(pairs)), key=lambda at: tuple(pairs[at][0]))
+    sizes = [sum(map(len, pairs[at])) for at in order]
+    ends, total = list(accumulate(sizes)), max(1, sum(sizes))
+    begins = [(end - size) * ranks.replicas // total for end, size in zip(ends, sizes, strict=True)]
+    return [at for at, replica in zip(order, begins, strict=True) if replica == ranks.replica]
 
 
 def harness_model(evaluator: Evaluator) -> Any:
@@ -328,7 +377,7 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def run_tasks(options: argparse.Namespace) -> None:
+def run_tasks(options: argparse.Namespace, ranks: Ranks) -> None:
     """Run --tasks and print the harness's own tables of results."""
     import logging
 
@@ -340,7 +389,7 @@ def run_tasks(options: argparse.Namespace) -> None:
         raise ValueError("--tasks needs lm_eval: pip install lm_eval") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager, names, drawings = load_tasks(options.tasks, options.include_path)
-    evaluator = open_evaluator(options)
+    evaluator = open_evaluator(options, ranks)
     for drawing in drawings:
         evaluator.room(drawing)
     begin = time.perf_counter()
@@ -358,14 +407,15 @@ def run_tasks(options: argparse.Namespace) -> None:
 
 def counts(evaluator: Evaluator, seconds: float) -> dict[str, float]:
     """Summarise a run: tokens, time, seed. tokens_per_s counts tokens of requests and drawn ones."""
-    total = evaluator.asked + evaluator.drawn
+    parts = evaluator.ranks.gather((evaluator.asked, evaluator.read, evaluator.drawn))
+    asked, read, drawn = map(sum, zip(*parts, strict=True))
     return {
         "seconds": seconds,
-        "tokens_per_s": total / seconds,
-        "tokens_asked": evaluator.asked,
-        "tokens_read": evaluator.read,
-        "tokens_saved": evaluator.asked - evaluator.read,
-        "tokens_drawn": evaluator.drawn,
+        "tokens_per_s": (asked + drawn) / seconds,
+        "tokens_asked": asked,
+        "tokens_read": read,
+        "tokens_saved": asked - read,
+        "tokens_drawn": drawn,
         "seed": evaluator.seed,
     }
 
@@ -380,21 +430,27 @@ def emit_report(options: argparse.Namespace, report: dict[str, float]) -> None:
         )
 
 
-def open_evaluator(options: argparse.Namespace, rows: int | None = None) -> Evaluator:
-    """Load the model and build an evaluator. rows: usual rows of a product, to choose kernels; None: a batch's."""
-    checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
-    check_output(options.output, files_of(checkpoint.folder))
-    model = load_model(checkpoint, device, choose_dtype(options.dtype, device), rows or options.batch_tokens)
-    engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile)
-    texts = HarnessTokenizer(engine, checkpoint.folder, checkpoint.eos_ids)
-    seed = new_seed() if options.seed is None else options.seed
-    return Evaluator(engine, texts, options.batch_tokens, options.quiet, seed, checkpoint.weights[0])
+def open_evaluator(options: argparse.Namespace, ranks: Ranks, rows: int | None = None) -> Evaluator:
+    """Load the model, or this rank's part of it, and build an evaluator. rows: usual rows of a product, to choose
+    kernels; None: a batch's."""
+    ranks.agree(lambda: locate(options.checkpoint_path) if ranks.local == 0 else None, patient=True)  # once per machine
+
+    def make() -> Evaluator:
+        checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
+        check_output(options.output, files_of(checkpoint.folder))
+        dtype, shard = choose_dtype(options.dtype, device), ranks.shard
+        model = load_model(checkpoint, device, dtype, rows or options.batch_tokens, shard)
+        engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile, shard)
+        texts = HarnessTokenizer(engine, checkpoint.folder, checkpoint.eos_ids)
+        return Evaluator(engine, texts, options.batch_tokens, options.quiet, options.seed, checkpoint.weights[0], ranks)
+
+    return ranks.agree(make)
 
 
-def run_perplexity(options: argparse.Namespace) -> None:
+def run_perplexity(options: argparse.Namespace, ranks: Ranks) -> None:
     """Run --perplexity: score a text in windows, each with --stride new tokens."""
     text = read_text(options.perplexity)
-    evaluator = open_evaluator(options)
+    evaluator = open_evaluator(options, ranks)
     limit = evaluator.limit
     stride = limit if options.stride is None else options.stride
     if not 1 <= stride <= limit:
@@ -448,17 +504,14 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def run_samples(options: argparse.Namespace) -> None:
+def run_samples(options: argparse.Namespace, ranks: Ranks) -> None:
     """Run --samples: write -n samples of each problem, one per line, as problems finish. Samples are a function of
     (--seed, task_id, index)."""
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
     if times > 1:
         raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
-    header = read_begun(options.output).header
-    if options.seed is None and header is not None:
-        options = changed(options, seed=header["seed"])
-    evaluator = open_evaluator(options, options.num_samples)
+    evaluator = open_evaluator(options, ranks, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
         options.temperature, options.top_k or None, options.top_p, repetition_penalty=options.repetition_penalty
@@ -474,17 +527,20 @@ def run_samples(options: argparse.Namespace) -> None:
             check_tokens(tokens, engine.args.vocab_size)
         except ValueError as error:
             raise ValueError(f"{task_id}: {error}") from error
-    output, done = begin_output(options, evaluator, asked, request)
+    output, done = begin_output(options, evaluator, asked, request, ranks)
     left = [(task_id, tokens) for task_id, tokens in asked if json.dumps(task_id) not in done]
     begin = time.perf_counter()
     prompts = [Prompt(task_id, tokens) for task_id, tokens in left]
-    with evaluator.running():
-        for outcome in evaluator.generate(prompts, request, len(left), "problems"):
-            lines = (
-                json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(outcome.prompt.id, outcome.samples)
-            )
-            output.append("".join(lines).encode())
-    output.close()
+
+    def run() -> dict[int, None]:
+        for outcome in evaluator.generate(prompts, request, "problems"):
+            lines = sample_lines(outcome.prompt.id, outcome.samples)
+            if ranks.shard.rank == 0:
+                output.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+        return {}
+
+    evaluator.together(run)
+    end_output(output, ranks)
     if not options.quiet:
         before = f", {len(done)} of them done before" * bool(done)
         what = f"{counted(len(problems), 'problem')}, {counted(request.num_samples, 'sample')} of each"
@@ -494,18 +550,21 @@ def run_samples(options: argparse.Namespace) -> None:
 
 
 def begin_output(
-    options: argparse.Namespace, evaluator: Evaluator, problems: Sequence[tuple[str | int, list[int]]], request: Request
+    options: argparse.Namespace,
+    evaluator: Evaluator,
+    problems: Sequence[tuple[str | int, list[int]]],
+    request: Request,
+    ranks: Ranks,
 ) -> tuple[Output, set[str]]:
     """Open the output of --samples; return it and the task_ids, as JSON, of problems that it has already. Raises
     ValueError if another command has begun it."""
-    begun, output = read_begun(options.output), Output(options.output, apart=False)
+    begun = ranks.share(lambda: read_begun(options.output))
     dtype = str(evaluator.engine.dtype).removeprefix("torch.")
     own = {"num_samples": request.num_samples, "dtype": dtype, "stop": list(request.stop)}
     checkpoint, ends = read_checkpoint(locate(options.checkpoint_path)), evaluator.texts.eos_ids
     header = make_header(checkpoint, evaluator.seed, ends, digest_of(problems), settings_of(options) | own)
     check_header(options.output, begun, header)
-    output.begin(begun, header)
-    return output, begun.done
+    return open_output(options.output, begun, header, ranks, apart=False), begun.done
 
 
 def sample_lines(task_id: str | int, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
@@ -572,7 +631,7 @@ def pass_at(n: int, passed: int, k: int) -> float:
     return 1.0 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def run_pass_at(options: argparse.Namespace) -> None:
+def run_pass_at(options: argparse.Namespace, ranks: Ranks) -> None:
     """Run --pass_at on the problems of --scored. Top-k are the k distinct texts of the highest mean log-probability,
     truncated ones last."""
     problems = read_scored(options.scored)
@@ -635,6 +694,8 @@ def build_parser() -> argparse.ArgumentParser:
     drawn = "the decode step of texts that are drawn (generate_until, --samples); default: where it pays"
     flag("--compile", drawn, action=argparse.BooleanOptionalAction)
     flag("--batch_tokens", "that are scored at once; fewer need less memory", type=int, default=16384)
+    parts = "under torchrun, number of processes that hold one network together; default: those of a machine"
+    flag("--tp", parts, type=int)
     parser.section("tasks of the EleutherAI harness (pip install lm_eval)")
     flag("--tasks", "names or patterns", nargs="+", metavar="TASK")
     flag("--include_path", "a folder with tasks of your own", type=Path, metavar="DIR")
@@ -683,7 +744,7 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
             raise ValueError(f"{path} is not there: give a file")
     if given == ["samples"]:
         options = changed(options, output=options.output or Path("samples.jsonl"))
-        if not options.resume:
+        if not (options.resume or restarted()):
             check_new(options.output)
         if isinstance(options.limit, float):
             raise ValueError(f"--limit {options.limit} of --samples must be a whole number")
@@ -696,6 +757,15 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
     return given[0], options
 
 
+def decide(options: argparse.Namespace) -> tuple[str, argparse.Namespace]:
+    """Check the flags on one rank for all, and choose the seed. Raises ValueError as `check_options`."""
+    mode, options = check_options(options)
+    if options.seed is None:
+        header = read_begun(options.output).header if mode == "samples" else None
+        options = changed(options, seed=new_seed() if header is None else header["seed"])
+    return mode, options
+
+
 def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
     """Raise ValueError if --output cannot be written, or is one of the inputs."""
     if output is not None:
@@ -706,16 +776,20 @@ def check_output(output: Path | None, inputs: Iterable[Path | None]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0, 2 for input that cannot be run, 130 if interrupted."""
     options = build_parser().parse_args(arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        why = "eval.py runs in one process: start it without torchrun"
-        return print_error(why) if os.environ["RANK"] == "0" else 0  # the first rank to fail ends all
+    ranks = ALONE
     try:
-        mode, options = check_options(options)
+        ranks = join(options.tp, choose_device(options.device))
+        mode, options = ranks.share(partial(decide, options))
+        if not ranks.leads:  # does its part of the work and prints nothing
+            options = changed(options, quiet=True, output=options.output if mode == "samples" else None)
+            sys.stdout = open(os.devnull, "w")
         keep_freed_memory()
-        MODES[mode](options)
+        MODES[mode](options, ranks)
     except BrokenPipeError:
         return 0  # the reader closed the pipe: it has what it wanted
     except (ValueError, OSError) as error:
+        if not ranks.leads:
+            ranks.exit_if([str(error)])  # rank 0 prints it
         return print_error(error)
     except KeyboardInterrupt:
         begun = options.samples is not None and options.output is not None and options.output.exists()
@@ -727,7 +801,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted: {kept}", file=sys.stderr)
         return INTERRUPTED
     except (RuntimeError, MemoryError) as error:
-        if (told := out_of_memory(error, "--batch_tokens")) is None:
+        if (told := out_of_memory(error, "--batch_tokens") or lost_rank(error)) is None:
             raise
         return print_error(told)
     return 0

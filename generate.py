@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from cli.system import INTERRUPTED, begin, cache_folder, finish, print_error, replica_file, start
+from cli.system import INTERRUPTED, begin, cache_folder, finish, print_error, start
 from layers.notices import showing
 
 if __name__ == "__main__":
@@ -47,6 +47,7 @@ from cli.jobs import (
     ResumeState,
     end_output,
     fingerprint,
+    open_output,
     output_lines,
     read_begun,
     read_records,
@@ -282,20 +283,6 @@ def emit_report(options: argparse.Namespace, report: dict[str, object], lines: s
         write_file(options.report, lambda path: path.write_text(text, "utf-8"))
 
 
-def open_output(session: Session) -> Output | None:
-    """Open the file that --prompts writes to: the output on the first replica, a file of its own on the others. Raises
-    ValueError if it cannot be started."""
-    job, ranks, path = session.job, session.ranks, session.options.output
-    if job is None or path is None:
-        return None
-    output = Output(path)
-    ranks.agree(lambda: output.begin(job.begun, job.header) if ranks.leads else None, patient=True)
-    own = Output(replica_file(path, ranks.replica)) if ranks.replica else output
-    writes = ranks.replica and ranks.shard.rank == 0
-    ranks.agree(lambda: own.begin(ResumeState(), job.header) if writes else None)
-    return own
-
-
 def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     """Run --prompts: write the lines of each prompt when its last sample finishes."""
     options, ranks, job, tally = session.options, session.ranks, session.job, BatchStats()
@@ -380,7 +367,8 @@ def run(options: argparse.Namespace) -> None:
         stretched = f", max_position_embeddings {args.max_positions} stretched" if args.max_positions else ""
         print(f"{plan}\nthe model's context limit   {args.context_limit:>10}  tokens of prompt and new ones{stretched}")
         return
-    output = open_output(session)
+    job, path = session.job, options.output
+    output = None if job is None or path is None else open_output(path, job.begun, job.header, ranks)
     if session.job is not None and not session.job.prompts:
         if not options.quiet:
             print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)

@@ -485,6 +485,17 @@ def with_header(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[byte
         yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
 
 
+def open_output(path: Path, begun: ResumeState, header: dict[str, Any], ranks: Ranks, apart: bool = True) -> Output:
+    """Open the file that this rank writes to: the output on the first replica, a file of its own on the others. Raises
+    ValueError if it cannot be started."""
+    output = Output(path, apart)
+    ranks.agree(lambda: output.begin(begun, header) if ranks.leads else None, patient=True)
+    own = Output(replica_file(path, ranks.replica)) if ranks.replica else output
+    writes = ranks.replica and ranks.shard.rank == 0
+    ranks.agree(lambda: own.begin(ResumeState(), header) if writes else None)
+    return own
+
+
 def end_output(output: Output, ranks: Ranks) -> None:
     """Merge the files of all replicas into the output. Raises OSError."""
     if not ranks.leads:
@@ -535,6 +546,7 @@ class Progress:
             "context_tokens": tally.asked,
             "context_tokens_read": tally.read,
             "kv_spared_bytes": tally.kv_bytes_saved,
+            "of_replicas": [asdict(each) for each, *_ in replicas],
         } | ({"selfcheck_max_difference": max(checked)} if checked else {})
 
 

@@ -376,7 +376,8 @@ class Scheduler:
         self.stats.rows = self.sizes.rows
         self.seats: list[Seat | None] = [None] * self.sizes.rows
         self.units, self.at = self.sharing.units(1 if queue is None else queue.replicas), self.sharing.places()
-        self.take = itertools.count().__next__ if queue is None else queue.take
+        self.take, replicas = (itertools.count().__next__, 1) if queue is None else (queue.take, queue.replicas)
+        self.share = -(-len(prompts) // replicas)
         self.waiting: deque[int] = deque()
         self.starting: deque[ActivePrompt] = deque()
         self.ready: deque[Seat] = deque()
@@ -463,7 +464,10 @@ class Scheduler:
         return bool(seats)
 
     def take_unit(self) -> bool:
-        """Take the next prompts of the queue. Return whether there were any."""
+        """Take the next prompts of the queue, unless this replica has its share of all. Return whether there were
+        any."""
+        if len(self.active) >= self.share:
+            return False
         number = self.take() if self.units else 0
         if number >= len(self.units):
             self.units = []

@@ -782,16 +782,6 @@ def test_samples_go_on_where_they_were_stopped(drawing, tmp_path, left):
         assert status == 2 and f"was begun with {word}" in err
 
 
-def test_under_torchrun_it_is_refused_in_one_line(drawing, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    told = []
-    for rank in "012":
-        monkeypatch.setenv("RANK", rank)
-        told.append(run(*drawing))
-    assert told[0] == (2, "", "error: eval.py runs in one process: start it without torchrun\n")
-    assert told[1:] == [(0, "", "")] * 2 and not (tmp_path / "samples.jsonl").exists()
-
-
 @pytest.mark.parametrize("top", [None, 1])
 def test_pass_at_reads_what_a_batch_wrote(tmp_path, top):
     """Lines of generate.py --prompts, to which a scorer has added `passed`. Oracle: the counts of the lines; where some

@@ -112,6 +112,11 @@ def torchrun(world: int, *arguments: object, input: str = "") -> subprocess.Comp
     return subprocess.CompletedProcess(ended[0].args, max(abs(each.returncode) for each in ended), out, err)
 
 
+def evaluated(*flags: object) -> subprocess.CompletedProcess:
+    """eval.py in one process."""
+    return warm.Command("eval.py", *flags, cwd=ROOT, input="", env=dict(os.environ)).end(200)
+
+
 def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
@@ -325,6 +330,30 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
         and len(one) == 15
         and sorted(each.name for each in tmp_path.iterdir()) == ["1", "go", "o", "p.jsonl"]
     )
+
+
+def test_replicas_divide_an_evaluation(tmp_path):
+    """Perplexity in windows, and samples of problems, of which one is refused by all ranks in one line. Oracle: one
+    process."""
+    text, problems = tmp_path / "text", tmp_path / "problems"
+    text.write_text("Once upon a time there was a little cat who sat in the sun. " * 20)
+    lines = [{"task_id": at, "prompt": f"Once upon a time there was a {word}"} for at, word in enumerate("abcdefg")]
+    problems.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    common = ["--dtype", "float32", "--no-compile", "--seed", 3]
+    scored = ["--perplexity", text, "--stride", 60, *common]
+    drawn = ["--samples", problems, "-n", 3, "--max_new_tokens", 9, *common, "--output"]
+    for flags in (scored, [*drawn, tmp_path / "2"]):
+        many = torchrun(2, "eval.py", *flags, "--tp", 1)
+        assert many.returncode == 0, many.stderr
+        one = evaluated(*flags[:-1], tmp_path / "1") if flags is not scored else evaluated(*flags)
+        assert one.returncode == 0 and many.stdout == one.stdout, one.stderr
+        assert "tokens" in many.stderr and many.stderr.count("were read") == 1
+    names = ("task_id", "sample", "of", "completion", "finish_reason")
+    found = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "12"]
+    one, two = (sorted([line[name] for name in names] for line in lines) for lines in found)
+    assert one == two and len(one) == 21 and not list(tmp_path.glob("*replica*"))
+    refused = torchrun(2, "eval.py", *scored, "--stride", 10**6, "--tp", 1)
+    assert refused.returncode == 2 and refused.stderr.count("error: ") == 1, refused.stderr
 
 
 @slow
