@@ -35,7 +35,7 @@ from engine.request import Request, Sampling, Workload, as_tokens, check_tokens,
 from engine.samples import Piece, Row, Sample, StopConditions
 from engine.scoring import Scored, Scorer
 from layers import kernels
-from layers.linear import pack_linears, stream_linears
+from layers.linear import hold_linears
 from layers.moe import can_capture_graph
 from loading.checkpoint import load_model, read_checkpoint
 from loading.hub import locate
@@ -97,7 +97,7 @@ class Engine:
         # A model trained on texts that only BOS separates ends a text by generating BOS.
         ends = [] if tokenizer is None else [*tokenizer.eos_ids, tokenizer.bos_id]
         self.eos_ids = frozenset(id for id in ends if id is not None)
-        stream_linears(model)
+        hold_linears(model)
         self.weighed = plan is not None
         self.weights = weigh(model) if plan is None else plan.weights
         self.available = available_memory(self.device) + self.weights.total if plan is None else plan.available
@@ -157,7 +157,7 @@ class Engine:
     def prepare(self, plan: Plan) -> None:
         """Pack the weights and compile the decode step, if the plan says so and it is not done yet."""
         if plan.packed and not self.packed:
-            pack_linears(self.model, plan.packed_tied > 0)
+            hold_linears(self.model, pack=True, tied_output=plan.packed_tied > 0)
             self.packed, self.weights = True, self.weights.with_packed(plan.packed_tied)
         if plan.compiled and self.compiled is None:
             self.compiled = compiled(partial(decode, self.model, uniform))

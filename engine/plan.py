@@ -26,8 +26,8 @@ import torch
 
 from bifurcated_attention import SCORES_AT_ONCE, has_fused
 from engine.request import Workload
-from layers.kernels import STREAMED_ROWS, takes
-from layers.linear import MIN_PACK_ELEMENTS, can_pack, multiplies_bfloat16, streams
+from layers.kernels import takes
+from layers.linear import multiplies_bfloat16, pays_to_pack
 from layers.moe import MoEConfig
 from loading.files import counted
 from model import ModelArgs, Transformer
@@ -480,18 +480,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-# Decode steps that amortise packing, which costs some 0.5 ns a byte; each step saves 0.02 to 0.03 ns a byte.
-MIN_STEPS_TO_PACK = 20
-
-
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
-    """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row): if the
-    feed-forward weights are large enough, the cost is amortised, and the rows are too many to stream plain weights. In
-    a mixture the rows per expert count, since most weights are the experts'."""
-    large = args.dim * args.hidden_dim >= MIN_PACK_ELEMENTS
+    """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row), as it pays
+    for the feed-forward weights. In a mixture the rows per expert count, since most weights are the experts'."""
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
-    few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
-    return can_pack(device, dtype) and large and steps >= MIN_STEPS_TO_PACK and not few
+    return pays_to_pack((args.hidden_dim, args.dim), device, dtype, seen, steps)
 
 
 # Seconds, measured on 2 cores of an AVX-512 CPU with a cold compile cache; rough values suffice. An operation is a
