@@ -18,7 +18,7 @@ import mmap
 import platform
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -173,6 +173,9 @@ class PackedLinear(HeldLinear):
         return torch.ops.bifurcated.packed_linear(x, self.bias, self.number, self.features)
 
 
+meta = partial(torch.empty, device="meta")
+
+
 @dataclass(frozen=True)
 class Int8Weight:
     """Symmetric int8 weight with a scale per output channel: values int8 [out,in] times scales bfloat16 [out]."""
@@ -184,7 +187,7 @@ class Int8Weight:
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int = 0) -> "Int8Weight":
         """Make a weight on the meta device, for its shapes and sizes."""
-        return cls(*empty_tensors((outputs, inputs), torch.int8, (outputs,), 1))
+        return cls(meta(outputs, inputs, dtype=torch.int8), meta(outputs, dtype=torch.bfloat16))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -220,7 +223,8 @@ class Int4Weight:
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int) -> "Int4Weight":
         """Make a weight on the meta device, for its shapes and sizes."""
-        return cls(*empty_tensors((outputs, inputs // 2), torch.uint8, (outputs, inputs // groupsize), 2))
+        scales, zeros = (meta(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
+        return cls(meta(outputs, inputs // 2, dtype=torch.uint8), scales, zeros)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor) -> "Int4Weight":
@@ -260,30 +264,18 @@ Quantised = Int8Weight | Int4Weight
 KINDS: dict[str, type[Quantised]] = {"int8": Int8Weight, "int4": Int4Weight}
 
 
-def empty_tensors(values: tuple[int, int], dtype: torch.dtype, scales: tuple[int, ...], count: int) -> list[Tensor]:
-    meta = [torch.empty(scales, dtype=torch.bfloat16, device="meta") for _ in range(count)]
-    return [torch.empty(values, dtype=dtype, device="meta"), *meta]
-
-
 def tensors_of(weight: Quantised) -> dict[str, Tensor]:
     """Tensors of a weight by field name; a checkpoint stores them as "layer.field"."""
     return {field.name: getattr(weight, field.name) for field in fields(weight)}
 
 
-def blocks(weight: Quantised) -> Iterator[tuple[int, int, Quantised]]:
-    """Yield (begin, end, the outputs from begin to end), about BLOCK elements each."""
-    outputs, inputs = weight.shape
-    step = max(1, BLOCK // inputs)
-    for begin in range(0, outputs, step):
-        end = min(outputs, begin + step)
-        yield begin, end, type(weight)(*(tensor[begin:end] for tensor in tensors_of(weight).values()))
-
-
 def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """Dequantise to [out,in] in dtype, a block at a time, rounded from fp32."""
+    """Dequantise to [out,in] in dtype, about BLOCK elements at a time, rounded from fp32."""
     whole = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    for begin, end, part in blocks(weight):
-        whole[begin:end] = part.expand(dtype)
+    rows = max(1, BLOCK // weight.shape[1])
+    parts = zip(*(tensor.split(rows) for tensor in tensors_of(weight).values()), strict=True)
+    for mine, theirs in zip(whole.split(rows), parts, strict=True):
+        mine.copy_(type(weight)(*theirs).expand(dtype))
     return whole
 
 

@@ -207,7 +207,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
     target = Path(os.path.realpath(path))  # keep a symlink
     try:
-        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+        with TemporaryDirectory(".unfinished", ".", target.parent) as folder:
             unfinished = Path(folder, target.name)
             write(unfinished)
             replace_file(unfinished, target)
