@@ -26,7 +26,7 @@ import torch
 
 from bifurcated_attention import SCORES_AT_ONCE, has_fused
 from engine.request import Workload
-from layers.kernels import takes
+from layers.kernels import compiler_name, takes
 from layers.linear import multiplies_bfloat16, pays_to_pack
 from layers.moe import MoEConfig
 from loading.files import counted
@@ -514,8 +514,7 @@ def estimate_step(
 
 def has_compiler() -> bool:
     """Return whether torch.compile would find a C++ compiler and Python.h."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
-    return bool(shutil.which(compiler)) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return bool(shutil.which(compiler_name())) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:

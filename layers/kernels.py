@@ -89,10 +89,15 @@ def build(compiler: str, target: Path, *flags: str) -> None:
         made.replace(target)  # atomic: another process may be building too
 
 
+def compiler_name() -> str:
+    """The C++ compiler that torch.compile would choose."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 @functools.cache
 def library() -> Library:
     """Load the library, building it on first use."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch.compile's choice
+    compiler = compiler_name()
     try:
         key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
         target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
