@@ -102,14 +102,6 @@ def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
     return found
 
 
-@dataclass
-class Block:
-    """Int4 layers of a block, by name, and the names of those that were only rounded."""
-
-    layers: dict[str, Int4Weight]
-    rounded: list[str]
-
-
 class Calibration:
     """Activations of a calibration text as it passes through a network, block by block."""
 
@@ -128,11 +120,12 @@ class Calibration:
                 if keep:
                     part.copy_(output)
 
-    def quantise(self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool) -> Block:
+    def quantise(
+        self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool
+    ) -> tuple[dict[str, Int4Weight], list[str]]:
         """Quantise `layers` of the block, each on the activations of the quantised layers before it. An expert that saw
-        fewer tokens than it has inputs is rounded, since its Hessian is singular."""
-        found: dict[str, Int4Weight] = {}
-        rounded: list[str] = []
+        fewer tokens than it has inputs is rounded, since its Hessian is singular; also returns the names of those."""
+        found, rounded = dict[str, Int4Weight](), list[str]()
         for stage in STAGES:
             names = [name for name in layers if name in stage or name.rpartition(".")[0] in stage]
             inputs = inputs_of(lambda: self.run(block), block.get_submodule(stage[0])) if names else []
@@ -146,7 +139,7 @@ class Calibration:
                     found[name] = gptq(weight, seen.hessian, groupsize, act_order)
             hold(block, {name: found[name] for name in names})
         assert found.keys() == set(layers), "a layer that has no stage"
-        return Block(found, rounded)
+        return found, rounded
 
 
 def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
@@ -170,15 +163,15 @@ def calibrated(
         block = deepcopy(layer).float()
         if path.exists():
             saved = unpickle(path)
-            done = Block({name: Int4Weight(**each) for name, each in saved["layers"].items()}, saved["rounded"])
-            hold(block, done.layers)
+            found, few = {name: Int4Weight(**each) for name, each in saved["layers"].items()}, saved["rounded"]
+            hold(block, found)
         else:
-            done = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
-            tensors = {name: tensors_of(weight) for name, weight in done.layers.items()}
-            save_atomically({"layers": tensors, "rounded": done.rounded}, path)
+            found, few = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
+            tensors = {name: tensors_of(weight) for name, weight in found.items()}
+            save_atomically({"layers": tensors, "rounded": few}, path)
         calibration.run(block, keep=True)
-        rounded += [prefix + name for name in done.rounded]
-        yield {prefix + name: weight for name, weight in done.layers.items()}
+        rounded += [prefix + name for name in few]
+        yield {prefix + name: weight for name, weight in found.items()}
 
 
 def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[str, str], tuple[str, ...]]:

@@ -202,7 +202,6 @@ class Plan:
 
     workload: Workload
     weights: WeightSizes
-    mixture: MoEConfig | None
     context: int
     context_while_read: int
     decoded_per_sample: int
@@ -234,15 +233,15 @@ class Plan:
     @property
     def per_step(self) -> int:
         """Bytes read by a decode step halfway: weights, the context's keys and values once, half of the decoded."""
-        return self.weights.read(self.mixture, self.rows_at_once) + self.context + self.decoded // 2
+        return self.weights.read(self.space.args.mixture, self.rows_at_once) + self.context + self.decoded // 2
 
     @property
     def experts_read(self) -> str:
         """Expected number of experts read per layer, as text."""
-        if self.mixture is None:
+        if (mixture := self.space.args.mixture) is None:
             return ""
-        number = self.mixture.expected(self.rows_at_once)
-        return f", of {number:.1f} of {self.mixture.experts} experts a layer, assuming uniform routing"
+        number = mixture.expected(self.rows_at_once)
+        return f", of {number:.1f} of {mixture.experts} experts a layer, assuming uniform routing"
 
     @property
     def packed_twice(self) -> str:
@@ -319,7 +318,6 @@ def plan_run(
     return Plan(
         workload=work,
         weights=weights,
-        mixture=args.mixture,
         context=held,
         context_while_read=read,
         decoded_per_sample=decoded,

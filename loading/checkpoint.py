@@ -168,9 +168,8 @@ def has_type(value: object, kind: Any) -> bool:
     """Whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
-    if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
-        return False
-    return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
+    parts: Any = [*value, *value.values()] if isinstance(value, dict) else value
+    return type(value) is kind.__origin__ and all(isinstance(part, str) for part in parts)
 
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:
@@ -421,9 +420,14 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Write a quantised model and copy its source's config and tokenizer beside it. Raises OSError."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, output.parent)
+    """Write a quantised model and, unless it has a config.json beside it, its source's config and tokenizer files.
+    Raises OSError."""
+    folder = output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        for path in companions(source.folder):
+            copy_new(path, folder / path.relative_to(source.folder))
+        write_config(folder, source.config)
     save_atomically({"recipe": asdict(recipe), "state": dict(state)}, output)
 
 
@@ -432,12 +436,3 @@ def copy_new(source: Path, target: Path) -> None:
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
-
-
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the config and tokenizer files into a folder, unless it has a config.json."""
-    if (folder / "config.json").exists():
-        return
-    for path in companions(checkpoint.folder):
-        copy_new(path, folder / path.relative_to(checkpoint.folder))
-    write_config(folder, checkpoint.config)

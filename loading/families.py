@@ -37,6 +37,7 @@ ROPE_FIELDS = frozenset(
     """attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor mscale mscale_all_dim
     original_max_position_embeddings short_factor truncate""".split()
 )
+LLAMA3_NEEDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 
@@ -400,12 +401,9 @@ def rope(fields: TrackedConfig, rope: TrackedConfig, trained: int, share: float)
     if kind in ("longrope", "su"):  # su: its former name
         return theta, longrope(rope, original or trained, trained)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(
-            f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3, yarn and longrope"
-        )
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        kinds = "default, linear, dynamic, llama3, yarn and longrope"
+        raise ValueError(f"rope type {kind!r} is not supported, only {kinds}")
+    needed = ["factor", *LLAMA3_NEEDS] if kind == "llama3" else ["factor"]
     if missing := [name for name in needed if rope.get(name) is None and fields.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
     factor = rope.number("factor")
