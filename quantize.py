@@ -22,8 +22,7 @@ import hashlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
 from cache import NoCache
 from cli.options import OneLineParser
@@ -223,18 +223,6 @@ def plain_layers(recipe: Recipe, state: dict[str, Tensor]) -> Iterator[dict[str,
             yield {name: quantise_int4(state[f"{name}.weight"], recipe.groupsize)}
 
 
-def with_progress(steps: Iterable[dict[str, Quantised]], layers: int) -> Iterator[dict[str, Quantised]]:
-    """Pass the steps through, showing on stderr, if it is a terminal, the layers done and the time left."""
-    begin, done = time.perf_counter(), 0
-    for step in steps:
-        yield step
-        done += len(step)
-        left = (time.perf_counter() - begin) * (layers - done) / done
-        if sys.stderr.isatty():
-            note = f"\r[{'#' * (20 * done // layers):<20}] {done}/{layers} layers, {left:.0f} s left \033[K"
-            print(note, end="\n" if done == layers else "", file=sys.stderr, flush=True)
-
-
 def quantised_state(state: dict[str, Tensor], found: dict[str, Quantised]) -> dict[str, Tensor]:
     """Return the tensors to write; matrices that are not quantised are in 16 bits."""
     wide = {name for name, tensor in state.items() if tensor.dim() == 2 and tensor.itemsize > 2}
@@ -283,7 +271,12 @@ def quantise(options: argparse.Namespace) -> Path:
         steps = chain(plain_layers(recipe, state), calibrated(model, recipe, ids, folder, rounded))
     if kept:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
-    found = {name: w for step in with_progress(steps, len(layers)) for name, w in step.items()}
+    found: dict[str, Quantised] = {}
+    form = "[{bar:20}] {n_fmt}/{total_fmt} layers, {remaining} left"
+    with tqdm(total=len(layers), bar_format=form, ascii=" #", disable=None) as bar:  # None: if this is no terminal
+        for step in steps:
+            found |= step
+            bar.update(len(step))
     if rounded:
         why = "rounded, since they saw fewer tokens than they have inputs (more --calibration_sequences may help)"
         print(f"{why}: {', '.join(rounded)}", file=sys.stderr)

@@ -189,11 +189,8 @@ def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
-    return (
-        WeightSizes(total, total, experts, embedding)
-        if args.tied_output
-        else WeightSizes(total, total - embedding, experts)
-    )
+    unread, tied = (0, embedding) if args.tied_output else (embedding, 0)
+    return WeightSizes(total, total - unread, experts, tied)
 
 
 @dataclass(frozen=True)
