@@ -272,8 +272,10 @@ def quantise(options: argparse.Namespace) -> Path:
     if kept:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
     found: dict[str, Quantised] = {}
+    # As the bar of generate.py: only on a terminal, also on one of 0 columns or rows.
     form = "[{bar:20}] {n_fmt}/{total_fmt} layers, {remaining} left"
-    with tqdm(total=len(layers), bar_format=form, ascii=" #", disable=None) as bar:  # None: if this is no terminal
+    columns = shutil.get_terminal_size().columns
+    with tqdm(total=len(layers), bar_format=form, ascii=" #", disable=None, ncols=columns, nrows=20) as bar:
         for step in steps:
             found |= step
             bar.update(len(step))

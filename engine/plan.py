@@ -240,15 +240,12 @@ class Plan:
         number = mixture.expected(self.rows_at_once)
         return f", of {number:.1f} of {mixture.experts} experts a layer, assuming uniform routing"
 
-    @property
-    def packed_twice(self) -> str:
-        return f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
-
     def __str__(self) -> str:
         rows = counted(self.rows_at_once, "sample")
+        twice = f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
         return "\n".join(
             (
-                f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
+                f"weights                     {human(self.weights.total):>10}{twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
                 f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
                 f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",

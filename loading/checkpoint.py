@@ -276,21 +276,15 @@ def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Qu
     }
 
 
-def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:
-    """Expected tensors by name: shapes, and for quantised layers dtypes."""
-    expected = dict(model.state_dict())
-    for layer, weight in quantised_weights(model, recipe).items():
-        del expected[f"{layer}.weight"]
-        expected |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
-    return expected
-
-
 def check_weights(checkpoint: Checkpoint, state: Mapping[str, StoredTensor]) -> None:
     """Raises ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
     their names in the files."""
     model, paths = empty_model(checkpoint.args), checkpoint.weights
-    expected = expected_tensors(model, checkpoint.recipe)
-    exact = expected.keys() - model.state_dict().keys()
+    expected, exact = dict(model.state_dict()), dict[str, Tensor]()  # exact: dtypes matter too
+    for layer, weight in quantised_weights(model, checkpoint.recipe).items():
+        del expected[f"{layer}.weight"]
+        exact |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
+    expected |= exact
 
     def named(name: str) -> str:
         """The tensor's name in its file, with the file if there are several."""

@@ -359,7 +359,6 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
     longest = special.pop("context_limit", longest)
-    usual = {"norm_eps": float(fields.number("rms_norm_eps", 1e-6))}
     args = ModelArgs(
         dim=fields.integer("hidden_size"),
         n_layer=layers,
@@ -374,7 +373,7 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
-        **usual | special,
+        **{"norm_eps": float(fields.number("rms_norm_eps", 1e-6))} | special,
     )
     check_read(fields, scaling_fields)
     for each in (scaling.short, scaling.long) if scaling is not None and scaling.kind == "longrope" else ():
