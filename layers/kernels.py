@@ -343,17 +343,11 @@ def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
 
 def token_uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
     """sampling.token_uniforms, by the C++ kernel if it is available."""
-    if rows.device.type != "cpu" or library().functions is None:
+    if rows.device.type != "cpu" or (functions := library().functions) is None:
         return sampling.token_uniforms(rows, tokens)
-    return numbers(sampling.token_keys(rows), tokens)
-
-
-def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
-    """C++ version of sampling.token_uniforms: row keys int64 [N], tokens int64 [N,K] -> fp64 [N,K]."""
-    functions = library().functions
-    assert functions is not None, "chosen where there is no library"
+    keys = sampling.token_keys(rows)  # [N]
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # [N,K]
     assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]
-    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
     made = torch.empty(tokens.shape, dtype=torch.float64)
     threads = torch.get_num_threads() if made.numel() > NUMBERS_PER_THREAD else 1
     call = [keys.data_ptr(), tokens.data_ptr(), made.data_ptr(), *tokens.shape, tokens.stride(0), threads]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, swap_linears, tensors_of
+from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, replace_module, tensors_of
 from layers.moe import group_experts
 from loading.families import (
     args_from_config,
@@ -331,19 +331,15 @@ def load_model(
                     files.release(state[key])
                 module._parameters[name] = Parameter(files.convert(part, device, dtype), requires_grad=False)
 
-    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
-        if name not in quantised:
-            return None
-        key = f"{name}.bias"
-        bias = None if linear.bias is None else shard.part(key, state[key], args).to(device, dtype)
-        empty = quantised[name]
+    model.tie_output()
+    for name, empty in quantised.items():
+        key, (parent, _, child) = f"{name}.bias", name.rpartition(".")
+        bias = shard.part(key, state[key], args).to(device, dtype) if key in state else None
         whole = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
         weight, seen = held_part(whole, name, args, rows, shard)
         weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
-        return make_linear(weight, bias, torch.device(device), dtype, seen).eval()
-
-    model.tie_output()
-    swap_linears(model, make)
+        made = make_linear(weight, bias, torch.device(device), dtype, seen).eval()
+        replace_module(model.get_submodule(parent), child, made)
     group_experts(model)
     model.place_constants()
     shard.attach(model)
