@@ -109,7 +109,7 @@ def partial_attention(
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     if mask is not None and mask.dim() != 4:
-        raise ValueError(f"a mask of shape {tuple(mask.shape)}: expected four dimensions, [B or 1,G or 1,Q or 1,L]")
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: expected four dimensions, [B or 1,G or 1,Q or 1,L]")
     if k.shape[-2] == 0:  # amax rejects an empty dimension
         return q.new_zeros(q.shape, dtype=dtype), q.new_full((B, G, Q, 1), -math.inf, dtype=dtype)
     boolean = mask is None or mask.dtype == torch.bool  # a fused kernel would round a bias to q's dtype
@@ -246,7 +246,7 @@ def bifurcated_attention(
     Raises ValueError if the shapes do not fit. Source: arXiv 2403.08845, section 4.2 and appendix E.
     """
     if k_decoded.shape[0] != q.shape[0]:
-        raise ValueError(f"q has {q.shape[0]} rows and k_decoded {k_decoded.shape[0]}: each sample has its own")
+        raise ValueError(f"q has {q.shape[0]} rows and k_decoded {k_decoded.shape[0]}: expected the same number")
     context = shared_attention(q, k_context, v_context)
     decoded = shared_attention(q, k_decoded, v_decoded, mask)
     return merge_partials([context, decoded])[0].to(q.dtype)

@@ -280,7 +280,7 @@ class Prefill:
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
-        assert cache.rows == 1 and cache.k[0].is_floating_point(), "prefill is of one row that can be written"
+        assert cache.rows == 1 and cache.k[0].is_floating_point(), "prefill needs a cache of one row, not int8"
         self.cache, self.begin, self.end = cache, begin, begin + length
         like = cache.k[0]
         fused = has_fused(like.device, like.dtype, like.shape[-1])

@@ -22,24 +22,23 @@ import json
 import math
 import os
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from cache import KVCache
 from cli.console import Bar, settings_of
 from cli.jobs import Output, check_header, digest_of, make_header, parse_json, read_begun
-from cli.options import OneLineParser, changed, unescaped
-from engine.batch import seed_of
-from engine.engine import SILENT, Engine, Run, bucket
+from cli.options import OneLineParser, as_number, as_switch, as_texts, as_whole, changed, unescaped
+from engine.engine import Engine
 from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from engine.request import Request, Sampling, check_tokens, new_seed
 from engine.samples import Sample, not_finite
-from engine.scoring import Node, Scorer, tree
+from engine.scheduler import BatchStats, Outcome, Prompt, seed_of
+from engine.scoring import Scorer
 from loading.checkpoint import load_model, read_checkpoint
 from loading.files import check_stays, counted, files_of, read_text, write_file
 from loading.hub import locate
@@ -47,7 +46,6 @@ from loading.tokenizer import load_tokenizer, read_metadata
 
 ROOT = Path(__file__).resolve().parent
 MAX_NEW_TOKENS = 256  # default for requests that set none, as in the `hf` model
-SHARED_PROMPT = 64  # fewest tokens worth a cache link, which costs time at every step
 # Stop strings of HumanEval; Chen et al. 2021 (arXiv 2107.03374), section 2.
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -88,33 +86,6 @@ def windows(tokens: Sequence[int], prefix: int, limit: int, stride: int) -> Iter
     while begin < len(tokens):
         yield whole[max(0, end - limit) : begin + 1], whole[begin + 1 : end + 1]
         begin, end = end, min(end + stride, len(tokens))
-
-
-def as_number(value: object) -> float:
-    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as the next three."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise TypeError(value)
-    return float(value)
-
-
-def as_whole(value: object, least: int = -1) -> int:
-    found = as_number(value)
-    if not found.is_integer() or found < least:
-        raise ValueError(value)
-    return int(found)
-
-
-def as_switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(value)
-    return value
-
-
-def as_texts(value: object) -> tuple[str, ...]:
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
-        raise TypeError(value)
-    return tuple(filter(None, found))
 
 
 # Supported fields of the harness's generation_kwargs: expected kind and parser.
@@ -251,21 +222,35 @@ class Evaluator:
         places: dict[tuple[str, GenerationArgs], list[int]] = {}
         for number, (context, given) in enumerate(requests):
             places.setdefault((context, GenerationArgs.parse(given)), []).append(number)
-        groups = list(places)
-        # 2: the last token is not shared, so that each prompt has logits to draw from.
-        leaves = [Node(tuple(self.cut_prompt(*each)), 2, (at,)) for at, each in enumerate(groups)]
-        found, finished, runs = [""] * len(requests), 0, max(1, len(groups))
+        prompts = [
+            Prompt(
+                at,
+                self.cut_prompt(*each),
+                self.request(*each, len(asking) if each[1].sampling.temperature else 1),
+                alone=True,
+            )
+            for at, (each, asking) in enumerate(places.items())
+        ]
+        found, asked = [""] * len(requests), list(places.values())
         with self.running():
-            for at, history, tokens, above in self.shared_prompts(sorted(leaves, key=lambda leaf: tuple(leaf.tokens))):
-                (context, drawing), asking = groups[at], places[groups[at]]
-                request = self.request(context, drawing, len(asking) if drawing.sampling.temperature else 1)
-                run = Run(self.engine, request, history, alone=True, plan=self.engine.plan(len(history), request, runs))
-                drawn = [sample.text or "" for sample in self.draw(run, tokens, above)]
+            for outcome in self.generate(prompts, Request(seed=self.seed), len(requests), "requests"):
+                asking = asked[int(outcome.prompt.id)]
+                drawn = [sample.text or "" for sample in outcome.samples]
                 for place, text in zip(asking, drawn * (len(asking) // len(drawn)), strict=True):
                     found[place] = text
-                self.asked, finished = self.asked + len(history) * len(asking), finished + len(asking)
-                self.show(finished, len(requests), "requests")
         return found
+
+    def generate(self, prompts: Sequence[Prompt], request: Request, total: int, what: str) -> Iterator[Outcome]:
+        """Yield prompts as their samples are finished. Raises FloatingPointError if logits are not finite."""
+        stats, before, finished = BatchStats(), (self.asked, self.read, self.drawn), 0
+        for outcome in self.engine.generate_many(prompts, request, stats=stats):
+            if outcome.error is not None:
+                raise FloatingPointError(outcome.error)
+            yield outcome
+            self.read, self.drawn = before[1] + stats.read, before[2] + stats.drawn
+            self.asked += len(outcome.prompt.tokens) * len(outcome.samples)
+            finished += 1
+            self.show(finished, total, what)
 
     def request(self, context: str, drawing: GenerationArgs, count: int) -> Request:
         """Build the request for `count` samples of a context, with a seed hashed from context and `drawing`."""
@@ -282,40 +267,6 @@ class Evaluator:
     def cut_prompt(self, context: str, drawing: GenerationArgs) -> list[int]:
         """Truncate a context on the left, to leave room for the drawn tokens."""
         return (self.texts.encode(context) or [self.texts.prefix])[-self.room(drawing) :]
-
-    def shared_prompts(self, leaves: Sequence[Node]) -> Iterator[tuple[int, list[int], Sequence[int], KVCache | None]]:
-        """Read the shared prefixes of leaves sorted by tokens; yield each leaf's index, all its tokens, those still to
-        be read, and the cache of its shared prefix, if any."""
-        roots = leaves if self.scorer.alone else tree(leaves, SHARED_PROMPT)
-        path = self.engine_cache(None, 0)  # of all nodes above the current one; siblings reuse its slots
-        todo: list[tuple[Node, list[int]]] = [(node, []) for node in reversed(roots)]
-        while todo:
-            node, before = todo.pop()
-            history = [*before, *node.tokens]
-            path.resize(len(before))
-            if not node.children:
-                yield node.ends[0], history, node.tokens, path if before else None
-                continue
-            path.resize(len(history), bucket(len(history)))
-            self.engine.prefill(path, node.tokens, Request().prefill_chunk, SILENT)
-            self.read += len(node.tokens)
-            todo += [(child, history) for child in reversed(node.children)]
-
-    def engine_cache(self, above: KVCache | None, slots: int, reserve: int = 0) -> KVCache:
-        """Create a cache of one row and `slots` slots, forked from `above` unless that is None."""
-        if above is None:
-            return KVCache.empty(self.engine.args.kv_shape, 1, slots, self.engine.model.norm.weight, reserve)
-        return KVCache.fork(above, 1, slots, reserve)
-
-    def draw(self, run: Run, tokens: Sequence[int], above: KVCache | None) -> list[Sample]:
-        """Draw a run's samples after reading `tokens`, the end of its context, after the cache above. Their texts are
-        decoded by themselves, as in the harness's `hf` model."""
-        context = self.engine_cache(above, len(tokens), len(tokens) + run.own_slots if run.extends else 0)
-        logits = self.engine.prefill(context, tokens, run.request.prefill_chunk, SILENT)
-        deque(run.draw(context, logits), maxlen=0)
-        self.read += len(tokens)
-        self.drawn += sum(len(sample.tokens) for sample in run.samples)
-        return run.samples
 
 
 def harness_model(evaluator: Evaluator) -> Any:
@@ -498,8 +449,8 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def run_samples(options: argparse.Namespace) -> None:
-    """Run --samples: write -n samples of each problem, one per line, in order of file and index. Samples are a function
-    of (--seed, task_id, index)."""
+    """Run --samples: write -n samples of each problem, one per line, as problems finish. Samples are a function of
+    (--seed, task_id, index)."""
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
     if times > 1:
@@ -526,15 +477,13 @@ def run_samples(options: argparse.Namespace) -> None:
     output, done = begin_output(options, evaluator, asked, request)
     left = [(task_id, tokens) for task_id, tokens in asked if json.dumps(task_id) not in done]
     begin = time.perf_counter()
+    prompts = [Prompt(task_id, tokens) for task_id, tokens in left]
     with evaluator.running():
-        for number, (task_id, tokens) in enumerate(left, 1):
-            seeded = replace(request, seed=seed_of(evaluator.seed, task_id))
-            samples = engine.generate(tokens, seeded, plan=engine.plan(len(tokens), seeded, max(1, len(left))))
-            evaluator.asked, evaluator.read = evaluator.asked + len(tokens) * len(samples), evaluator.read + len(tokens)
-            evaluator.drawn += sum(len(each.tokens) for each in samples)
-            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(task_id, samples))
+        for outcome in evaluator.generate(prompts, request, len(left), "problems"):
+            lines = (
+                json.dumps(line, ensure_ascii=False) + "\n" for line in sample_lines(outcome.prompt.id, outcome.samples)
+            )
             output.append("".join(lines).encode())
-            evaluator.show(number, len(left), "problems")
     output.close()
     if not options.quiet:
         before = f", {len(done)} of them done before" * bool(done)

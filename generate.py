@@ -27,13 +27,25 @@ if __name__ == "__main__":
 
 import torch
 
-from cli.console import Console, Stopwatch, describe, measure, note_names, print_report, profiled, settings_of, summary
+from cli.console import (
+    Console,
+    Stopwatch,
+    describe,
+    largest_difference,
+    measure,
+    note_names,
+    print_report,
+    profiled,
+    settings_of,
+    summary,
+)
 from cli.jobs import (
     Job,
     Output,
     Progress,
     Record,
     ResumeState,
+    end_output,
     fingerprint,
     output_lines,
     read_begun,
@@ -44,7 +56,6 @@ from cli.jobs import (
 from cli.jobs import summary as summarise
 from cli.ranks import Listener, Ranks, join, lost_rank
 from cli.repl import Repl
-from engine.batch import BatchStats, generate_many, rejection, workload
 from engine.chat import ChatEncoder, choose_chat
 from engine.engine import Engine
 from engine.plan import (
@@ -60,10 +71,11 @@ from engine.plan import (
     sum_weight_sizes,
 )
 from engine.request import Request, new_seed
-from engine.samples import Sample, not_finite, rank
+from engine.samples import Sample, not_finite
+from engine.scheduler import BatchStats, rejection, workload
 from engine.speculate import Speculation, choose_draft
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
-from loading.files import files_of, write_file
+from loading.files import counted, files_of, write_file
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
 from sampling import RULE
@@ -139,7 +151,7 @@ def set_up(
         note_names([each for each in said if isinstance(each, str)], tokenizer)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends)
-    job = None if records is None else set_up_job(options, ranks, records, begun, checkpoint, dialogue)
+    job = None if records is None else set_up_job(options, ranks, records, begun, checkpoint, dialogue, request)
     tokens = [] if text is None else dialogue.encode_turn(text)
     length = options.synthetic_prompt or len(tokens)
     if options.interactive:  # each turn is limited to what is left
@@ -168,8 +180,9 @@ def arrange(
     dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)
     if job is not None:
-        sound = [len(prompt.tokens) for prompt in job.prompts if rejection(local, request, prompt) is None]
-        work = workload(sound or [1], request, device)
+        sound = [prompt for prompt in job.prompts if rejection(local, request, prompt) is None]
+        asked = [(len(prompt.tokens), prompt.request or request) for prompt in sound]
+        work = workload(asked or [(1, request)], request, device)
     weights = sum_weight_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
     drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
     speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
@@ -254,13 +267,7 @@ def finish_report(session: Session, engine: Engine, runs: Sequence[Stopwatch], s
     report |= session.ranks.describe(report)
     report |= {} if session.speculation is None else session.speculation.report()
     if options.selfcheck and not report["interrupted"]:
-        drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
-        scores = engine.score(session.tokens, [sample.tokens for sample in drawn])
-        report["selfcheck_max_difference"] = max(
-            abs(decoded - scored)
-            for sample, score in zip(drawn, scores, strict=True)
-            for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
-        )
+        report["selfcheck_max_difference"] = largest_difference(options, engine, session.tokens, samples)
     emit_report(options, report, summary(report, session.plan))
 
 
@@ -295,13 +302,15 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     assert job is not None
     progress = Progress(options.quiet, len(job.prompts), tally)
     try:
-        for outcome in generate_many(engine, job.prompts, session.request, tally, session.plan):
+        for outcome in engine.generate_many(job.prompts, session.request, stats=tally, plan=session.plan):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
             block = output_lines(outcome, fields, options)
             if output is None:
                 print(block, end="", flush=True)
             elif ranks.shard.rank == 0:
                 output.append(block.encode())
+            if options.selfcheck and outcome.samples:
+                progress.check(largest_difference(options, engine, outcome.prompt.tokens, outcome.samples))
             progress.show(outcome)
     except (KeyboardInterrupt, OSError):
         if ranks.control is None:  # several ranks stop at different points
@@ -319,20 +328,10 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     finish_batch(session, progress, False)
 
 
-def end_output(output: Output, ranks: Ranks) -> None:
-    """Merge the files of all replicas into the output. Raises OSError."""
-    if not ranks.leads:
-        output.close()
-    ranks.wait()
-    if ranks.leads:
-        output.merge((replica_file(output.path, each) for each in range(1, ranks.replicas)), set())
-        output.close()
-
-
 def finish_batch(session: Session, progress: Progress, interrupted: bool) -> None:
     """Write the report of a batch to stderr and --report."""
     assert session.job is not None
-    replicas = session.ranks.gather((progress.tally, progress.errors))
+    replicas = session.ranks.gather((progress.tally, progress.errors, progress.difference))
     decided = {
         "interrupted": interrupted,
         "num_samples": session.request.num_samples,
@@ -344,7 +343,8 @@ def finish_batch(session: Session, progress: Progress, interrupted: bool) -> Non
         "device": session.device.type,
         "torch": torch.__version__,
     }
-    report = decided | settle(session) | progress.report(replicas)
+    drafted = {} if session.speculation is None else session.speculation.report()
+    report = decided | settle(session) | progress.report(replicas) | drafted
     report["peak_memory_bytes"], report["mapped_file_bytes"] = peak_memory(session.device)
     progress.bar.clear()
     emit_report(session.options, report, summarise(report))
@@ -382,8 +382,9 @@ def run(options: argparse.Namespace) -> None:
         if not options.quiet:
             print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)
         return
-    if session.job is None and plan.waves > 1 and not options.quiet:
-        print(f"running in {plan.waves} waves: not all samples fit into memory at once", file=sys.stderr)
+    if session.job is None and plan.rows_at_once < plan.workload.num_samples and not options.quiet:
+        rows = counted(plan.rows_at_once, "sample")
+        print(f"running {rows} at a time: not all fit into memory", file=sys.stderr)
     if plan.compiled and not options.quiet:
         print("the first step compiles, up to minutes; later runs find it in a cache", file=sys.stderr)
     if plan.compiled:

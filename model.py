@@ -47,7 +47,7 @@ class ModelArgs:
     tied_output: bool = False
     windows: tuple[int | None, ...] = ()
     alibi: bool = False
-    turning: RopeConfig = RopeConfig()
+    rope: RopeConfig = RopeConfig()
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -67,8 +67,8 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if (size := self.turning.size(self.head_dim)) % 2 or not size:
-            raise ValueError(f"head_dim {self.head_dim}, {size} of which turn, is odd: rotary embedding turns pairs")
+        if (size := self.rope.size(self.head_dim)) % 2 or not size:
+            raise ValueError(f"RoPE rotates {size} dimensions of head_dim {self.head_dim}: expected an even number")
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
@@ -123,8 +123,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim, self.part = layer, args.head_dim, args.turning.part(layer, args.head_dim)
-        self.rotary = not args.alibi and args.turning.turns(layer)
+        self.layer, self.head_dim, self.angle_slice = layer, args.head_dim, args.rope.angle_slice(layer, args.head_dim)
+        self.rotary = not args.alibi and args.rope.rotates(layer)
         self.score_mod: ScoreMod | None = None  # set by Transformer.place_constants
         self.wq = Linear(args.dim, args.n_head * args.head_dim, bias=args.qkv_bias)
         self.wk = Linear(args.dim, args.n_kv_head * args.head_dim, bias=args.qkv_bias)
@@ -138,8 +138,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # [N,H,S,D] [N,G,S,D] twice
-        if self.part is not None:
-            cos, sin = cos[..., self.part], sin[..., self.part]
+        if self.angle_slice is not None:
+            cos, sin = cos[..., self.angle_slice], sin[..., self.angle_slice]
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = cache.attend(self.layer, q, k, v, input_pos, self.score_mod)  # [N,H,S,D]
@@ -200,8 +200,8 @@ class Transformer(nn.Module):
     def place_constants(self) -> None:
         """Recompute the fp32 constants (RoPE, ALiBi) on the device of the weights."""
         args, weight = self.args, self.tok_embeddings.weight
-        rope = args.head_dim, args.rope_theta, args.rope_scaling, args.turning
-        self.frequencies = all_frequencies(*rope).to(weight.device)
+        frequencies = all_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, args.rope)
+        self.frequencies = frequencies.to(weight.device)
         slopes = alibi_slopes(args.n_head).to(weight.device) if args.alibi else None
         for block, window in zip(self.layers, args.windows or [None] * args.n_layer, strict=True):
             plain = window is None and slopes is None and args.score_softcap is None
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
 
     def rotation(self, input_pos: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the rotary angles: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
-        return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.turning.scale)
+        return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.rope.scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]."""

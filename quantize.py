@@ -138,7 +138,7 @@ class Calibration:
                 else:
                     found[name] = gptq(weight, seen.hessian, groupsize, act_order)
             hold(block, {name: found[name] for name in names})
-        assert found.keys() == set(layers), "a layer that has no stage"
+        assert found.keys() == set(layers), "a layer belongs to no stage"
         return found, rounded
 
 
@@ -184,7 +184,7 @@ def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[s
     fits = {name for name, module in linears.items() if module.in_features % groupsize == 0} | int8
     if not fits - int8 and mode != "int8":
         sizes = ", ".join(map(str, sorted({module.in_features for module in linears.values()})))
-        raise ValueError(f"groups of {groupsize} fit no layer, whose inputs are {sizes}: give another --groupsize")
+        raise ValueError(f"groups of {groupsize} divide the inputs of no layer ({sizes}): choose another --groupsize")
     layers = {name: "int8" if name in int8 else "int4" for name in linears if name in fits}
     return layers, tuple(name for name in linears if name not in fits)
 
@@ -196,19 +196,19 @@ def calibration_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> T
     count, length = options.calibration_sequences, options.calibration_seq_length
     length = min(2048, limit) if length is None else length
     if not 1 < length <= limit or count < 1:
-        raise ValueError(f"{count} sequences of {length} tokens cannot be: give at least one, of 2 to {limit} tokens")
+        raise ValueError(f"{count} sequences of {length} tokens: expected at least 1 sequence, of 2 to {limit} tokens")
     tokenizer = load_tokenizer(checkpoint.folder)
     try:
         tokens = tokenizer.encode(read_text(options.calibration_file))
     except OSError as error:
-        raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): give a text") from error
+        raise ValueError(f"{options.calibration_file} cannot be read ({error.strerror}): pass a text file") from error
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     check_tokens([*first, *tokens], checkpoint.args.vocab_size)
     own = length - len(first)
     if len(tokens) < count * own:
         raise ValueError(
             f"{count} sequences of {length} tokens need {count * own}, {options.calibration_file} has {len(tokens)}: "
-            "give a longer text, or fewer with --calibration_sequences or --calibration_seq_length"
+            "use a longer text, or lower --calibration_sequences or --calibration_seq_length"
         )
     begins = [number * (len(tokens) - own) // max(1, count - 1) for number in range(count)]
     return torch.tensor([[*first, *tokens[begin : begin + own]] for begin in begins])
@@ -251,9 +251,13 @@ def quantise(options: argparse.Namespace) -> Path:
     source, mode, text = options.checkpoint_path, options.mode, options.calibration_file
     checkpoint = read_checkpoint(source)
     if checkpoint.recipe is not None:
-        raise ValueError(f"{checkpoint.weights[0]} is quantised already ({checkpoint.recipe.mode}): give its source")
+        raise ValueError(
+            f"{checkpoint.weights[0]} is already quantised ({checkpoint.recipe.mode}): pass the original model"
+        )
     if (mode == "int4-gptq") != (text is not None) or (options.act_order and mode != "int4-gptq"):
-        raise ValueError(f"--mode {mode}: int4-gptq needs --calibration_file TEXT, no other takes it, nor --act_order")
+        raise ValueError(
+            f"--mode {mode}: --calibration_file is required with int4-gptq and, like --act_order, only allowed there"
+        )
     groupsize = 0 if mode == "int8" else options.groupsize
     name = ("model" if source.is_dir() else source.stem) + f"_{mode}" + (f".g{groupsize}" if groupsize else "")
     output = options.output or checkpoint.folder / f"{name}.pth"
@@ -280,7 +284,7 @@ def quantise(options: argparse.Namespace) -> Path:
             found |= step
             bar.update(len(step))
     if rounded:
-        why = "rounded, since they saw fewer tokens than they have inputs (more --calibration_sequences may help)"
+        why = "rounded to nearest, since they saw fewer tokens than they have inputs (raise --calibration_sequences)"
         print(f"{why}: {', '.join(rounded)}", file=sys.stderr)
     if checkpoint.args.tied_output:
         del state["output.weight"]
@@ -291,22 +295,22 @@ def quantise(options: argparse.Namespace) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(description="Quantise the linear layers of a model. Prints the file that was written.")
+    parser = OneLineParser(description="Quantise the linear layers of a model and print the name of the written file.")
     flag = parser.add_argument
-    flag("--checkpoint_path", type=Path, required=True, help="model.pth, or a model's folder")
-    flag("--mode", choices=MODES, required=True, help="int4-gptq is int4 that loses less, at the price of a text")
-    flag("--groupsize", type=int, choices=(32, 64, 128), default=32, help="of int4; default: 32")
+    flag("--checkpoint_path", type=Path, required=True, help="model.pth, or a model folder")
+    flag("--mode", choices=MODES, required=True, help="int4-gptq loses less quality than int4, but needs a text")
+    flag("--groupsize", type=int, choices=(32, 64, 128), default=32, help="inputs per group of int4; default: 32")
     flag("--output", type=Path, help="file to write; default: beside the checkpoint, named after the mode")
-    flag("--calibration_file", type=Path, help="a UTF-8 text such as the model is for")
-    flag("--calibration_seq_length", type=int, help="tokens of one; default: 2048, or what the model holds")
-    flag("--calibration_sequences", type=int, default=64, help="spread over the text; default: 64")
-    flag("--act_order", action="store_true", help="int4-gptq: columns of the largest inputs first")
+    flag("--calibration_file", type=Path, help="UTF-8 text for int4-gptq, similar to the texts that the model will see")
+    flag("--calibration_seq_length", type=int, help="tokens per sequence; default: 2048, or the model's limit if lower")
+    flag("--calibration_sequences", type=int, default=64, help="number of sequences from the text; default: 64")
+    flag("--act_order", action="store_true", help="with int4-gptq, quantise the columns of the largest inputs first")
     options = parser.parse_args(arguments)
     try:
         print(quantise(options))
     except KeyboardInterrupt:
         if options.calibration_file is not None:
-            print("\ninterrupted: the same command goes on after the last finished block", file=sys.stderr)
+            print("\ninterrupted: run the same command again to continue after the last block", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError) as error:
         return print_error(error)

@@ -5,8 +5,10 @@ This file depends on torch only, and can be copied into another repository.
 Shapes: N samples (rows), S positions of each, K candidate tokens of a draw, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +46,56 @@ class Filters(Protocol):
 
     @property
     def repetition_penalty(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class RowFilters:
+    """Sampling parameters that differ between rows, each [N,1]; a filter that is off keeps every token. most: how many
+    candidates to sort, the largest top_k; None: no row needs them sorted."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition_penalty: Tensor
+    most: int | None
+
+    @classmethod
+    def of(cls, rows: Sequence[Filters], vocabulary: int, device: torch.device) -> Self:
+        """Collect the parameters of rows."""
+
+        def column(values: Iterable[float | None], off: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([[off if value is None else value] for value in values], dtype=dtype, device=device)
+
+        drawn = [row for row in rows if row.temperature != 0]
+        sorts = any(row.top_k is not None or row.top_p is not None for row in drawn)
+        return cls(
+            column((row.temperature for row in rows), 1.0),
+            column((row.top_k for row in rows), vocabulary, torch.long),
+            column((row.top_p for row in rows), float("inf"), torch.float64),
+            column((row.min_p for row in rows), 0.0),
+            column((row.repetition_penalty for row in rows), 1.0),
+            max(row.top_k or vocabulary for row in drawn) if sorts else None,
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a change of rows to all parameters."""
+        columns = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        temperature, top_k, top_p, min_p, penalty = map(change, columns)
+        return type(self)(temperature, top_k, top_p, min_p, penalty, self.most)
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `candidates`, each row by its own parameters."""
+        ids = None
+        if self.most is not None:
+            logits, ids = logits.topk(min(self.most, logits.shape[-1]))  # descending [N,K]
+            places = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(places >= self.top_k, float("-inf"))
+        probs = (logits / self.temperature.masked_fill(self.temperature == 0, 1)).softmax(-1)
+        if ids is not None:
+            mass = probs.cumsum(-1, dtype=torch.float64)
+            probs = probs.masked_fill(mass - probs >= self.top_p * mass[:, -1:], 0)
+        return probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0), ids
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +169,13 @@ class UniformBlocks:
         return bool(((where >= self.first) & (where < self.first + self.block.shape[1])).all())
 
 
-def candidates(logits: Tensor, sampling: Filters) -> tuple[Tensor, Tensor | None]:
+def candidates(logits: Tensor, sampling: Filters | RowFilters) -> tuple[Tensor, Tensor | None]:
     """Return the distribution to draw from: probs [N,K] and their token ids [N,K].
 
     ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
     """
+    if isinstance(sampling, RowFilters):
+        return sampling.candidates(logits)
     ids = None
     if sampling.top_k is not None or sampling.top_p is not None:
         k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
@@ -138,7 +192,7 @@ def candidates(logits: Tensor, sampling: Filters) -> tuple[Tensor, Tensor | None
 def draw(
     logits: Tensor,
     uniform: Tensor,
-    sampling: Filters,
+    sampling: Filters | RowFilters,
     seen: Tensor = NOTHING,
     names: Tensor | None = None,
     numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
@@ -150,7 +204,8 @@ def draw(
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     tokens, logprobs = (torch.empty_like(uniform, dtype=each) for each in (torch.long, torch.float32))
     for part in (slice(first, first + rows) for first in range(0, len(logits), rows)):
-        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], sampling, names, numbers)
+        own = sampling.map(itemgetter(part)) if isinstance(sampling, RowFilters) else sampling
+        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], own, names, numbers)
     return tokens, logprobs
 
 
@@ -158,7 +213,7 @@ def draw_rows(
     logits: Tensor,
     uniform: Tensor,
     seen: Tensor,
-    sampling: Filters,
+    sampling: Filters | RowFilters,
     names: Tensor | None = None,
     numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
 ) -> tuple[Tensor, Tensor]:
@@ -172,12 +227,14 @@ def draw_rows(
     """
     logits = logits.float()
     scores = penalised(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
+    if not isinstance(sampling, RowFilters) and sampling.temperature == 0:
         index = scores.argmax(-1, keepdim=True)  # [N,1]
     else:
         probs, ids = candidates(scores, sampling)
         index = exponential_race(probs, numbers(uniform, named(ids, names, probs)))
         index = index if ids is None else ids.gather(-1, index)
+    if isinstance(sampling, RowFilters):
+        index = torch.where(sampling.temperature == 0, scores.argmax(-1, keepdim=True), index)
     token = index if names is None else names[index]
     return token[:, 0], (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0]
 
@@ -201,11 +258,11 @@ def exponential_race(probs: Tensor, numbers: Tensor) -> Tensor:
     return torch.div(probs, times, out=times).argmax(-1, keepdim=True)
 
 
-def seen_in(context: Sequence[int], rows: Tensor, penalty: float, vocabulary: int) -> Tensor:
-    """Build the mask of tokens in the context that rows [N] extend: bool [N,V], or [N,0] without a penalty."""
-    seen = torch.zeros(len(rows), vocabulary if penalty != 1 else 0, dtype=torch.bool, device=rows.device)
-    if seen.numel():
-        seen[:, torch.tensor(context, device=rows.device)] = True
+def seen_in(texts: Sequence[Sequence[int]], vocabulary: int, device: torch.device) -> Tensor:
+    """Build the mask of the tokens that occur in each row's text: bool [N,V]; vocabulary 0: [N,0], nothing is noted."""
+    seen = torch.zeros(len(texts), vocabulary, dtype=torch.bool, device=device)
+    for row, text in enumerate(texts if vocabulary else ()):
+        seen[row, torch.tensor(text, dtype=torch.long, device=device)] = True
     return seen
 
 
@@ -222,7 +279,7 @@ def seen_prefixes(seen: Tensor, tokens: Tensor) -> Tensor:
     return several
 
 
-def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalised(logits: Tensor, seen: Tensor, penalty: float | Tensor) -> Tensor:
     """Penalise tokens that already occur in a row, context included: logits [N,V] above 0 are divided by the penalty,
     others multiplied. seen: bool [N,V], so that a step keeps its shape; [N,0] if nothing is penalised.
 

@@ -62,11 +62,11 @@ class Shard:
         if not divides(world, heads, groups, widths):
             fits = [each for each in range(1, world) if world % each == 0 and divides(each, heads, groups, widths)]
             raise ValueError(
-                f"{heads} heads, {groups} for keys, and feed-forward widths of {', '.join(map(str, widths))} cannot be "
-                f"divided among {world} processes: give --tp {' or '.join(map(str, fits))} (1 makes replicas)"
+                f"{heads} heads, {groups} key/value heads and feed-forward widths {', '.join(map(str, widths))} do not "
+                f"divide among {world} processes: pass --tp {' or '.join(map(str, fits))} (1: one replica per process)"
             )
         if args.qk_norm_whole and world > 1:
-            raise ValueError("queries that are normalised over all heads cannot be divided: give --tp 1")
+            raise ValueError("this model normalises queries over all heads, which cannot be divided: pass --tp 1")
         each = replace(args, n_head=heads // world, n_kv_head=max(1, groups // world), mixture=mixture)
         return replace(each, hidden_dim=args.hidden_dim // world)
 

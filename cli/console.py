@@ -18,9 +18,10 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from engine.engine import Engine, Monitor
-from engine.plan import Plan, extends_context, human, peak_memory, release_freed_memory
+from engine.engine import Engine
+from engine.plan import Plan, human, peak_memory, release_freed_memory
 from engine.request import Request
+from engine.runner import Monitor
 from engine.samples import Piece, Ranked, Row, Sample, rank
 from layers.kernels import attention_kernel
 from layers.linear import kernels
@@ -66,7 +67,7 @@ class Stopwatch(Monitor):
         self.begin = self.last = time.perf_counter()
         self.prefill_s = self.first_token_s = 0.0
         self.step_s: list[float] = []
-        self.decode_tokens = self.waves = 0
+        self.decode_tokens = 0
         self.interrupted = False
         self.finished: list[Sample] = []
 
@@ -77,16 +78,14 @@ class Stopwatch(Monitor):
     def prefilled(self) -> None:
         self.prefill_s = self.lap()
 
-    def wave(self, rows: Sequence[Row]) -> None:
-        self.waves += 1
-        self.lap()
-
     def stepped(self, steps: int, tokens: int) -> None:
-        seconds = self.lap()
         if steps:
-            self.step_s += [seconds / steps] * steps
+            self.step_s += [self.lap() / steps] * steps
             self.decode_tokens += tokens
-        elif not self.first_token_s:
+        elif self.first_token_s:  # of samples that took the rows of others: a part of the next step
+            self.decode_tokens += tokens
+        else:
+            self.lap()
             self.first_token_s = self.last - self.begin
 
     def done(self, sample: Sample) -> None:
@@ -150,8 +149,7 @@ class Console(Stopwatch):
         self.marks: dict[str, Any] = {"settings": settings_of(options)} | ({} if turn is None else {"turn": turn})
         self.told: set[int] = set()  # indices of the samples already printed
         self.bar = Bar(self.options.quiet)
-        self.begun = 0  # steps before this wave
-        self.rows: Sequence[Row] = ()  # of this wave
+        self.rows: dict[int, Row] = {}  # unfinished samples, by index
         self.ranked: list[Ranked] = []  # what an interrupted run printed
 
     def hold(self) -> None:
@@ -160,6 +158,7 @@ class Console(Stopwatch):
 
     def done(self, sample: Sample) -> None:
         super().done(sample)
+        self.rows.pop(sample.index, None)
         if self.unranked:
             self.bar.clear()
             self.tell(sample)
@@ -177,17 +176,16 @@ class Console(Stopwatch):
         release_freed_memory(self.device)  # decoding needs blocks of other sizes
         super().prefilled()
 
-    def wave(self, rows: Sequence[Row]) -> None:
-        self.begun, self.rows = len(self.step_s), rows
-        super().wave(rows)
+    def started(self, row: Row) -> None:
+        self.rows[row.sample.index] = row
 
     def stepped(self, steps: int, tokens: int) -> None:
         super().stepped(steps, tokens)
         if self.step_s and not self.streams:
-            finished, total, length = len(self.finished), self.plan.workload.num_samples, self.options.max_new_tokens
-            in_wave = len(self.step_s) - self.begun
-            note = f"{counted(in_wave, 'step')}, {finished}/{total} samples finished"
-            self.bar.show((self.waves - 1 + in_wave / length) / self.plan.waves, note)
+            finished, total = len(self.finished), self.plan.workload.num_samples
+            begun = sum(len(row.sample.tokens) for row in self.rows.values()) / self.options.max_new_tokens
+            note = f"{counted(len(self.step_s), 'step')}, {finished}/{total} samples finished"
+            self.bar.show((finished + begun) / total, note)
 
     def show_live(self, pieces: Generator[Piece]) -> None:
         """Run to the end, printing text as it arrives if there is one sample. A compiled run prints after its first
@@ -232,7 +230,7 @@ class Console(Stopwatch):
         self.interrupted = kind is not None
         if kind is KeyboardInterrupt:
             finished = rank(self.earlier or self.finished, self.options.rank)
-            begun = [] if self.earlier else [row.cut() for row in self.rows if row.sample.finish_reason is None]
+            begun = [] if self.earlier else [row.cut() for row in self.rows.values()]
             best = rank([sample for sample in begun if sample.tokens])[:1]
             best = [replace(each, rank=len(finished) + 1) for each in best]
             self.ranked = finished[: self.options.top] + best
@@ -249,6 +247,20 @@ def sample_fields(place: dict[str, int], sample: Sample, marks: dict[str, Any]) 
 
 def placed(each: Ranked) -> dict[str, int]:
     return {"rank": each.rank, "sample": each.sample.index, "count": each.count}
+
+
+def largest_difference(
+    options: argparse.Namespace, engine: Engine, prompt: Sequence[int], samples: Sequence[Sample]
+) -> float:
+    """Score the samples that are printed again, in one pass each, and return the largest difference of a
+    log-probability."""
+    drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
+    scores = engine.score(prompt, [sample.tokens for sample in drawn])
+    return max(
+        abs(decoded - scored)
+        for sample, score in zip(drawn, scores, strict=True)
+        for decoded, scored in zip(sample.logprobs, score.logprobs, strict=True)
+    )
 
 
 def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt: str, marks: dict[str, Any]) -> None:
@@ -269,10 +281,9 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
 
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
     """Return the part of the report known before the run. quantised: the mode; None for unquantised weights."""
-    single = extends_context(engine.args, plan.workload, engine.device, engine.dtype, plan.rows_at_once)
     return {
         "attention": request.attention,
-        "attention_path": "one row: the context's own cache is extended" if single else PATHS[request.attention],
+        "attention_path": PATHS[request.attention],
         "attention_kernel": attention_kernel(engine.device, engine.dtype, engine.args.head_dim),
         "compiled": plan.compiled,
         "compile_reason": plan.compile_reason,
@@ -309,7 +320,7 @@ def measure(runs: Sequence[Stopwatch], plan: Plan, device: torch.device, compile
     peak, mapped = peak_memory(device)
     return {
         "interrupted": any(run.interrupted for run in runs),
-        "waves": plan.waves,
+        "rows": plan.rows_at_once,
         "prefill_s": prefill_s,
         "prefill_tokens_per_s": prefill_s and plan.workload.context / prefill_s,
         "first_token_s": statistics.median(run.first_token_s for run in reads) if reads else None,
@@ -337,7 +348,7 @@ def summary(report: dict, plan: Plan) -> str:
     how = "compiled" if report["compiled"] else "eager"
     held = report["quantised"] or "packed" * report["packed_weights"]
     packed = f", {held} weights" if held else ""
-    waves = f" in {plan.waves} waves" * (plan.waves > 1)
+    rows = f", {plan.rows_at_once} at a time," * (plan.workload.num_samples > plan.rows_at_once)
     replicas = f"{report['replicas']} replicas of " * (report["replicas"] > 1)
     processes = f", {replicas}{counted(report['tp'], 'process')}" * (report["tp"] * report["replicas"] > 1)
     drafted = ""
@@ -350,7 +361,7 @@ def summary(report: dict, plan: Plan) -> str:
     files = "" if mapped is None else f" beside {human(mapped)} of mapped files"
     samples, context = counted(report["num_samples"], "sample"), counted(report["context_tokens"], "token")
     return (
-        f"{samples}{waves} after {context}, seed {report['seed']}: "
+        f"{samples}{rows} after {context}, seed {report['seed']}: "
         f"{report['attention']} attention, {how}, {report['dtype']} on {report['device']}{packed}{processes}\n"
         f"prompt read in {number('prefill_s')} s, {number('decode_ms_per_step')} ms per step, "
         f"{number('tokens_per_s', '.0f')} tokens/s{drafted}\n"

@@ -13,20 +13,23 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cli.console import Bar, placed, sample_fields, settings_of
+from cli.options import as_number, as_texts, as_whole
 from cli.ranks import Ranks
-from cli.system import replica_files, without_newline
-from engine.batch import BatchStats, Outcome, Prompt
+from cli.system import replica_file, replica_files, without_newline
 from engine.chat import ChatEncoder, Messages, parse_messages
 from engine.plan import human
-from engine.samples import rank
+from engine.request import Request
+from engine.samples import Sample, rank
+from engine.scheduler import BatchStats, Outcome, Prompt
 from loading.checkpoint import Checkpoint
 from loading.files import companions, counted, decode_text, write_file
 from sampling import RULE
@@ -44,12 +47,26 @@ BLOCK, BLOCKS = 1 << 12, 1 << 12
 @dataclass(frozen=True)
 class Record:
     """One prompt of the input file. number: of its line, from 1. said: a text, or the messages of a conversation.
-    fields: copied to the output."""
+    fields: copied to the output. settings: those among them that change the request, by the name of its field."""
 
     number: int
     id: Id
     said: str | Messages
     fields: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> tuple[Any, ...]:
+        """Return what determines the samples, as plain values."""
+        said = self.said if isinstance(self.said, str) else asdict(self.said)
+        return (self.id, said, self.settings) if self.settings else (self.id, said)
+
+    def request(self, request: Request) -> Request | None:
+        """Return the request of this line; None: that of all. Raises ValueError if a setting is out of range."""
+        if not self.settings:
+            return None
+        own = {name: value for name, value in self.settings.items() if name in SAMPLING}
+        rest = {name: value for name, value in self.settings.items() if name not in SAMPLING}
+        return replace(request, **rest | {"sampling": replace(request.sampling, **own), "seed": None})
 
 
 def nests_deeper_than(value: object, levels: int) -> bool:
@@ -75,6 +92,37 @@ def parse_json(line: str) -> Any:
         raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
     text.encode()
     return value
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# Fields of a line that change its request: the request's name, the expected kind and its parser.
+SETTINGS: dict[str, tuple[str, str, Callable[[object], Any]]] = {
+    **{name: (name, "a number", as_number) for name in SAMPLING if name != "top_k"},
+    "top_k": ("top_k", "a whole number, 0 for off", lambda value: as_whole(value, 0) or None),
+    "max_new_tokens": ("max_new_tokens", "a whole number from 1 on", partial(as_whole, least=1)),
+    "max_tokens": ("max_new_tokens", "a whole number from 1 on", partial(as_whole, least=1)),
+    "n": ("num_samples", "a whole number from 1 on", partial(as_whole, least=1)),
+    "stop": ("stop", "a text or a list of texts", as_texts),
+}
+# Settings of other engines, refused by name instead of copied to the output.
+UNKNOWN = frozenset(
+    "best_of beam_width frequency_penalty length_penalty logit_bias min_new_tokens min_tokens num_beams "
+    "num_return_sequences num_samples presence_penalty stop_token_ids typical_p use_beam_search".split()
+)
+
+
+def parse_settings(fields: dict[str, Any]) -> dict[str, Any]:
+    """Parse the fields of a line that change its request. Raises ValueError if one is malformed or not known."""
+    if unknown := sorted(fields.keys() & UNKNOWN):
+        raise ValueError(f"the setting {unknown[0]} is not known: use {', '.join(SETTINGS)}")
+    found = {}
+    for name in fields.keys() & SETTINGS.keys():
+        target, kind, read = SETTINGS[name]
+        try:
+            found[target] = read(fields[name])
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name} {fields[name]!r} is not {kind}") from None
+    return dict(sorted(found.items()))
 
 
 MEANT = {"[": "write each part of the array on its own line", "{": "write each object on one line"}
@@ -112,7 +160,7 @@ def parse(number: int, line: str) -> Record:
     fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
     if taken := sorted(fields.keys() & RESERVED_FIELDS):
         raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
-    return Record(number, id, said, fields)
+    return Record(number, id, said, fields, parse_settings(fields))
 
 
 def parts_of(data: bytes, separator: str | None) -> list[bytes]:
@@ -147,14 +195,17 @@ def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list
     return list(found.values()), bad
 
 
-def encode(records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder) -> tuple[list[Prompt], list[str]]:
-    """Encode each prompt, messages with `spoken` and texts with `plain`; also return the errors of those that fail."""
+def encode(
+    records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder, request: Request
+) -> tuple[list[Prompt], list[str]]:
+    """Encode each prompt, messages with `spoken` and texts with `plain`; also return the errors of those that fail.
+    request: that of lines without settings."""
     prompts, bad = [], []
     for record in records:
         try:
             said = record.said
             tokens = plain.encode_turn(said) if isinstance(said, str) else spoken.encode_messages(said)
-            prompts.append(Prompt(record.id, tokens))
+            prompts.append(Prompt(record.id, tokens, record.request(request)))
         except ValueError as error:
             bad.append(f"line {record.number}: {error}")
     return prompts, bad
@@ -190,8 +241,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def digest_of(prompts: Iterable[tuple[Id, Any]]) -> str:
-    """Hash the id and the content of each prompt, given as plain values."""
+def digest_of(prompts: Iterable[tuple[Any, ...]]) -> str:
+    """Hash prompts, given as plain values."""
     digest = hashlib.sha256()
     for each in prompts:
         digest.update(json.dumps(each).encode())
@@ -321,19 +372,20 @@ def set_up_job(
     begun: ResumeState,
     checkpoint: Checkpoint,
     dialogue: ChatEncoder,
+    request: Request,
 ) -> Job:
     """Collect this replica's share of the remaining prompts. Raises ValueError if a line is invalid or another command
     started the output."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
     ends = [] if options.ignore_eos else dialogue.eos_ids
-    digest = digest_of((each.id, each.said if isinstance(each.said, str) else asdict(each.said)) for each in records)
+    digest = digest_of(each.plain() for each in records)
     how = {name: getattr(options, name) for name in ("num_samples", "top", "rank", "chat", "system")}
     header = make_header(checkpoint, options.seed, ends, digest, how | settings_of(options))
     if options.output is not None:
         check_header(options.output, begun, header)
     plain = dialogue if options.chat else ChatEncoder(dialogue.tokenizer, dialogue.vocab_size, None, None)
-    prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain)
+    prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain, request)
     skip_bad(bad, options)
     if not prompts and not begun.done:
         raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
@@ -434,6 +486,16 @@ def with_header(lines: Iterable[bytes], header: dict[str, Any]) -> Iterator[byte
         yield line if number else json.dumps({"header": header} | json.loads(line), ensure_ascii=False).encode() + b"\n"
 
 
+def end_output(output: Output, ranks: Ranks) -> None:
+    """Merge the files of all replicas into the output. Raises OSError."""
+    if not ranks.leads:
+        output.close()
+    ranks.wait()
+    if ranks.leads:
+        output.merge((replica_file(output.path, each) for each in range(1, ranks.replicas)), set())
+        output.close()
+
+
 class Progress:
     """Progress bar of a batch while it runs, and its report at the end."""
 
@@ -441,6 +503,7 @@ class Progress:
         self.bar, self.total, self.tally = Bar(quiet), total, tally
         self.bar.show(0.0, f"0/{total} prompts")
         self.begin, self.done, self.errors = time.perf_counter(), 0, 0
+        self.difference: float | None = None  # of a log-probability, by --selfcheck
 
     def show(self, outcome: Outcome) -> None:
         self.done, self.errors = self.done + 1, self.errors + (outcome.error is not None)
@@ -448,15 +511,21 @@ class Progress:
         note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
         self.bar.show(self.done / self.total, note)
 
-    def report(self, replicas: Sequence[tuple[BatchStats, int]]) -> dict[str, Any]:
-        """Build the report. replicas: statistics of each, and how many of its prompts were refused."""
+    def check(self, difference: float) -> None:
+        """Note the largest difference that --selfcheck has found."""
+        self.difference = max(difference, self.difference or 0.0)
+
+    def report(self, replicas: Sequence[tuple[BatchStats, int, float | None]]) -> dict[str, Any]:
+        """Build the report. replicas: statistics of each, how many of its prompts were refused, and the difference that
+        --selfcheck found."""
         tally, seconds = BatchStats(), time.perf_counter() - self.begin
-        for each, _ in replicas:
+        for each, *_ in replicas:
             tally.add(each)
+        checked = [difference for *_, difference in replicas if difference is not None]
         return {
             "rows": tally.rows,
             "prompts": tally.prompts,
-            "prompts_refused": sum(errors for _, errors in replicas),
+            "prompts_refused": sum(errors for _, errors, _ in replicas),
             "seconds": seconds,
             "tokens": tally.drawn,
             "tokens_per_s": tally.drawn / seconds,
@@ -465,7 +534,7 @@ class Progress:
             "context_tokens": tally.asked,
             "context_tokens_read": tally.read,
             "kv_spared_bytes": tally.kv_bytes_saved,
-        }
+        } | ({"selfcheck_max_difference": max(checked)} if checked else {})
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -490,6 +559,14 @@ def output_lines(outcome: Outcome, fields: dict[str, Any], options: argparse.Nam
     begin = {"id": outcome.prompt.id, **fields}
     if outcome.error is not None:
         return json.dumps(begin | {"rank": 1, "of": 1, "error": outcome.error}, ensure_ascii=False) + "\n"
+    if options.unranked:
+        return "".join(sample_line(begin, sample, len(outcome.samples)) for sample in outcome.samples)
     ranked = rank(outcome.samples, options.rank)[: options.top]
     lines = (begin | sample_fields(placed(each) | {"of": len(ranked)}, each.sample, {}) for each in ranked)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def sample_line(begin: dict[str, Any], sample: Sample, of: int) -> str:
+    """Return the line of a sample without a rank. begin: its first fields. of: samples of its prompt."""
+    line = begin | sample_fields({"sample": sample.index, "of": of}, sample, {})
+    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -66,7 +66,7 @@ def size(text: str) -> int:
     try:
         size = int(float(number) * units[text[len(number) :].strip().upper()])
     except (ValueError, KeyError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write 4GB or 512MiB") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: use, for example, 4GB or 512MiB") from None
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
     return size
@@ -77,68 +77,101 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([ntr\\])", lambda match: {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}[match[1]], text)
 
 
+def as_number(value: object) -> float:
+    """Convert to float, from text too: YAML reads 1e-3 as text. Raises TypeError or ValueError, as the next
+    three."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(value)
+    return float(value)
+
+
+def as_whole(value: object, least: int = -1) -> int:
+    found = as_number(value)
+    if not found.is_integer() or found < least:
+        raise ValueError(value)
+    return int(found)
+
+
+def as_switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def as_texts(value: object) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list | tuple) or not all(isinstance(text, str) for text in found):
+        raise TypeError(value)
+    return tuple(filter(None, found))
+
+
 def add_batch(flag: Callable[..., None]) -> None:
     """Add the flags of --prompts."""
-    lines = "draw for each prompt of a file: JSON lines, a text or {id, prompt} or {id, messages}; - is stdin"
+    lines = "JSON-lines file of prompts, each a text or {id, prompt or messages, temperature ...}; -: stdin"
     flag("--prompts", help=lines, metavar="FILE")
-    flag("--prompt_separator", help="the file is plain text, divided by this", metavar="TEXT", type=unescaped)
-    flag("--skip_bad", help="leave out lines that cannot be used", action="store_true")
-    flag("--output", help="append each prompt's samples to this file; default: stdout", type=Path)
-    flag("--resume", help="continue a killed run that has written to --output", action="store_true")
+    flag(
+        "--prompt_separator", help="separator of the prompts if the file is plain text", metavar="TEXT", type=unescaped
+    )
+    flag("--skip_bad", help="skip invalid lines; default: stop at the first", action="store_true")
+    flag("--output", help="file to append each prompt's samples to; default: stdout", type=Path)
+    flag("--resume", help="continue the interrupted run that wrote --output", action="store_true")
 
 
 def build_parser() -> OneLineParser:
     """Build the parser with all flags and defaults of the command line."""
-    parser = OneLineParser(description="Draw N samples of one prompt, whose key/value cache is read once per step.")
+    parser = OneLineParser(description="Generate N samples of one prompt, whose key/value cache is read once per step.")
     flag = parser.flag
     parser.section("model")
-    where = "model.pth, a model's folder, or OWNER/NAME of the Hugging Face Hub; default: checkpoints/tiny"
+    where = "model.pth, a model folder, or OWNER/NAME on the Hugging Face Hub"
     flag("--checkpoint_path", where, default=str(TINY), elsewhere="--model --model_path --model_id")
-    flag("--device", "cpu, cuda, cuda:1; auto is cuda where there is one", default="auto")
+    flag("--device", "device: cpu, cuda or cuda:1; auto: cuda if there is a GPU", default="auto")
     dtypes = ("auto", "bfloat16", "float16", "float32")
-    flag("--dtype", "auto is bfloat16 where the hardware has it, else float32", choices=dtypes, default="auto")
+    flag("--dtype", "data type; auto: bfloat16 if the hardware has it, else float32", choices=dtypes, default="auto")
     parser.section("prompt")
-    flag("--prompt", f"text; default: what is piped in, or {STORY!r}")
-    flag("--prompt_file", "the prompt is this UTF-8 file, to its last byte; - is stdin")
-    flag("--keep_newline", "of stdin; default: one newline at its end, which echo adds, goes", action="store_true")
-    flag("--synthetic_prompt", "a prompt of T random tokens", type=int, metavar="T")
-    flag("--interactive", "several turns; the context grows by what you keep", action="store_true")
-    chat = "send texts as messages, in the model's chat template; default: in --interactive where it has one"
+    flag("--prompt", f"text of the prompt; default: stdin if it is piped, otherwise {STORY!r}")
+    flag("--prompt_file", "UTF-8 file with the prompt, used to its last byte; -: stdin")
+    flag("--keep_newline", "keep the last newline of stdin; default: remove it", action="store_true")
+    flag("--synthetic_prompt", "use T random tokens as the prompt", type=int, metavar="T")
+    flag("--interactive", "chat over several turns, each continuing the reply that you keep", action="store_true")
+    chat = "send the prompt as a message in the model's chat template; default: only in --interactive, if there is one"
     flag("--chat", chat, action=argparse.BooleanOptionalAction)
-    flag("--system", "in a chat, what precedes the first message", metavar="TEXT", elsewhere="--system_prompt")
+    flag("--system", "system message of a chat", metavar="TEXT", elsewhere="--system_prompt")
     flag("--pick", "in --interactive, choose the reply to keep by its number", action="store_true")
     parser.section("many prompts")
     add_batch(flag)
     parser.section("sampling")
     drawn, others = Request(), "--num_return_sequences --num_sequences"
     names = "--num_samples", "--parallel_samples"
-    flag("-n", "samples drawn in parallel", *names, type=int, default=drawn.num_samples, elsewhere=others)
-    flag("--top", "print only the K best; default: all", type=int)
+    flag("-n", "number of samples drawn in parallel", *names, type=int, default=drawn.num_samples, elsewhere=others)
+    flag("--top", "number of samples to print, best first; default: all", type=int)
     others = "--max_tokens --max_length --n_predict"
-    flag("--max_new_tokens", "per sample", type=int, default=drawn.max_new_tokens, elsewhere=others)
-    ranks = "ended: finished samples before truncated ones; mean: by mean log-probability alone"
+    flag("--max_new_tokens", "limit of new tokens per sample", type=int, default=drawn.max_new_tokens, elsewhere=others)
+    ranks = "order of the samples; ended: those cut by length last, then as mean; mean: by mean log-probability"
     flag("--rank", ranks, choices=("ended", "mean"), default="ended")
-    flag("--temperature", "0 takes the most likely token", type=float, default=drawn.sampling.temperature)
-    flag("--top_k", "draw from the k most likely tokens; 0 is off", type=int, default=drawn.sampling.top_k)
-    flag("--top_p", "draw from the fewest tokens that hold this mass", type=float)
-    flag("--min_p", "draw from tokens at least this likely, relative to the likeliest", type=float)
-    penalty = "of tokens that the text or its prompt has already; above 1 they become less likely"
+    flag("--temperature", "sampling temperature; 0: most likely token", type=float, default=drawn.sampling.temperature)
+    flag("--top_k", "draw from the k most likely tokens; 0: off", type=int, default=drawn.sampling.top_k)
+    flag("--top_p", "draw from the fewest tokens whose probabilities sum to this; default: off", type=float)
+    flag("--min_p", "draw from tokens at least this likely relative to the most likely one; default: off", type=float)
+    penalty = "penalty on tokens that the prompt or the sample already has; above 1: less likely, 1: off"
     flag("--repetition_penalty", penalty, type=float, default=drawn.sampling.repetition_penalty)
-    flag("--seed", "same seed, same samples; default: a new one, which stderr names", type=int)
-    stop = r"end a sample before this text; \n, \t and \\ are read as escapes; repeatable"
+    flag("--seed", "seed of the random numbers; default: a new one, printed on stderr", type=int)
+    stop = r"end a sample before this text; \n, \t and \\ are escapes; may be repeated"
     flag("--stop", stop, action="append", default=[], metavar="TEXT", type=unescaped, elsewhere="--stop_strings")
-    flag("--ignore_eos", "continue past the end of text, to max_new_tokens", action="store_true")
+    flag("--ignore_eos", "continue after end-of-text tokens, up to --max_new_tokens", action="store_true")
     parser.section("execution")
-    flag("--attention", "how the samples hold the context", choices=LAYOUT_NAMES, default=drawn.attention)
-    flag("--kv_dtype", "of the context's keys and values; auto: --dtype", choices=("auto", "int8"), default="auto")
-    flag("--compile", "the decode step; default: where it pays", action=argparse.BooleanOptionalAction)
-    flag("--compile_prefill", "pays for many prompts in one process", action="store_true")
-    flag("--draft", "prompt, layers:K or medusa PATH proposes tokens", nargs="+", default=[], metavar=("KIND", "PATH"))
-    flag("--draft_checkpoint_path", "a model of the same vocabulary that proposes tokens", metavar="PATH")
-    flag("--speculate_k", "tokens that a draft proposes for a step, or auto; default: 4")
-    flag("--prefill_chunk", "tokens of the prompt read at a time", type=int, default=drawn.prefill_chunk)
-    flag("--max_memory", "of a process, such as 4GB; default: what is free", type=size)
-    parts = "under torchrun, processes that hold one network; default: those of a machine"
+    layouts = "layout of the context; bifurcated: shared by all samples; contiguous, expanded: a copy for each"
+    flag("--attention", layouts, choices=LAYOUT_NAMES, default=drawn.attention)
+    cached = "data type of the context's keys and values; auto: same as --dtype"
+    flag("--kv_dtype", cached, choices=("auto", "int8"), default="auto")
+    flag("--compile", "compile the decode step; default: if it pays", action=argparse.BooleanOptionalAction)
+    flag("--compile_prefill", "compile the prefill as well; pays for many prompts in one process", action="store_true")
+    kinds = "draft for speculative decoding: prompt, layers:K or medusa PATH"
+    flag("--draft", kinds, nargs="+", default=[], metavar=("KIND", "PATH"))
+    flag("--draft_checkpoint_path", "draft model for speculative decoding, of the same vocabulary", metavar="PATH")
+    flag("--speculate_k", "number of tokens that a draft proposes per step, or auto; default: 4")
+    flag("--prefill_chunk", "number of prompt tokens read at a time", type=int, default=drawn.prefill_chunk)
+    flag("--max_memory", "memory limit of each process, such as 4GB; default: what is free", type=size)
+    parts = "under torchrun, number of processes that hold one network together; default: those of a machine"
     flag("--tp", parts, type=int, elsewhere="--tensor_parallel_size")
     flag("--plan", "print the memory plan and run nothing", action="store_true")
     parser.section("output")
@@ -148,16 +181,17 @@ def build_parser() -> OneLineParser:
 
 def output_flags(flag: Callable[..., None]) -> None:
     """Add the flags of the section "output"."""
-    form = "jsonl is one object a line, best first; default: text, with --prompts jsonl"
+    form = "jsonl: one JSON object per line, best first; default: text, with --prompts jsonl"
     flag("--format", form, choices=("text", "jsonl"))
-    flag("--unranked", "with --format jsonl, print each sample when it is finished", action="store_true")
+    flag("--unranked", "with --format jsonl, print each sample as soon as it is finished", action="store_true")
     flag("--echo", "print the prompt before each sample", action="store_true")
-    flag("--report", "write the report as JSON to this file", type=Path)
-    flag("--verbose", "the whole report on stderr, not three lines of it", action="store_true")
-    flag("--num_runs", "timed repetitions, with the same samples", type=int, default=1)
-    flag("--profile", "write a chrome trace of the run to this file", type=Path)
-    flag("--selfcheck", "score the printed samples again, all their tokens in one pass", action="store_true")
-    flag("--quiet", "no progress and no report on stderr", action="store_true")
+    flag("--report", "JSON file to write the report to", type=Path)
+    flag("--verbose", "print the whole report on stderr instead of three lines", action="store_true")
+    flag("--num_runs", "number of timed repetitions with the same samples", type=int, default=1)
+    flag("--profile", "file to write a Chrome trace of the run to", type=Path)
+    again = "score the printed samples again in one pass and report the largest difference"
+    flag("--selfcheck", again, action="store_true")
+    flag("--quiet", "print no progress and no report on stderr", action="store_true")
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -199,46 +233,45 @@ def check_options(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"{name} {getattr(options, name)} must be at least 1")
     if options.interactive and (options.report or options.selfcheck or options.num_runs > 1):
-        raise ValueError("--report, --selfcheck and --num_runs are for one prompt: leave them out of --interactive")
+        raise ValueError("--report, --selfcheck and --num_runs cannot be combined with --interactive: remove them")
     if options.kv_dtype == "int8" and options.interactive:
-        raise ValueError("--kv_dtype int8 is for one prompt: leave it out of --interactive")
+        raise ValueError("--kv_dtype int8 cannot be combined with --interactive: remove it")
     if options.pick and not options.interactive:
-        raise ValueError("--pick chooses between the replies of a turn: add --interactive")
+        raise ValueError("--pick needs --interactive")
     if options.echo and (options.interactive or options.chat or options.format == "jsonl" or options.synthetic_prompt):
-        raise ValueError("--echo is for a plain text: leave out --interactive, --chat, --format or --synthetic_prompt")
-    if options.unranked and (options.format != "jsonl" or options.top or options.pick):
-        raise ValueError("--unranked prints objects as they come: add --format jsonl, leave out --top and --pick")
+        raise ValueError("--echo cannot be combined with --interactive, --chat, --format jsonl or --synthetic_prompt")
+    if options.unranked and (options.format != "jsonl" and options.prompts is None or options.top or options.pick):
+        raise ValueError("--unranked needs --format jsonl, and cannot be combined with --top or --pick")
     if options.interactive and options.verbose:
-        raise ValueError("--verbose shows the report of one prompt: leave it out of --interactive")
+        raise ValueError("--verbose cannot be combined with --interactive: remove it")
     if options.synthetic_prompt and (options.chat or options.interactive):
-        raise ValueError("--synthetic_prompt is no message: leave out --chat or --interactive")
+        raise ValueError("--synthetic_prompt cannot be combined with --chat or --interactive")
     given = [
         name for name in ("prompt", "prompt_file", "prompts", "synthetic_prompt") if getattr(options, name) is not None
     ]
     if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} are both given: give one")
+        raise ValueError(f"--{given[0]} and --{given[1]} cannot be combined: pass one of them")
     if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
-        raise ValueError("--keep_newline is for a prompt from stdin: leave it out")
+        raise ValueError("--keep_newline is for a prompt from stdin: remove it")
     check_batch(options)
 
 
 def check_batch(options: argparse.Namespace) -> None:
     """Raise ValueError if flags conflict with --prompts or require it."""
     alone = {
-        "interactive": False, "echo": False, "selfcheck": False, "num_runs": 1, "attention": "bifurcated",
-        "kv_dtype": "auto", "draft": [], "draft_checkpoint_path": None, "repetition_penalty": 1.0, "unranked": False,
+        "interactive": False, "echo": False, "num_runs": 1,
     }  # fmt: skip
     many = {"prompt_separator": None, "skip_bad": False, "output": None, "resume": False}
     for name, default in alone.items() if options.prompts is not None else many.items():
         if getattr(options, name) != default:
-            way = "is for one prompt: leave out" if name in alone else "is for many prompts: give"
+            way = "cannot be combined with" if name in alone else "needs"
             raise ValueError(f"--{name} {way} --prompts")
     if options.prompts is not None and options.format == "text":
-        raise ValueError("--format text is for one prompt: leave it out, --prompts writes jsonl")
+        raise ValueError("--format text cannot be combined with --prompts, which writes jsonl: remove it")
     if options.prompt_separator == "":
-        raise ValueError("--prompt_separator is empty: give what stands between two prompts")
+        raise ValueError("--prompt_separator is empty: pass the text that separates two prompts")
     if options.resume and options.output is None:
-        raise ValueError("--resume continues a file: add --output")
+        raise ValueError("--resume needs --output, the file to continue")
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -251,7 +284,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     names = [identity(path) or path.resolve() for path in outputs]
     for path, name in zip(outputs, names, strict=True):
         if names.count(name) > 1:
-            raise ValueError(f"two of --report, --profile and --output are {path}: give two files")
+            raise ValueError(f"two of --report, --profile and --output are {path}: choose different files")
 
 
 def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> None:
@@ -261,7 +294,7 @@ def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> No
     files = {identity(Path(path)) for path in read if path is not None}
     for path in (options.report, options.profile, options.output):
         if path is not None and (found := identity(path)) is not None and found in files:
-            raise ValueError(f"{path} is the prompt, or belongs to the model: it would be replaced, give another file")
+            raise ValueError(f"{path} is an input and would be overwritten: choose another output file")
 
 
 def read_prompts(options: argparse.Namespace) -> bytes:
@@ -269,7 +302,7 @@ def read_prompts(options: argparse.Namespace) -> bytes:
     try:
         return read_bytes(None if options.prompts == "-" else Path(options.prompts))
     except OSError as error:
-        raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): give a file") from error
+        raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): pass a text file") from error
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -278,7 +311,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     text, name = options.prompt, options.prompt_file
     if name is None and (text is not None or options.synthetic_prompt or options.interactive):
         if text == "":
-            raise ValueError("the prompt is empty: give some text")
+            raise ValueError("the prompt is empty: pass some text")
         return text
     if name is None and sys.stdin.isatty():
         return STORY
@@ -286,11 +319,11 @@ def read_prompt(options: argparse.Namespace) -> str | None:
         piped = name in (None, "-")
         data = read_bytes(None if piped else Path(name or ""))
     except OSError as error:
-        raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): give a text file") from error
+        raise ValueError(f"--prompt_file {name} cannot be read ({error.strerror}): pass a text file") from error
     try:
         text = decode_text(without_newline(data) if piped and not options.keep_newline else data)
     except ValueError as error:
         raise ValueError(f"the prompt in {'stdin' if piped else name} is {error}") from error
     if text == "" and name is not None:
-        raise ValueError("the prompt is empty: give some text")
+        raise ValueError("the prompt is empty: pass some text")
     return text or STORY

@@ -106,7 +106,9 @@ class Ranks:
         """Return the indices of the samples that this replica draws; the first replicas draw the most. Raises
         ValueError if there are fewer samples than replicas."""
         if 0 < total < self.replicas:
-            raise ValueError(f"-n {total} is less than one for each of {self.replicas} replicas: give a larger --tp")
+            raise ValueError(
+                f"-n {total} is less than one sample for each of {self.replicas} replicas: pass a larger -n or --tp"
+            )
         begin, end = (-(-replica * total // self.replicas) for replica in (self.replica, self.replica + 1))
         return range(begin, end)
 
@@ -131,7 +133,7 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     they cannot be divided so, or if a machine has too few devices."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if tp not in (None, 1):
-            raise ValueError(f"--tp {tp} takes as many processes: torchrun --nproc_per_node={tp} generate.py ...")
+            raise ValueError(f"--tp {tp} needs {tp} processes: run torchrun --nproc_per_node={tp} generate.py ...")
         return Ranks()
     rank, world, local, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -155,7 +157,7 @@ def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
     if world % each or (tp is None and len(set(machines)) > 1):
         fits = " or ".join(str(number) for number in range(1, world + 1) if world % number == 0)
         raise ValueError(
-            f"{world} processes cannot be divided into groups of {each}: give --tp {fits} (1 makes replicas)"
+            f"{world} processes cannot be divided into groups of {each}: pass --tp {fits} (1: one replica per process)"
         )
     return each
 
@@ -166,7 +168,8 @@ def take_device(device: torch.device, local: int) -> None:
         return
     if device.index is not None or local >= torch.cuda.device_count():
         raise ValueError(
-            f"{device} for process {local} of {torch.cuda.device_count()} devices: one each, --device cuda"
+            f"{device} is not available to process {local} ({torch.cuda.device_count()} GPUs): pass --device cuda and "
+            "start at most one process per GPU"
         )
     torch.cuda.set_device(local)
 
@@ -176,7 +179,7 @@ def lost_rank(error: BaseException) -> str | None:
     known = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
     if not dist.is_initialized() or not known:
         return None
-    return f"rank {dist.get_rank()} lost another, which has ended or cannot be reached"
+    return f"rank {dist.get_rank()} lost the connection to another rank, which has exited or cannot be reached"
 
 
 def leave() -> None:

@@ -51,7 +51,9 @@ class Stream:
     def failed(self, error: OSError) -> None:
         if isinstance(error, BrokenPipeError):
             raise error
-        raise OSError(f"stdout cannot be written ({error.strerror}): make room, or send it elsewhere") from error
+        raise OSError(
+            f"stdout cannot be written ({error.strerror}): free up disk space, or redirect it elsewhere"
+        ) from error
 
     def write(self, text: str) -> int:
         clear_status()
@@ -219,7 +221,7 @@ def read_bytes(path: Path | None) -> bytes:
             if not (part := file.read(1 << 20)):
                 return bytes(data)
             data += part
-    raise ValueError(f"{path or 'stdin'} has not ended after {len(data)} bytes: give a shorter prompt")
+    raise ValueError(f"{path or 'stdin'} is longer than {len(data)} bytes: pass a shorter prompt")
 
 
 def without_newline(data: bytes) -> bytes:
@@ -237,7 +239,7 @@ def check_writable(path: Path) -> None:
     except OSError:  # name too long, symlink loop
         fits = False
     if not (fits and os.access(os.path.dirname(target), os.W_OK)):
-        raise ValueError(f"{path} cannot be written: give a plain file in a folder that exists")
+        raise ValueError(f"{path} cannot be written: choose a regular file in an existing folder")
 
 
 def replica_file(output: Path, replica: int) -> Path:
@@ -255,4 +257,4 @@ def replica_files(output: Path) -> list[Path]:
 def check_new(output: Path) -> None:
     """Raise ValueError if an earlier run has started this output."""
     if found := [each for each in (output, *replica_files(output)) if each.exists()]:
-        raise ValueError(f"{found[0]} exists: add --resume to continue it, or give another file")
+        raise ValueError(f"{found[0]} already exists: pass --resume to continue it, or choose another file")

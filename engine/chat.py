@@ -10,8 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -20,9 +19,11 @@ from threading import Lock, Timer
 from typing import Any, NamedTuple
 
 from cache import KVCache
-from engine.engine import SILENT, Engine, Monitor, Run
+from engine.engine import Engine
 from engine.request import Request, check_tokens
+from engine.runner import SILENT, Monitor
 from engine.samples import Piece, Sample, continuation_text
+from engine.scheduler import Given, Outcome, Scheduler, pieces_of, samples_of
 from loading.files import check_plain, read_text
 from loading.tokenizer import JSONTokenizer, Tokenizer, continued, read_metadata
 
@@ -74,7 +75,7 @@ class Renderer:
             if not answer:
                 self.stop(child)
                 raise ValueError(
-                    f"its process has ended (status {child.returncode}): it may take {RENDERING_SECONDS} s of CPU time "
+                    f"rendering was stopped (status {child.returncode}): it may use {RENDERING_SECONDS} s of CPU time "
                     f"and {RENDERING_MEMORY >> 20} MB of memory"
                 )
         if "error" in answer:
@@ -112,15 +113,15 @@ def parse_messages(said: object, tools: object = None) -> Messages:
     Raises ValueError naming the malformed message.
     """
     if not isinstance(said, list) or not said:
-        raise ValueError("messages are not a list of objects with role and content")
+        raise ValueError("messages must be a list of objects with role and content")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(each, dict) for each in tools)):
-        raise ValueError("the tools beside messages are not a list of objects")
+        raise ValueError("the tools beside messages must be a list of objects")
     return Messages([parse_message(number, each) for number, each in enumerate(said, 1)], tools or None)
 
 
 def parse_message(number: int, said: object) -> Message:
     if not isinstance(said, dict) or not isinstance(said.get("role"), str):
-        raise ValueError(f"message {number} is not an object with role and content")
+        raise ValueError(f"message {number} must be an object with role and content")
     message = {name: value for name, value in said.items() if value is not None}
     content = message.get("content")
     if isinstance(content, list):
@@ -129,7 +130,7 @@ def parse_message(number: int, said: object) -> Message:
                 raise ValueError(f"message {number} ({said['role']}) has content that is not text: {str(part)[:40]!r}")
         content = message["content"] = "".join(part["text"] for part in content)
     if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
-        raise ValueError(f"message {number} ({said['role']}) has no content: give a text, or parts of type text")
+        raise ValueError(f"message {number} ({said['role']}) has no content: expected a text, or parts of type text")
     return message
 
 
@@ -159,9 +160,9 @@ class Chat:
             return renderer().render(self.tool_use if said.tools and self.tool_use else self.template, values)
         except (ValueError, TypeError, OSError) as error:  # TypeError: a value that JSON cannot encode
             roles = [message["role"] for message in said.turns]
-            hint = "; leave the system prompt out if that is what it refuses" if "system" in roles else ""
+            hint = "; if it rejects the system message, remove that" if "system" in roles else ""
             raise ValueError(
-                f"the chat template cannot render {', '.join(roles)}: {error}{hint} (or --no-chat)"
+                f"the chat template failed on the messages {', '.join(roles)}: {error}{hint} (or pass --no-chat)"
             ) from error
 
 
@@ -193,15 +194,17 @@ def read_chat(folder: Path, default: Chat | None = None) -> Chat | None:
             check_plain(each)
             templates[name] = read_text(each)
         if wrong := [text for text in templates.values() if not isinstance(text, str)]:
-            raise TypeError(f"{wrong[0]!r} is not a template")
+            raise TypeError(f"{wrong[0]!r} is not a string")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"no chat template can be read in {folder}: {error!r}; fetch its files again") from error
+        raise ValueError(
+            f"the chat template in {folder} cannot be read ({error!r}): download its files again"
+        ) from error
     if not templates:
         return default
     if "default" not in templates:
         names = ", ".join(sorted(map(str, templates)))
         raise ValueError(
-            f"the chat templates in {folder} are named {names}, none of them default: put the one to use into {path}"
+            f"none of the chat templates in {folder} is named default ({names}): copy the one to use to {path}"
         )
     bos, eos = metadata.get("bos_token") or "", metadata.get("eos_token") or ""
     legacy = metadata.get("legacy") is not False
@@ -341,14 +344,14 @@ def check_all_written(chat: Chat, said: Messages, sentinel: str) -> None:
     ]
     rendered = chat.render(Messages(turns, tag(said.tools, "tools")))
     if dropped := [what for each, what in tags.items() if each not in rendered]:
-        raise ValueError(f"the chat template drops the {dropped[0]}: leave it out, or take another template")
+        raise ValueError(f"the chat template drops the {dropped[0]}: remove it, or use another template")
 
 
 def split_at(chat: Chat, said: Messages, sentinel: str, add_generation_prompt: bool = True) -> tuple[str, str]:
     """Render, and split the text at `sentinel`, which stands in the assistant's content."""
     before, found, rest = chat.render(said, add_generation_prompt).rpartition(sentinel)
     if not found:
-        raise ValueError("the chat template drops what the assistant said: talk to this model without its template")
+        raise ValueError("the chat template drops the assistant's reply: pass --no-chat")
     return before, rest
 
 
@@ -356,7 +359,7 @@ def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
     """Render up to the last word of the last message, like transformers' continue_final_message."""
     *before, last = said.turns
     if last.get("tool_calls"):
-        raise ValueError("the last message calls tools: add what they answer, or leave the calls out")
+        raise ValueError("the last message has tool calls: add the tools' answers, or remove the calls")
     text = last["content"]
     turns = [*before, last | {"content": f"{text}{sentinel}\t"}]
     begin, rest = split_at(chat, replace(said, turns=turns), sentinel, add_generation_prompt=False)
@@ -367,7 +370,7 @@ def unfinished(chat: Chat, said: Messages, sentinel: str) -> str:
 def after_reply(chat: Chat, tokenizer: Tokenizer, messages: Sequence[Message], user: str) -> tuple[str, str]:
     """Return what the template writes between the last reply and the reply to `user`, and the mark (see `defused`)."""
     if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("the last message is not the assistant's: a turn follows a reply")
+        raise ValueError("the last message is not the assistant's: add its reply before the next turn")
     said = Messages([*messages, {"role": "user", "content": user}])
     mark, sentinel = unused(chat, said)
     check_all_written(chat, said, sentinel)
@@ -402,7 +405,7 @@ def choose_chat(folder: Path, tokenizer: Tokenizer, asked: bool | None, interact
     default = LLAMA2 if asked and {"<s>", "</s>"} <= tokenizer.specials.keys() else None
     chat = read_chat(folder, default)
     if asked and chat is None:
-        raise ValueError(f"no chat template in {folder}: leave out --chat, or put chat_template.jinja there")
+        raise ValueError(f"no chat template found in {folder}: remove --chat, or put chat_template.jinja there")
     return chat
 
 
@@ -411,7 +414,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, chat: Chat | None, system: str | None) -> None:
         if system is not None and chat is None:
-            raise ValueError("--system is a part of a chat: add --chat, or put it into the prompt")
+            raise ValueError("--system needs a chat: pass --chat, or put its text into the prompt")
         self.tokenizer, self.vocab_size, self.chat, self.system = tokenizer, vocab_size, chat, system
         self.messages: list[Message] = []
         self.bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -426,7 +429,9 @@ class ChatEncoder:
         try:
             (text + (self.system or "")).encode()
         except UnicodeEncodeError as error:  # surrogates: Python's form of bytes that are not UTF-8
-            raise ValueError(f"the text is not UTF-8 (character {error.start}): convert it") from error
+            raise ValueError(
+                f"the text is not UTF-8 (invalid at character {error.start}): convert it to UTF-8"
+            ) from error
         if self.chat is not None and self.messages:
             tokens = next_tokens(self.chat, self.tokenizer, self.messages, text)
         elif self.chat is not None:
@@ -438,7 +443,7 @@ class ChatEncoder:
     def encode_messages(self, messages: Messages | Sequence[Message]) -> list[int]:
         """Encode a whole conversation, with the system prompt first unless it has one. Raises as `encode_turn`."""
         if self.chat is None:
-            raise ValueError("messages need a chat template: leave out --no-chat")
+            raise ValueError("messages need a chat template: remove --no-chat")
         said = messages if isinstance(messages, Messages) else parse_messages(list(messages))
         if self.system is not None and said.turns[0]["role"] != "system":
             said = replace(said, turns=[{"role": "system", "content": self.system}, *said.turns])
@@ -468,7 +473,7 @@ class Conversation:
 
     def __init__(self, engine: Engine, request: Request) -> None:
         if request.kv_dtype != "auto":
-            raise ValueError(f"kv_dtype {request.kv_dtype}: a context that grows is not held so, give auto")
+            raise ValueError(f"kv_dtype {request.kv_dtype} is not supported in a conversation: use auto")
         self.engine, self.request = engine, request
         self.context = KVCache.empty(engine.args.kv_shape, 1, 0, engine.model.norm.weight)
         self.history: list[int] = []  # tokens of the context, then the pending ones
@@ -494,30 +499,31 @@ class Conversation:
 
     def turn(self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None) -> list[Sample]:
         """Read the user's tokens and draw replies. Raises ValueError, with nothing changed, if they do not fit."""
-        run = Run(self.engine, request or self.request, [*self.history, *tokens], monitor)
-        deque(self.draw(run), maxlen=0)
-        return run.samples
+        return samples_of(self.draw(self.scheduler(tokens, monitor, request), live=False))
 
     def stream(
         self, tokens: Sequence[int], monitor: Monitor = SILENT, request: Request | None = None
     ) -> Generator[Piece]:
         """Stream `turn`: yield pieces of text as they are drawn."""
-        return self.draw(Run(self.engine, request or self.request, [*self.history, *tokens], monitor), live=True)
+        return pieces_of(self.draw(self.scheduler(tokens, monitor, request), live=True))
 
-    def draw(self, run: Run, live: bool = False) -> Generator[Piece]:
-        scaling, end = self.engine.args.rope_scaling, len(run.history)
+    def scheduler(self, tokens: Sequence[int], monitor: Monitor, request: Request | None) -> Scheduler:
+        return self.engine.single([*self.history, *tokens], request or self.request, monitor)
+
+    def draw(self, run: Scheduler, live: bool) -> Iterator[Piece | Outcome]:
+        history = run.prompts[0][0].tokens
+        scaling, end = self.engine.args.rope_scaling, len(history)
         if scaling is not None and scaling.regime(self.read) != scaling.regime(end):
             self.context.resize(0)  # its keys would now be rotated differently
         slots = self.context.slots
         try:
-            self.context.resize(end, end + run.own_slots if run.extends else 0)
-            new = run.history[slots:]
-            logits = self.engine.prefill(self.context, new, self.request.prefill_chunk, run.monitor)
-            slots, self.history, self.read = end, list(run.history), end
+            self.context.resize(end)
+            hidden = self.engine.prefill(self.context, history[slots:], self.request.prefill_chunk, run.monitor)
+            slots, self.history, self.read = end, list(history), end
             self.replies = {}
-            yield from run.draw(self.context, logits, live, self.replies)
+            yield from run.run(live, Given(self.context, hidden), self.replies)
         finally:
-            self.context.resize(slots)  # drop slots not read, or drawn in place
+            self.context.resize(slots)  # drop slots that were not read
 
     def keep(self, reply: Sample) -> None:
         """Continue from this reply of the last turn: move its keys and values into the context."""

@@ -17,8 +17,6 @@ from cache import KVCache
 from layers.notices import Notice, showing
 from sampling import NOTHING
 
-MAX_COMPILED_LINKS = 3  # the most links for which a step is compiled: each chain length is a graph of its own
-
 
 class StepInput(NamedTuple):
     """Inputs of a decode step besides the cache. tokens [N,1] at input_pos [N,1]. samples [N]: the sample index of each
@@ -38,7 +36,7 @@ Recording = tuple[Callable[[], None], tuple[Tensor, Tensor]]
 
 def compiled(step: Step) -> Step:
     """Compile a step, at its first call, to one graph for every N >= 2, S >= 2, context and capacity. It runs eagerly
-    behind a long chain, and for chain layouts beyond torch.compile's recompile limit."""
+    for chain layouts beyond torch.compile's recompile limit."""
     from torch._dynamo.exc import FailOnRecompileLimitHit  # a second of imports, needed to compile anyway
 
     def own(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,6 @@ def compiled(step: Step) -> Step:
     graph, first = torch.compile(own, fullgraph=True, dynamic=False), [showing("compiling")]
 
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-        if len(cache.links) > MAX_COMPILED_LINKS:
-            warn_once(f"a context of more than {MAX_COMPILED_LINKS} parts: its steps run uncompiled")
-            return step(inputs, cache)
         mark_dynamic(inputs, cache)
         try:
             with first.pop() if first else nullcontext():

@@ -4,8 +4,8 @@ Without this file all samples still share one context. Shapes: N rows, S positio
 L slots of one cache, D head dimension.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def copied(
 
 
 class Int8Context(KVCache):
-    """Read-only context in int8: half the bytes of bfloat16 while N samples decode from it.
+    """Read-only contexts in int8: half the bytes of bfloat16 while samples decode from them.
 
     One scale per head and token, in the dtype of the network: the largest magnitude in a key or value becomes 127. Each
     channel of the keys is first divided by the square root of its largest magnitude: a few channels may be much larger
@@ -73,21 +73,38 @@ class Int8Context(KVCache):
     not be restored. What the samples decode stays in the dtype of the network.
     """
 
-    def __init__(self, context: KVCache) -> None:
+    def __init__(
+        self, like: Tensor, layers: int, shape: tuple[int, int, int, int], start: Tensor, reserve: int = 0
+    ) -> None:
+        """Allocate as a KVCache; `store` fills the rows."""
+        rows, heads, slots, head_dim = shape
+        self.start, self.like, self.links = start, like.new_empty(0), ()
+        room = rows, heads, max(slots, reserve) + 1  # one slot more, as in KVCache
+        self.buffers = [[like.new_empty((*room, head_dim), dtype=torch.int8) for _ in range(layers)] for _ in range(2)]
+        self.buffers += [[like.new_zeros((*room, 1)) for _ in range(layers)] for _ in range(2)]
+        self.k_channel = [like.new_ones((rows, heads, 1, head_dim)) for _ in range(layers)]
+        self.resize(slots)
+
+    @classmethod
+    def of(cls, context: KVCache) -> Self:
         """Replace `context`, which is emptied layer by layer, so that at most one layer is stored twice."""
+        k = context.k[0]
+        made = cls(context.like, len(context.k), (*k.shape,), context.start)
+        made.links = context.links
+        made.store(slice(None), context)
+        return made
 
-        def taken(
-            views: list[Tensor], buffers: list[Tensor], channels: list[Tensor]
-        ) -> Iterator[tuple[Tensor, Tensor]]:
-            for channel in channels:
+    def store(self, row: int | slice, context: KVCache) -> None:
+        """Quantise a context into a row (or rows); it is emptied layer by layer."""
+        for layer, channel in enumerate(self.k_channel):
+            k, v = context.k.pop(0), context.v.pop(0)
+            for buffers in context.buffers:
                 buffers.pop(0)
-                yield quantized(views.pop(0), channel)
-
-        self.start, self.links, self.like = context.start, context.links, context.like
-        self.k_channel = [channel_sizes(k) for k in context.k]
-        ones = [self.start.new_ones((), dtype=self.like.dtype)] * len(context.v)
-        self.k, self.k_scale = map(list, zip(*taken(context.k, context.buffers[0], self.k_channel), strict=True))
-        self.v, self.v_scale = map(list, zip(*taken(context.v, context.buffers[1], ones), strict=True))
+            channel[row] = channel_sizes(k)[0 if isinstance(row, int) else row]
+            for side, (values, divisor) in enumerate(((k, channel[row]), (v, v.new_ones(())))):
+                found = quantized(values[0] if isinstance(row, int) else values, divisor)  # int8, scales
+                for buffers, each in zip(self.buffers[side::2], found, strict=True):
+                    buffers[layer][row, ..., : k.shape[2], :] = each
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -98,10 +115,17 @@ class Int8Context(KVCache):
         k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
         return k * self.k_channel[layer], v
 
+    def resize(self, slots: int, reserve: int = 0) -> None:
+        """Make the first `slots` slots visible. Raises TypeError if they were not reserved."""
+        if max(slots, reserve) >= self.buffers[0][0].shape[2]:
+            self.refuse()
+        views = [[buffer[:, :, :slots] for buffer in buffers] for buffers in self.buffers]
+        self.k, self.v, self.k_scale, self.v_scale = views
+
     def refuse(self, *_: object) -> NoReturn:
         raise TypeError("a context in int8 is only read: fork it, and write to the fork")
 
-    resize = keep = append = row = write = refuse  # type: ignore[assignment]
+    keep = append = row = write = refuse  # type: ignore[assignment]
 
 
 def channel_sizes(keys: Tensor) -> Tensor:
@@ -111,7 +135,7 @@ def channel_sizes(keys: Tensor) -> Tensor:
 
 
 def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise a tensor [N,G,L,D], after division by `channel` -> int8 [N,G,L,D], scales [N,G,L,1] in the tensor's
+    """Quantise a tensor [...,L,D], after division by `channel` -> int8 [...,L,D], scales [...,L,1] in the tensor's
     dtype. All-zero vectors stay zero."""
     numbers = tensor.float() / channel.float()
     scale = (numbers.abs().amax(-1, keepdim=True) / 127).to(tensor.dtype)  # rounded before it is used
@@ -119,8 +143,15 @@ def quantized(tensor: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.div_(divisor).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
+CONTIGUOUS = "contiguous"
+
 # How N rows store one context: (context, N, visible slots, slots to reserve) -> cache. Bifurcated is the engine's own;
 # contiguous, a copy for each row, and expanded, a copy at each step, are baselines.
 LAYOUTS: dict[str, Callable[[KVCache, int, int, int], KVCache]] = dict(
     zip(LAYOUT_NAMES, (KVCache.fork, copied, SDPACache.fork), strict=True)
 )
+
+
+def own_cache(layout: str) -> type[KVCache]:
+    """Return the class of the cache that a layout's rows decode into."""
+    return KVCache if layout == "bifurcated" else SDPACache

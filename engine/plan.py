@@ -195,7 +195,8 @@ def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """Execution plan of a workload. Sizes are in bytes. rows_at_once: samples decoded together; more run in waves."""
+    """Execution plan of a workload. Sizes are in bytes. rows_at_once: samples decoded together; others take the rows of
+    those that have finished."""
 
     workload: Workload
     weights: WeightSizes
@@ -211,20 +212,16 @@ class Plan:
     compile_reason: str
     packed: bool
     packed_tied: int  # packed copy of a tied output
-    needed: int  # peak memory: the larger of prefill and of decoding one wave
-
-    @property
-    def waves(self) -> int:
-        return -(-self.workload.num_samples // self.rows_at_once)
+    needed: int  # peak memory: the larger of prefill and of decoding
 
     @property
     def decoded(self) -> int:
-        """Decoded keys and values of one wave at full length."""
+        """Decoded keys and values of all rows at full length."""
         return self.decoded_per_sample * self.rows_at_once
 
     @property
     def workspace(self) -> int:
-        """Scores, logits and context copies of one wave."""
+        """Scores, logits and context copies of a step."""
         return self.space.decoding(self.rows_at_once) + self.copied_per_sample * self.rows_at_once
 
     @property
@@ -238,21 +235,20 @@ class Plan:
         if (mixture := self.space.args.mixture) is None:
             return ""
         number = mixture.expected(self.rows_at_once)
-        return f", of {number:.1f} of {mixture.experts} experts a layer, assuming uniform routing"
+        return f", {number:.1f} of {mixture.experts} experts per layer, assuming uniform routing"
 
     def __str__(self) -> str:
-        rows = counted(self.rows_at_once, "sample")
-        twice = f"  and {human(self.packed_tied)} of the tied output, packed" if self.packed_tied else ""
+        rows = f"{self.rows_at_once} of {counted(self.workload.num_samples, 'sample')}"
+        twice = f"  and {human(self.packed_tied)} for a packed copy of the tied output" if self.packed_tied else ""
         return "\n".join(
             (
                 f"weights                     {human(self.weights.total):>10}{twice}",
-                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} while read",
+                f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} in prefill",
                 f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
-                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} while read",
+                f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} in prefill",
                 f"an unshared K/V cache       {human(self.unshared):>10}  with a copy of the context for each sample",
-                f"read by a step              {human(self.per_step):>10}  halfway{self.experts_read}",
+                f"read per step               {human(self.per_step):>10}  at half length{self.experts_read}",
                 f"available                   {human(self.available):>10}",
-                f"waves                       {self.waves:>10}",
             )
         )
 
@@ -297,13 +293,11 @@ def plan_run(
 
     if needed(1) > available:
         raise ValueError(
-            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} while it "
-            f"is read), {human(available)} is available: shorten the prompt, or raise --max_memory"
+            f"one sample needs {human(needed(1))} (weights {human(weights.total)}, context K/V {human(read)} during "
+            f"prefill), but {human(available)} is available: shorten the prompt, or raise --max_memory"
         )
     rows = bisect_right(range(1, work.num_samples + 1), available, key=needed)
-    waves = -(-work.num_samples // rows)
-    rows = -(-work.num_samples // waves)  # equal waves
-    steps = work.runs * waves * work.max_new_tokens
+    steps = work.runs * -(-work.num_samples // rows) * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
     compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
@@ -356,15 +350,8 @@ def out_of_memory(error: BaseException, flags: str = "--max_memory, -n or --pref
     told = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
     if not told:
         return None
-    why = next(iter(str(error).splitlines()), "") or "no memory is left"
-    return ValueError(f"{why}: give a lower {flags}")
-
-
-def extends_context(args: ModelArgs, work: Workload, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Return whether rows that decode together need no fork: a single row extends the context's own cache, a chain of
-    one. The fused kernel that splits long keys over a GPU takes no mask, so there the context stays separate."""
-    alone = (rows, work.attention, work.kv_dtype) == (1, "bifurcated", "auto")
-    return alone and not has_fused(device, dtype, args.head_dim)
+    why = next(iter(str(error).splitlines()), "") or "out of memory"
+    return ValueError(f"{why}: lower {flags}")
 
 
 def human(size: float) -> str:
@@ -455,18 +442,20 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known: use cpu or cuda") from error
+        raise ValueError(f"unknown device {name!r}: use cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: use cpu or cuda")
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices were found; cpu is")
+        raise ValueError(
+            f"device {name!r} not found ({torch.cuda.device_count()} CUDA devices available): use another, or cpu"
+        )
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Resolve --dtype: auto is bfloat16, except on a CPU without instructions for it. Raises ValueError if unknown."""
     if name not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"dtype {name!r} is not known: use auto, bfloat16, float16 or float32")
+        raise ValueError(f"unknown dtype {name!r}: use auto, bfloat16, float16 or float32")
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
@@ -518,7 +507,7 @@ def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: f
     if asked is False:
         return False, "--no-compile"
     if not has_compiler():
-        return False, "no C++ compiler, or no Python.h, was found: running eagerly"
+        return False, "no C++ compiler or no Python.h found: running eagerly"
     if asked:
         return True, "--compile"
     decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER

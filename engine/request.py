@@ -89,7 +89,8 @@ class Workload:
 class Request:
     """Generation request. seed: same seed, same samples; None: random for each call, and recorded in its samples.
     attention: one of LAYOUT_NAMES. eos_ids: None: the engine's. stop: stop strings. prefill_chunk: prompt tokens per
-    prefill step. rows_at_once: most rows that decode together, more run in waves; None: as memory allows.
+    prefill step. rows_at_once: most rows that decode together, which more samples take in turn; None: as memory
+    allows.
     kv_dtype: of the context's keys and values during decoding: auto, the network's, or int8. first_index: index of the
     first sample: a replica generates only a part of them."""
 

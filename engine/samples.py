@@ -46,12 +46,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Piece:
-    """Streaming chunk: a sample's new text and tokens. finish_reason: None while generating."""
+    """Streaming chunk: a sample's new text and tokens. finish_reason: None while generating. prompt: its id in a
+    batch."""
 
     sample: int
     text: str
     tokens: tuple[int, ...]
     finish_reason: str | None
+    prompt: str | int = 0
 
 
 @dataclass(frozen=True)
@@ -237,9 +239,9 @@ class Row:
                 sample.text = continuation_text(self.tokenizer, self.history, sample.tokens)
         return sample
 
-    def piece(self, before: int) -> Piece:
+    def piece(self, before: int, prompt: str | int = 0) -> Piece:
         """Return what is new since the sample had `before` tokens. Text that may begin a stop string is held back."""
         sample, text = self.sample, self.sample.text or ""
         end = len(text) if sample.finish_reason is not None else max(self.shown, len(text) - self.ending.held)
         shown, self.shown = self.shown, end
-        return Piece(sample.index, text[shown:end], tuple(sample.tokens[before:]), sample.finish_reason)
+        return Piece(sample.index, text[shown:end], tuple(sample.tokens[before:]), sample.finish_reason, prompt)

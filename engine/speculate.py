@@ -8,7 +8,7 @@ and Chen et al. 2023 (arXiv 2302.01318). A draft that samples uses the target's 
 nearly as often as by their rule, which would make samples depend on the draft (drafter-invariant speculation: Daliri
 et al. 2024, arXiv 2408.07978; its cost: docs/benchmarks.md).
 
-Shapes: N rows, k proposals, S = k + 1 positions of a step, V vocabulary.
+Shapes: C rows, k proposals, S = k + 1 positions of a step, V vocabulary.
 """
 
 import math
@@ -28,42 +28,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache import KVCache
-from engine.engine import SILENT, Engine, PlainDecoder, Run, StepOutput
+from engine.contexts import Contexts
 from engine.graphs import RecordedStep, Step, StepInput, compiled
 from engine.plan import WeightSizes, Workload
+from engine.request import Request
+from engine.runner import ModelRunner
+from engine.samples import Row
+from engine.scheduler import ActivePrompt, PlainDecoder, Seat, StepOutput
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
-from sampling import NOTHING, UniformBlocks, seen_prefixes
+from sampling import NOTHING, RowFilters, UniformBlocks, seen_prefixes
 from tp import WHOLE, VocabularyEmbedding
 
 DEFAULT_K, LARGEST_K = 4, 16  # proposals per step: the default; the most that `auto` tries
 
 
 class Draft:
-    """Base class of drafts: created once, loaded for an engine by `place`, copied for a run by `read` (shared by its
-    waves) and for a wave by `begin`. weights, token_bytes: bytes of its weights, and of its K/V per token."""
+    """Base class of drafts: created once, loaded for a runner by `place`, copied for a batch by `begin`. weights,
+    token_bytes: bytes of its weights, and of its K/V per token."""
 
     name = ""
     longest = 1 << 20  # most proposals per step
     weights = token_bytes = 0
 
-    def place(self, engine: Engine, rows: int) -> None:
+    def place(self, runner: ModelRunner, rows: int) -> None:
         """Load weights for steps of `rows` rows."""
-
-    def read(self, run: Run) -> Self:
-        return copy(self)
 
     def begin(self, rows: "SpeculativeDecoder") -> Self:
         return copy(self)
 
     def propose(self, rows: "SpeculativeDecoder", k: int) -> Tensor | None:
-        """Return tokens [N,k] for the positions after each row's last one; None if there is nothing to propose."""
+        """Return tokens [C,k] for the positions after each row's last one; None if there is nothing to propose."""
         raise NotImplementedError
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Compact to the given rows."""
 
 
 class DraftController:
@@ -139,45 +137,42 @@ class DraftController:
 
 
 class SpeculativeDecoder(PlainDecoder):
-    """Speculative decoder of one wave: each row advances by its accepted tokens. The host waits for every step.
+    """Speculative decoder: each row advances by its accepted tokens. The host waits for every step.
 
-    token, input_pos [N,1]: the last token of each row, not yet run. text [N,L]: the tokens from position run.begin on.
-    hidden [N,1,dim]: the last layer's output for the token before it; None: unknown. behind: the most positions of a
-    row that the target has run and the draft has not.
+    hidden [C,1,dim]: the last layer's output for the token before each row's last one; None: unknown. behind: the most
+    positions of a row that the target has run and the draft has not.
     """
 
-    def __init__(self, speculation: "Speculation", run: Run, cache: KVCache, samples: Tensor) -> None:
-        super().__init__(run, cache, samples)
-        self.speculation, self.run, self.model = speculation, run, run.engine.model
+    def __init__(self, speculation: "Speculation", *given: Any) -> None:
+        """given: as for a PlainDecoder."""
+        super().__init__(*given)
+        self.speculation, self.model, self.cache = speculation, self.runner.model, self.contexts.cache
         self.width, self.pace, self.numbers = speculation.width, speculation.pace, UniformBlocks()
-        self.base, self.behind = run.begin - int(cache.start[0]), 0
-        self.text = samples.new_zeros(len(samples), run.own_slots + 1)
-        self.hidden: Tensor | None = None
-        self.arange = partial(torch.arange, device=samples.device)
+        self.behind = 0
+        self.hidden: Tensor | None = self.model.norm.weight.new_zeros(len(self.seats), 1, self.model.args.dim)
+        self.arange = partial(torch.arange, device=self.token.device)
         self.verify = self.network(self.model)
-        self.draft = speculation.of(run).begin(self)
-        self.warm = not run.plan.compiled
+        self.draft = speculation.draft.begin(self)
+        self.warm = not self.plan.compiled
         self.pace.restart()
 
     def network(self, model: Transformer, layers: int | None = None) -> Step:
-        return self.speculation.network(model, layers, self.run.plan.compiled)
-
-    @property
-    def view(self) -> int:
-        """Own slots of a row that a step reads."""
-        return self.cache.slots - self.base
+        return self.speculation.network(model, layers, self.plan.compiled)
 
     def draw(
         self, logits: Tensor, where: Tensor, seen: Tensor = NOTHING, names: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Draw tokens and their log-probabilities at positions `where` [N,S] from logits [N,S,V]. A draft leaves `seen`
+        """Draw tokens and their log-probabilities at positions `where` [C,S] from logits [C,S,V]. A draft leaves `seen`
         empty. names [V]: token ids of the logits, for a draft with a reduced vocabulary."""
-        numbers = self.numbers(self.seed, self.samples, where).flatten()
-        tokens, logprobs = self.engine.draw(logits.flatten(0, 1), numbers, self.sampling, seen.flatten(0, 1), names)
-        return self.shard.broadcast(tokens).view_as(where), logprobs.view_as(where)
+        numbers, filters = self.numbers(self.seeds, self.samples, where).flatten(), self.filters()
+        if isinstance(filters, RowFilters):
+            filters = filters.map(lambda each: each.repeat_interleave(where.shape[1], 0))
+        drawn = self.runner.draw(logits.flatten(0, 1), numbers, filters, seen.flatten(0, 1), names)
+        tokens, logprobs = self.agreed(drawn)
+        return tokens.view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:
-        """Return the draft's proposals [N,k]. Ranks of a sharded network take the first rank's, since all must agree
+        """Return the draft's proposals [C,k]. Ranks of a sharded network take the first rank's, since all must agree
         on a step's tokens, and on whether it drafts."""
         proposals = self.draft.propose(self, k)
         if self.shard.world == 1:
@@ -185,15 +180,16 @@ class SpeculativeDecoder(PlainDecoder):
         agreed = self.shard.broadcast(self.token.new_full((len(self.token), k), -1) if proposals is None else proposals)
         return None if int(agreed[0, 0]) < 0 else agreed
 
-    def first(self, logits: Tensor, position: int) -> StepOutput:
-        drawn = super().first(logits, position)
-        self.text[:, :1] = drawn[0]
-        return drawn
+    def seat(self, rows: Sequence[int]) -> None:
+        super().seat(rows)
+        for row in rows:
+            if self.hidden is not None and (seat := self.seats[row]) is not None and seat.held.hidden is not None:
+                self.hidden[row] = seat.held.hidden
 
-    def next(self, token: Tensor, input_pos: Tensor) -> StepOutput:
-        self.token, self.input_pos, proposals = token, input_pos, None
+    def next(self) -> StepOutput:
+        self.input_pos, proposals = self.input_pos.minimum(self.last), None
         if not self.warm:  # run both paths, so that all compilation is in the first step
-            self.check(token.expand(-1, self.pace.k))
+            self.check(self.token.expand(-1, self.pace.k))
             self.draft.propose(self, self.pace.k)
             self.warm = True
         begin, drafts = self.speculation.clock(), self.pace.plain_left == 0
@@ -201,12 +197,12 @@ class SpeculativeDecoder(PlainDecoder):
             proposals = self.proposed(self.pace.k)
         proposed = self.speculation.clock()
         if proposals is None:
-            tokens, logprobs, count = super().next(token, input_pos)
+            tokens, logprobs, count = super().next()
             self.hidden = None
         else:
             tokens, logprobs, count = self.check(proposals)
+            self.token, self.input_pos = tokens.gather(1, count[:, None] - 1), self.input_pos + count[:, None]
         size, counts = tokens.shape[1], count.tolist()
-        self.text.scatter_(1, input_pos + 1 - self.run.begin + self.arange(size), tokens)
         # If all k proposals were accepted, the draft has not run the last one.
         self.behind = self.behind + 1 if proposals is None else int(max(counts) == size)
         seconds = self.speculation.clock() - begin
@@ -214,26 +210,25 @@ class SpeculativeDecoder(PlainDecoder):
         return F.pad(tokens, (0, self.width - size)), F.pad(logprobs, (0, self.width - size)), count
 
     def check(self, proposals: Tensor) -> StepOutput:
-        """Verify proposals [N,k]: draw the tokens after each row's last one and after each proposal, and count them up
+        """Verify proposals [C,k]: draw the tokens after each row's last one and after each proposal, and count them up
         to and including the first that differs from its proposal."""
-        inputs = torch.cat([self.token, proposals], 1)  # [N,S]
+        inputs = torch.cat([self.token, proposals], 1)  # [C,S]
         where = self.input_pos + self.arange(inputs.shape[1])
-        logits, hidden = self.verify(StepInput(inputs, where, self.samples, self.seed), self.cache)
-        seen = seen_prefixes(self.seen, inputs)  # [N,S,V]
+        logits, hidden = self.verify(StepInput(inputs, where, self.samples, self.seeds), self.cache)
+        seen = seen_prefixes(self.seen, inputs)  # [C,S,V]
         tokens, logprobs = self.draw(logits, where + 1, seen)
-        right = (tokens[:, :-1] == proposals).long().cumprod(1).sum(1)  # [N]
+        right = (tokens[:, :-1] == proposals).long().cumprod(1).sum(1)  # [C]
         self.hidden, self.seen = (each[self.arange(len(right)), right] for each in (hidden[:, :, None], seen))
         return tokens, logprobs, right + 1
 
     def keep(self, rows: Sequence[int]) -> None:
         super().keep(rows)
-        self.draft.keep(rows)
-        self.text, self.hidden = self.text[rows], None if self.hidden is None else self.hidden[rows]
+        self.hidden = None if self.hidden is None else self.hidden[rows]
         self.pace.restart()
 
 
 class Speculation:
-    """Decoding with a draft (Engine.decoder), and its statistics."""
+    """Decoding with a draft (ModelRunner.decoder), and its statistics."""
 
     def __init__(self, draft: Draft, k: int | None = DEFAULT_K) -> None:
         """k: proposals per step; None: adaptive. Raises ValueError if the draft cannot propose that many."""
@@ -242,16 +237,15 @@ class Speculation:
             raise ValueError(f"speculate_k {k} must be at least 1{most}, or auto")
         self.draft, self.k, self.pace = draft, k, DraftController(k, min(draft.longest, LARGEST_K))
         self.width = 1 + (k or self.pace.longest)
-        self.runs: WeakKeyDictionary[Run, Draft] = WeakKeyDictionary()
         self.steps: dict[tuple[Transformer, int | None], Step] = {}
 
-    def place(self, engine: Engine, rows: int) -> None:
-        """Load the draft for an engine (Engine.use), for steps of `rows` rows."""
-        self.draft.place(engine, rows)
-        self.device, self.shard = engine.device, engine.shard
+    def place(self, runner: ModelRunner, rows: int) -> None:
+        """Load the draft for a runner (ModelRunner.use), for steps of `rows` rows."""
+        self.draft.place(runner, rows)
+        self.device, self.shard = runner.device, runner.shard
 
-    def __call__(self, run: Run, cache: KVCache, samples: Tensor) -> PlainDecoder:
-        return SpeculativeDecoder(self, run, cache, samples)
+    def __call__(self, *given: Any) -> SpeculativeDecoder:
+        return SpeculativeDecoder(self, *given)
 
     def heavier(self, weights: WeightSizes) -> WeightSizes:
         """Add the draft's weights to the target's."""
@@ -261,12 +255,6 @@ class Speculation:
         if args.rope_scaling is not None and args.rope_scaling.by_length:
             raise ValueError(f"{args.rope_scaling.kind} rope scaling turns all positions of a step alike: no --draft")
         return replace(work, drafted=self.width - 1, draft_token=self.draft.token_bytes)
-
-    def of(self, run: Run) -> Draft:
-        """Return the draft with the run's context read."""
-        if run not in self.runs:
-            self.runs[run] = self.draft.read(run)
-        return self.runs[run]
 
     def network(self, model: Transformer, layers: int | None, is_compiled: bool) -> Step:
         """Return a step of the model's first `layers` layers, compiled once for any number of positions."""
@@ -301,75 +289,83 @@ class Speculation:
 
 
 def forward(model: Transformer, layers: int | None, inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-    """Return logits [N,S,V], and the last layer's output that they come from [N,S,dim]."""
+    """Return logits [C,S,V], and the last layer's output that they come from [C,S,dim]."""
     hidden = model.hidden(inputs.tokens, inputs.input_pos, cache, layers)
     return model.logits(hidden), hidden
 
 
+Grams = dict[tuple[int, ...], int]  # n-grams of a text: the position after the latest occurrence of each
+
+
+class RowIndex:
+    """n-grams of what one sample has decoded. source: the position whose token a running match proposes next; 0: none.
+    end: the text's length at that time. indexed: the text's length up to which n-grams are noted."""
+
+    def __init__(self, begin: int) -> None:
+        self.grams: Grams = {}
+        self.source, self.end, self.indexed = 0, begin, begin
+
+
 class PromptDraft(Draft):
     """Prompt look-up (Saxena 2023): proposes what followed the latest earlier occurrence of a row's last n-gram, in its
-    own text or in the context. The index of the context is built once per run."""
+    own text or in its context. The index of a context is built once."""
 
     name, sizes = "prompt", (3, 2)  # n-gram lengths, in order of look-up
-    context: Tensor
-    vocabulary: int
-    index: dict[int, tuple[Tensor, Tensor]]
-    source: Tensor
-    end: Tensor
-
-    def read(self, run: Run) -> Self:
-        mine = copy(self)
-        mine.vocabulary = run.engine.args.vocab_size
-        mine.context = torch.tensor(run.history, device=run.engine.device)  # [T]
-        mine.index = {n: mine.keys(mine.context, n).sort(stable=True) for n in self.sizes if n <= len(mine.context)}
-        return mine
+    indices: WeakKeyDictionary[ActivePrompt, Grams]
+    rows: WeakKeyDictionary[Row, RowIndex]
 
     def begin(self, rows: SpeculativeDecoder) -> Self:
         mine = copy(self)
-        mine.source = mine.end = torch.zeros_like(rows.samples)[:, None]  # [N,1]
+        mine.indices, mine.rows = WeakKeyDictionary(), WeakKeyDictionary()
         return mine
 
-    def keys(self, tokens: Tensor, n: int) -> Tensor:
-        """Encode each n-gram as one integer: [...,L] -> [...,L-n+1]. Three tokens of 2^20 each fit into 63 bits."""
-        windows = tokens.unfold(-1, n, 1)  # [...,L-n+1,n]
-        return (windows * self.vocabulary ** torch.arange(n, device=tokens.device)).sum(-1)
-
-    def tokens(self, rows: SpeculativeDecoder, where: Tensor) -> Tensor:
-        """Return the tokens of each row at its positions `where` [N,S]."""
-        T = len(self.context)
-        own = rows.text.gather(1, (where - T).clamp_min(0))
-        return torch.where(where < T, self.context[where.clamp(0, T - 1)], own)
-
-    def followed(self, rows: SpeculativeDecoder, n: int, end: Tensor) -> Tensor:
-        """Return the position [N,1] after the latest n-gram equal to the n tokens before `end`; 0: there is none."""
-        context, key = self.context, self.keys(self.tokens(rows, end - rows.arange(n, 0, -1)), n)  # [N,1]
-        before = context[len(context) - min(len(context), n - 1) :]  # an n-gram may begin in the context
-        text = torch.cat([before.expand(len(end), -1), rows.text[:, : rows.view]], 1)
-        keys = self.keys(text, n)
-        after = len(context) - len(before) + n + rows.arange(keys.shape[1])
-        own = torch.where((keys == key) & (after < end), after, 0).amax(1, keepdim=True)
-        if n not in self.index:
-            return own
-        ordered, places = self.index[n]
-        at = (torch.searchsorted(ordered, key, right=True) - 1).clamp_min(0)  # the last of equal keys
-        return torch.where((own == 0) & (ordered[at] == key), places[at] + n, own)
-
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
-        end = rows.input_pos + 1  # [N,1]
-        moved, self.end = self.source + end - self.end, end  # continue the last match while it agrees
-        last = rows.arange(1, 3)
-        agrees = (self.tokens(rows, moved - last) == self.tokens(rows, end - last)).all(1, keepdim=True)
-        self.source = torch.where(agrees & (self.source > 0), moved, 0)
-        for n in self.sizes:
-            if (self.source == 0).any() and n <= len(self.context) + 1:
-                self.source = torch.where(self.source == 0, self.followed(rows, n, end), self.source)
-        if not self.source.any():
+        found = [None if seat is None else self.propose_row(seat, k) for seat in rows.seats]
+        if not any(found):
             return None
-        found = torch.where(self.source == 0, end - 1, self.source)
-        return self.tokens(rows, found + rows.arange(k) % (end - found))  # a match shorter than k repeats
+        last = rows.token[:, 0].tolist()
+        return torch.tensor([each or [token] * k for each, token in zip(found, last, strict=True)]).to(
+            rows.token.device
+        )
 
-    def keep(self, rows: Sequence[int]) -> None:
-        self.source, self.end = self.source[rows], self.end[rows]
+    def propose_row(self, seat: Seat, k: int) -> list[int] | None:
+        """Return what followed the row's last n-gram; None if it did not occur before."""
+        context, own = seat.held.prompt.tokens, seat.row.sample.tokens
+        T, end = len(context), len(context) + len(own)
+        row = self.rows.setdefault(seat.row, RowIndex(T))
+        recent = max(0, row.indexed - max(self.sizes))  # the text from here on, of which n-grams are noted
+        text = [*context[recent:], *own[max(0, recent - T) :]]
+        for after in range(row.indexed + 1, end):  # an n-gram may begin in the context; the last one does not count
+            self.note(row.grams, text, recent, after)
+        row.indexed = end - 1
+        source, row.end = row.source + end - row.end, end  # continue the last match while it agrees
+
+        def token(position: int) -> int:
+            return context[position] if position < T else own[position - T]
+
+        if not (row.source and [token(source - 2), token(source - 1)] == text[-2:]):
+            source = self.look_up(seat, row, text)
+        row.source = source
+        return [token(source + ahead % (end - source)) for ahead in range(k)] if source else None  # short ones repeat
+
+    def look_up(self, seat: Seat, row: RowIndex, text: list[int]) -> int:
+        """Return the position after the latest n-gram equal to the text's last; 0: there is none."""
+        context = seat.held.prompt.tokens
+        if seat.held not in self.indices:
+            grams = self.indices[seat.held] = {}
+            for after in range(1, len(context) + 1):
+                self.note(grams, context, 0, after)
+        for n in self.sizes:
+            gram = tuple(text[-n:])
+            if found := row.grams.get(gram, 0) or self.indices[seat.held].get(gram, 0):
+                return found
+        return 0
+
+    def note(self, grams: Grams, text: Sequence[int], first: int, after: int) -> None:
+        """Note the n-grams that end before the position `after`. first: position of the text's first token."""
+        for n in self.sizes:
+            if after - first >= n:
+                grams[tuple(text[after - first - n : after - first])] = after
 
 
 def sound(draft: Draft, tokens: Tensor, logprobs: Tensor) -> Tensor:
@@ -384,21 +380,22 @@ class LayersDraft(Draft):
     the target's cache: verification overwrites their keys and values."""
 
     step: Step
-    cache: KVCache
+    chain: Contexts
 
     def __init__(self, layers: int) -> None:
         self.name, self.layers = f"layers:{layers}", layers
 
     def begin(self, rows: SpeculativeDecoder) -> Self:
         mine = copy(self)
-        mine.step, mine.cache = rows.network(rows.model, self.layers), rows.cache
+        mine.step, mine.chain = rows.network(rows.model, self.layers), rows.contexts
         return mine
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         tokens, logprobs = [rows.token], []
         for ahead in range(k):
             where = rows.input_pos + ahead
-            logits, _ = self.step(StepInput(tokens[-1], where, rows.samples, rows.seed), self.cache)  # [N,1,V]
+            inputs = StepInput(tokens[-1], where, rows.samples, rows.seeds)
+            logits, _ = self.step(inputs, self.chain.cache)  # [C,1,V]
             token, logprob = rows.draw(logits[..., : rows.model.args.vocab_size], where + 1)
             tokens.append(token)
             logprobs.append(logprob)
@@ -410,9 +407,7 @@ class ModelDraft(LayersDraft):
     more or fewer rows than the target's: the surplus rows are padding."""
 
     PART = 32  # positions to catch up at a time
-    engine: Engine
-    context: KVCache
-    base: int  # slots before the rows' own
+    runner: ModelRunner
 
     def __init__(
         self, args: ModelArgs, load: Callable[..., Transformer], weights: int = 0, token_bytes: int = 0
@@ -421,39 +416,37 @@ class ModelDraft(LayersDraft):
         self.name, self.layers, self.args, self.load = "model", args.n_layer, args, load
         self.weights, self.token_bytes = weights, token_bytes
 
-    def place(self, engine: Engine, rows: int) -> None:
-        model = self.load(engine.device, engine.dtype, rows)
-        if self.args.vocab_size < engine.args.vocab_size:  # tokens that only the target has embed as 0
+    def place(self, runner: ModelRunner, rows: int) -> None:
+        model = self.load(runner.device, runner.dtype, rows)
+        if self.args.vocab_size < runner.args.vocab_size:  # tokens that only the target has embed as 0
             model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, 0, WHOLE)
-        self.engine = Engine(model)
-        self.weights = self.engine.weights.total
-        self.token_bytes = self.args.kv_values_per_token * engine.dtype.itemsize
-
-    def read(self, run: Run) -> Self:
-        mine, like = copy(self), self.engine.model.norm.weight
-        T = len(run.history)
-        mine.context = KVCache.empty(self.args.kv_shape, 1, T, like, T + run.own_slots if run.extends else 0)
-        self.engine.prefill(mine.context, run.history, run.request.prefill_chunk, SILENT)
-        return mine
+        self.runner = ModelRunner(model)
+        self.weights = self.runner.weights.total
+        self.token_bytes = self.args.kv_values_per_token * runner.dtype.itemsize
 
     def begin(self, rows: SpeculativeDecoder) -> Self:
-        mine, run = copy(self), rows.run
-        self.context.resize(run.begin)  # drop what an earlier one-row wave wrote
-        mine.cache = self.context if run.extends else KVCache.fork(self.context, len(rows.samples), 0, run.own_slots)
-        mine.base = mine.cache.slots
-        mine.step = rows.network(self.engine.model)
+        mine, target = copy(self), rows.contexts
+        request = Request(prefill_chunk=target.chunk)
+        mine.chain = Contexts(self.runner, target.sizes, request)
+        mine.step = rows.network(self.runner.model)
+        rows.tables.append(mine.chain)
         return mine
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
-        self.cache.resize(self.base + rows.view)
-        for behind in range(rows.behind, 0, -self.PART):  # positions run by the target alone
-            where = rows.input_pos - rows.arange(behind, max(0, behind - self.PART), -1)
-            where = where.clamp_min(rows.run.begin)  # [N,PART]
-            self.engine.model.hidden(rows.text.gather(1, where - rows.run.begin), where, self.cache)
+        self.catch_up(rows)
         return super().propose(rows, k)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        self.cache.keep(rows)
+    def catch_up(self, rows: SpeculativeDecoder) -> None:
+        """Run the positions that the target alone has run."""
+        own = [[0] if seat is None else seat.row.sample.tokens for seat in rows.seats]
+        for behind in range(rows.behind, 0, -self.PART):
+            ahead = [range(behind, max(0, behind - self.PART), -1)] * len(own)  # tokens before each row's last
+            tokens = [
+                [text[max(0, len(text) - 1 - back)] for back in each] for text, each in zip(own, ahead, strict=True)
+            ]
+            where = rows.input_pos - rows.arange(behind, max(0, behind - self.PART), -1)  # [C,PART]
+            where = where.maximum(self.chain.cache.start[:, None])
+            self.runner.model.hidden(torch.tensor(tokens, device=where.device), where, self.chain.cache)
 
 
 class MedusaDraft(Draft):
@@ -481,14 +474,14 @@ class MedusaDraft(Draft):
         self.ids = ids
         self.weights = sum(tensor.nbytes for head in self.heads for tensor in head)
 
-    def place(self, engine: Engine, rows: int) -> None:
-        self.heads = [[tensor.to(engine.device, engine.dtype) for tensor in head] for head in self.heads]
-        self.ids = None if self.ids is None else self.ids.to(engine.device)
+    def place(self, runner: ModelRunner, rows: int) -> None:
+        self.heads = [[tensor.to(runner.device, runner.dtype) for tensor in head] for head in self.heads]
+        self.ids = None if self.ids is None else self.ids.to(runner.device)
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
         if rows.hidden is None:  # after prefill or a plain step: this step computes it
             return rows.token.expand(-1, k)
-        x = rows.model.norm(rows.hidden)  # [N,1,dim]
+        x = rows.model.norm(rows.hidden)  # [C,1,dim]
         heads = (F.linear(x + F.silu(F.linear(x, *block)), output) for *block, output in self.heads[:k])
         where = rows.input_pos + rows.arange(1, k + 1)
         return sound(self, *rows.draw(torch.cat(list(heads), 1), where, names=self.ids))

@@ -60,11 +60,11 @@ def answer(line: str, memory: int, characters: int) -> dict[str, str]:
         template, values = json.loads(line)
         text = compile_template(template).render(values)
     except MemoryError:
-        return {"error": f"it takes more than {memory >> 20} MB of memory"}
+        return {"error": f"it needs more than {memory >> 20} MB of memory"}
     except Exception as error:  # a template is a program: it raises jinja2's errors and Python's own
         return {"error": str(error)}
     if len(text) > len(line) + characters:
-        return {"error": f"its text is longer than {characters} characters"}
+        return {"error": f"its output is longer than {characters} characters"}
     return {"text": text}
 
 

@@ -49,7 +49,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
         if not (failed or failed_too):
             return upper
         damping *= 10
-    raise ValueError("the calibration text gives activations that are not finite: quantise with --mode int4")
+    raise ValueError("the calibration text leads to activations that are not finite: use --mode int4")
 
 
 def gptq(weight: Tensor, hessian: Tensor, groupsize: int, act_order: bool = False) -> Int4Weight:

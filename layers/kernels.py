@@ -65,7 +65,7 @@ def check_own(path: Path) -> None:
     """Raises PermissionError if another user owns or can write the path, and so could choose the code that runs."""
     found = path.stat()
     if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
-        raise PermissionError(f"{path} can be written by others")
+        raise PermissionError(f"another user owns or can write {path}")
 
 
 def cpu_flags() -> str:
@@ -83,7 +83,7 @@ def build(compiler: str, target: Path, *flags: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder, target.name)
         command = [compiler, *FLAGS, *flags, str(SOURCE), "-o", str(made)]
-        with showing("building kernels, once"):
+        with showing("building the CPU kernels (once)"):
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS)
         made.chmod(0o700)  # regardless of the umask: a library others can write is not loaded
         made.replace(target)  # atomic: another process may be building too
@@ -110,7 +110,7 @@ def library() -> Library:
         return load(target)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         why = f"not built: {reason(error)}"
-        warnings.warn(f"kernels.cpp was {why}: PyTorch's operators run in its place, slower", Notice, stacklevel=2)
+        warnings.warn(f"kernels.cpp was {why}; using PyTorch's slower operators", Notice, stacklevel=2)
         return Library(None, why)
 
 
@@ -118,9 +118,9 @@ def reason(error: Exception) -> str:
     """Summarise why a build failed; for a compiler error, its first error line."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in (error.stderr or "").splitlines() if "error" in line or "cannot find" in line]
-        return f"{error.cmd[0]}: {lines[0]}" if lines else f"{error.cmd[0]} ends with status {error.returncode}"
+        return f"{error.cmd[0]}: {lines[0]}" if lines else f"{error.cmd[0]} exited with status {error.returncode}"
     if isinstance(error, subprocess.TimeoutExpired):
-        return f"{error.cmd[0]} takes more than {BUILD_SECONDS} s"
+        return f"{error.cmd[0]} took more than {BUILD_SECONDS} s"
     return str(error)
 
 
@@ -225,7 +225,7 @@ def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> 
     if tensor is None:
         return
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        found = f"{tensor.dtype} {list(tensor.shape)}" + ", with gaps" * (not tensor.is_contiguous())
+        found = f"{tensor.dtype} {list(tensor.shape)}" + ", not contiguous" * (not tensor.is_contiguous())
         raise ValueError(f"{name} is {found}: expected {dtype} {list(shape)}, contiguous")
 
 
@@ -237,10 +237,11 @@ def check_part(part: Part, q: Tensor) -> None:
     if head_dim != D or v.shape != k.shape or G == 0 or H % G or (rows is None and R != N):
         raise ValueError(f"q {list(q.shape)} does not fit k {list(k.shape)} and v {list(v.shape)}")
     if k.dtype not in (q.dtype, torch.int8) or v.dtype != k.dtype:
-        raise ValueError(f"keys are {k.dtype} and values {v.dtype}: expected {q.dtype}, as q, or int8")
+        raise ValueError(f"keys are {k.dtype} and values {v.dtype}: expected both in q's {q.dtype}, or in int8")
     if k.stride(3) != 1 or v.stride(3) != 1 or k.stride(2) % 2 and k.dtype == torch.bfloat16:
-        strides = f"{k.stride()} and {v.stride()}"
-        raise ValueError(f"keys or values have strides {strides}: expected 1, of bfloat16 even ones")
+        raise ValueError(
+            f"keys have strides {k.stride()}, values {v.stride()}: expected 1 last, in bfloat16 after an even one"
+        )
     for scale in (k_scale, v_scale) if k.dtype == torch.int8 else ():
         if scale is None or scale.dtype != q.dtype or scale.shape != (R, G, L, 1):
             raise ValueError(f"int8 needs scales {[R, G, L, 1]} in {q.dtype}")
@@ -254,17 +255,17 @@ def run_attend(
     q: Tensor, tensors: list[Tensor | None], input_pos: Tensor, slopes: Tensor | None, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """CPU implementation of the `attend` op. tensors: the fields of all parts, concatenated."""
-    check_gradients("attention by kernels.cpp", q, slopes, *tensors)
+    check_gradients("attention in kernels.cpp", q, slopes, *tensors)
     size = len(Part._fields)
     parts = [Part(*tensors[i : i + size]) for i in range(0, len(tensors), size)]  # type: ignore[arg-type]
     out, lse = attend_shape(q)
     functions = library().functions
-    assert functions is not None, "chosen where there is no library"
+    assert functions is not None, "called without the library"
     N, H, S, D = q.shape
     odd = D % 2 and q.dtype == torch.bfloat16
     if q.dtype not in (torch.float32, torch.bfloat16) or odd or D > LARGEST_HEAD_DIM:
-        most = f"up to {LARGEST_HEAD_DIM} numbers, in bfloat16 an even count"
-        raise ValueError(f"queries are {q.dtype} [..., {D}]: expected float32 or bfloat16, {most}")
+        most = f"and a head dimension up to {LARGEST_HEAD_DIM}, in bfloat16 an even one"
+        raise ValueError(f"queries are {q.dtype} [..., {D}]: expected float32 or bfloat16 {most}")
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
     check("input_pos", input_pos, torch.long, N, S)
     check("slopes", slopes, torch.float32, H)
@@ -281,11 +282,11 @@ def run_attend(
     status = functions.attend(first, first + 8 * of_parts, D**-0.5, softcap)
     if status == NO_SUCH_ROW:
         sizes = " and ".join(
-            f"{each.rows.tolist()} of a cache of {len(each.k)}" for each in parts if each.rows is not None
+            f"{each.rows.tolist()} in a cache of {len(each.k)} rows" for each in parts if each.rows is not None
         )
-        raise IndexError(f"rows {sizes}")
+        raise IndexError(f"row index out of range: {sizes}")
     if status:
-        raise MemoryError(f"attention of {N} rows at {S} positions")
+        raise MemoryError(f"out of memory in attention of {N} rows at {S} positions")
     return out, lse
 
 
@@ -315,12 +316,14 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
     """Multiply x [...,in] by an Int8Weight (linear.py), an Int4Weight if zeros are given, or a plain weight if scales
     are None -> [...,out]. Sums are in fp32."""
     functions = library().functions
-    assert functions is not None, "chosen where there is no library"
-    check_gradients("a product by kernels.cpp", x, values, scales, zeros, bias)
+    assert functions is not None, "called without the library"
+    check_gradients("linear in kernels.cpp", x, values, scales, zeros, bias)
     outputs, inputs = values.shape[0], x.shape[-1]
     group = inputs if zeros is None else inputs // zeros.shape[1]
     if not multiplies(x.dtype, inputs, group):
-        raise ValueError(f"x is {x.dtype} [..., {inputs}] in groups of {group}: expected float32 or bfloat16, and 32s")
+        raise ValueError(
+            f"x is {x.dtype} [..., {inputs}] in groups of {group}: expected float32 or bfloat16 in multiples of 32"
+        )
     if scales is None:
         check("weight", values, x.dtype, outputs, inputs)
     else:
@@ -332,7 +335,7 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
     tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
     sizes = [x.numel() // inputs, outputs, inputs, group, TYPES[x.dtype], torch.get_num_threads()]
     if functions.multiply((ctypes.c_int64 * 11)(*tensors, *sizes)):
-        raise MemoryError(f"a product of {sizes[0]} rows")
+        raise MemoryError(f"out of memory in a linear layer of {sizes[0]} rows")
     return product if bias is None else product.add_(bias)
 
 

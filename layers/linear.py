@@ -254,7 +254,9 @@ class Int4Weight:
             return Int4Weight(*(tensor[begin:end].clone() for tensor in tensors_of(self).values()))
         size = math.gcd(self.groupsize, begin, end)
         if size % 2:
-            raise ValueError(f"inputs {begin} to {end} of an int4 weight cannot be held alone: two share a byte")
+            raise ValueError(
+                f"an int4 weight cannot be split at inputs {begin} and {end}, since two share a byte: use another --tp"
+            )
         grid = (t.repeat_interleave(self.groupsize // size, 1) for t in (self.scales, self.zeros))
         scales, zeros = (each[:, begin // size : end // size].clone() for each in grid)
         return Int4Weight(self.values[:, begin // 2 : end // 2].clone(), scales, zeros)

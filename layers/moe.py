@@ -41,7 +41,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         if self.used > self.experts:
-            raise ValueError(f"a token cannot be sent to {self.used} of {self.experts} experts")
+            raise ValueError(f"{self.used} experts per token: expected at most {self.experts}, the number of experts")
 
     def expected(self, rows: int) -> float:
         """Expected number of distinct experts that `rows` tokens choose, assuming uniform routing."""

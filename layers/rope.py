@@ -27,10 +27,10 @@ class RopeConfig:
         """Rotary dimension."""
         return int(head_dim * self.share)
 
-    def turns(self, layer: int) -> bool:
+    def rotates(self, layer: int) -> bool:
         return not self.layers or self.layers[layer] != "none"
 
-    def part(self, layer: int, head_dim: int) -> slice | None:
+    def angle_slice(self, layer: int, head_dim: int) -> slice | None:
         """Slice of the angles of both thetas, [...,D], that a layer uses; None: all, as there is only one theta."""
         if self.local_theta is None:
             return None
@@ -44,17 +44,17 @@ class RopeScaling:
 
     kind: "linear" divides all frequencies by `factor` (Chen et al. 2023, arXiv 2306.15595); "dynamic" increases theta
     with the longest position so far (NTK-aware scaling); "llama3" and "yarn" (Peng et al. 2023, arXiv 2309.00071)
-    divide frequencies with fewer than `low_turns` rotations within the original context, keep those with more than
-    `high_turns`, and interpolate between them; "longrope" (Ding et al. 2024, arXiv 2402.13753) divides each by its own
-    factor, from `short` up to the original context and from `long` beyond. attention_factor: multiplies queries and
+    divide frequencies with fewer than `low_rotations` within the original context, keep those with more than
+    `high_rotations`, and interpolate between them; "longrope" (Ding et al. 2024, arXiv 2402.13753) divides each by its
+    own factor, from `short` up to the original context and from `long` beyond. attention_factor: multiplies queries and
     keys alike (yarn, longrope).
     """
 
     kind: str
     factor: float
     original_context: int
-    low_turns: float = 1.0
-    high_turns: float = 1.0
+    low_rotations: float = 1.0
+    high_rotations: float = 1.0
     attention_factor: float = 1.0
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
@@ -91,29 +91,29 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None 
         return torch.stack([frequencies, pairs / (2 - head_dim)])
     if scaling.kind == "linear":
         return frequencies / scaling.factor
-    low, high = scaling.low_turns, scaling.high_turns
+    low, high = scaling.low_rotations, scaling.high_rotations
     if scaling.kind == "llama3":
-        turns = scaling.original_context * frequencies / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        rotations = scaling.original_context * frequencies / (2 * math.pi)
+        keep = ((rotations - low) / (high - low)).clamp(0, 1)
     else:
         # YaRN interpolates by pair index, between the pairs with `high` and `low` rotations.
         first, last = (
-            head_dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
-            for turns in (high, low)
+            head_dim * math.log(scaling.original_context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+            for rotations in (high, low)
         )
         first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
         keep = 1 - ((pairs / 2 - first) / max(last - first, 0.001)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, turning: RopeConfig) -> Tensor:
+def all_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, rope: RopeConfig) -> Tensor:
     """Frequencies of all layers, as rotary_frequencies; computed once, so that a step creates no constants. With a
     local theta, its unscaled frequencies follow on the last axis, doubling it."""
-    size = turning.size(head_dim)
+    size = rope.size(head_dim)
     found = rotary_frequencies(size, theta, scaling)
-    if turning.local_theta is None:
+    if rope.local_theta is None:
         return found
-    local = rotary_frequencies(size, turning.local_theta)
+    local = rotary_frequencies(size, rope.local_theta)
     if scaling is not None and scaling.by_length:
         local = torch.stack([local, torch.zeros_like(local) if scaling.kind == "dynamic" else local])
     return torch.cat([found, local], -1)
@@ -129,9 +129,9 @@ def angles(input_pos: Tensor, frequencies: Tensor, scaling: RopeScaling | None, 
         else:
             stretch = scaling.factor * length.clamp_min(scaling.original_context) / scaling.original_context
             frequencies = frequencies[0] * (stretch - (scaling.factor - 1)) ** frequencies[1]  # [N,1,1,D/2]
-    turns = input_pos[:, None, :, None] * frequencies
+    radians = input_pos[:, None, :, None] * frequencies
     scale *= 1.0 if scaling is None else scaling.attention_factor
-    return turns.cos() * scale, turns.sin() * scale
+    return radians.cos() * scale, radians.sin() * scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -139,8 +139,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [N,H,S,D], cos and sin fp32 [N,1,S,D/2] -> [N,H,S,D]"""
     size = 2 * cos.shape[-1]
     a, b = x[..., :size].chunk(2, -1)  # [N,H,S,D/2] each; the products promote to fp32
-    turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], -1)
+    rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return rotated if size == x.shape[-1] else torch.cat([rotated, x[..., size:]], -1)
 
 
 def alibi_slopes(heads: int) -> Tensor:

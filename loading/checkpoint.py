@@ -97,7 +97,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
     """
     path = snapshot(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: give a folder with config.json, or the model.pth in one")
+        raise FileNotFoundError(f"checkpoint {path} not found: pass a folder with config.json, or the model.pth in one")
     folder = path if path.is_dir() else path.parent
     weights = choose(folder) if path.is_dir() else (path,)
     if (folder / ADAPTER).exists():
@@ -108,7 +108,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
         with naming(path):
             config, source = tinyllamas_config(found), path
     elif not (folder / "config.json").exists():
-        raise FileNotFoundError(f"no config.json beside {weights[0]}: it holds the model's shape")
+        raise FileNotFoundError(f"no config.json found beside {weights[0]}: put the model's config.json there")
     else:
         source = folder / "config.json"
         config = read_json(source)
@@ -152,7 +152,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
     values = values if isinstance(values, dict) else {}
     version, kinds = values.get("version"), get_type_hints(Recipe)
     if isinstance(version, int) and version != RECIPE_VERSION:
-        raise ValueError(f"{path}: its recipe is of another version, {version}: quantise the model again")
+        raise ValueError(f"{path} has a recipe of unsupported version {version}: quantise the model again")
     wrong = [name for name in ("mode", "layers", "version") if name not in values]
     wrong += [name for name, value in values.items() if name not in kinds or not has_type(value, kinds[name])]
     if not wrong and not KINDS.keys() >= set(values["layers"].values()):
@@ -160,7 +160,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
     if not wrong and "int4" in values["layers"].values() and values.get("groupsize", 0) < 1:
         wrong = ["groupsize"]
     if wrong:
-        raise ValueError(f"{path}: its recipe cannot be read ({wrong[0]!r}): quantise the model again")
+        raise ValueError(f"{path} has an invalid recipe ({wrong[0]!r}): quantise the model again")
     return Recipe(**values)
 
 
@@ -176,7 +176,7 @@ def as_ids(value: int | list[int] | None) -> frozenset[int]:
     """Parse eos_token_id: an id, a list of ids, or null. Raises ValueError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(id, int) for id in ids):
-        raise ValueError(f"eos_token_id {value!r} is not a token id, nor a list of them")
+        raise ValueError(f"eos_token_id is {value!r}: expected a token id or a list of them")
     return frozenset(ids)
 
 
@@ -200,13 +200,13 @@ def read_stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             try:
                 found = from_tinyllamas(found["model"], checkpoint.args.head_dim)
             except (RuntimeError, IndexError, AttributeError) as error:
-                raise ValueError(f"{path}: a tensor is not of the shape that model_args tell: {error}") from error
+                raise ValueError(f"{path}: a tensor does not have the shape that model_args give: {error}") from error
         for name, tensor in found.items():
             parts = our_tensors(name, tensor, checkpoint.config) if has_their_names(path) else {name: tensor}
             for ours, part in parts.items():
                 if (other := state.get(ours)) is not None:
                     both = f"{other.name} of {other.path} and {name} of {path}"
-                    raise ValueError(f"{both} are the same tensor of the model: leave out the one that is not its own")
+                    raise ValueError(f"{both} are the same tensor of the model: keep only one of them")
                 state[ours] = StoredTensor(part, path, name)
     return state
 
@@ -230,12 +230,12 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def check_state(found: Any, path: Path) -> None:
     """Raises ValueError if an unpickled value is not a dict of dense CPU tensors."""
     if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
+        raise ValueError(f"{path} is not a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
     for name, each in found.items():
         whole = isinstance(each, Tensor) and each.layout is torch.strided and each.device.type == "cpu"
         if not isinstance(name, str) or not whole or each.is_nested or each.is_quantized:
             kind = f"a {each.layout} tensor on {each.device}" if isinstance(each, Tensor) else type(each).__name__
-            raise ValueError(f"{path} does not hold a plain state dict: {name!r} is {kind}, save dense tensors instead")
+            raise ValueError(f"{path} is not a plain state dict ({name!r} is {kind}): save dense CPU tensors")
 
 
 def unpickle(path: Path) -> Any:
@@ -246,10 +246,10 @@ def unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler may raise anything
         if isinstance(error, UnpicklingError) and (code := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise ValueError(f"{path} would run code on loading ({code[1]}): refused, give plain tensors") from error
+            raise ValueError(f"{path} would run code when loaded ({code[1]}): save plain tensors instead") from error
         if kind := kind_of(path):
             raise ValueError(f"{path} is {kind}") from error
-        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or fetch it again") from error
+        raise ValueError(f"{path} is truncated or not a PyTorch checkpoint: convert or download it again") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -258,7 +258,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -269,7 +269,7 @@ def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Qu
     layers, groupsize = (recipe.layers, recipe.groupsize) if recipe else ({}, 0)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if unknown := sorted(layers.keys() - linears.keys()):
-        raise ValueError(f"the recipe has layers that config.json does not: {', '.join(unknown[:3])}")
+        raise ValueError(f"the recipe has layers that config.json lacks: {', '.join(unknown[:3])}")
     return {
         name: KINDS[kind].empty(linears[name].out_features, linears[name].in_features, groupsize)
         for name, kind in layers.items()
@@ -301,7 +301,7 @@ def check_weights(checkpoint: Checkpoint, state: Mapping[str, StoredTensor]) -> 
             wrong.append(f"{named(name)} {tuple(tensor.shape)} instead of {tuple(wanted.shape)}")
         if tensor.dtype not in ((wanted.dtype,) if name in exact else DTYPES):
             kinds.append(f"{named(name)} {tensor.dtype}")
-    found = {"missing": missing, "not in the model": unknown, "of another shape": wrong, "of another type": kinds}
+    found = {"missing": missing, "unexpected": unknown, "of the wrong shape": wrong, "of the wrong dtype": kinds}
     problems = [f"{len(names)} {kind}: {', '.join(dict.fromkeys(names[:3]))}" for kind, names in found.items() if names]
     where = paths[0] if len(paths) == 1 else checkpoint.folder
     if adapter := next((name for name in unknown if ".lora_" in name), None):
@@ -374,7 +374,7 @@ def save_atomically(value: Any, path: Path) -> None:
         write_file(path, partial(torch.save, value))
     except RuntimeError as error:  # torch.save raises it for any disk error
         free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
-        raise OSError(f"{path} cannot be written ({free:.1f} GB are free there): {why}") from error
+        raise OSError(f"{path} cannot be written ({free:.1f} GB free): {why}") from error
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -400,13 +400,13 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
     folder, config = output.parent, output.parent / "config.json"
     place = next(each for each in (folder, *folder.resolve().parents) if each.exists())  # missing folders are created
     if not (place.is_dir() and os.access(place, os.W_OK)) or output.is_dir():
-        raise ValueError(f"--output {output} cannot be written: give a file in a folder that can")
+        raise ValueError(f"--output {output} cannot be written: choose a file in a writable folder")
     if config.exists() and read_json(config) != checkpoint.config:
-        raise ValueError(f"{config} is of another model: give --output in a folder of its own")
+        raise ValueError(f"{config} belongs to another model: choose --output in another folder")
     for mine in [] if config.exists() else companions(checkpoint.folder):
         theirs = folder / mine.relative_to(checkpoint.folder)
         if theirs.exists() and not (theirs.is_file() and theirs.read_bytes() == mine.read_bytes()):
-            raise ValueError(f"{theirs} is of another model: give --output in a folder of its own")
+            raise ValueError(f"{theirs} belongs to another model: choose --output in another folder")
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:

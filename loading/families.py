@@ -54,7 +54,7 @@ LARGEST = {
 
 def short_repr(value: object) -> str:
     """repr for an error message; Python refuses to print integers of thousands of digits."""
-    return f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
+    return f"a {value.bit_length()}-bit integer" if isinstance(value, int) and abs(value) > 1 << 64 else repr(value)
 
 
 def is_off(value: object) -> bool:
@@ -62,7 +62,7 @@ def is_off(value: object) -> bool:
     return not value or (type(value) in (int, float) and value == 1)
 
 
-WANTED = {bool: "is {!r}, neither true nor false", list: "is {!r}, not a list", dict: "{!r} is not an object"}
+WANTED = {bool: "true or false", list: "a list", dict: "an object"}
 
 
 class TrackedConfig:
@@ -89,16 +89,16 @@ class TrackedConfig:
     def integer(self, name: str, default: int | None = None) -> int:
         value, most = self.get(name, default), LARGEST.get(name, 1 << 24)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} is {value!r}, not a positive number: the model's shape is not known without it")
+            raise ValueError(f"{name} is {value!r}: expected a positive integer")
         if value > most:
-            raise ValueError(f"{name} is {short_repr(value)}, more than {most}: no such network can be made here")
+            raise ValueError(f"{name} is {short_repr(value)}: expected at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """The field's value, which must be above 0; the default if it is missing or null."""
         value = self.get(name, default)
         if type(value) not in (int, float) or not 0 < value <= 1e15:
-            raise ValueError(f"{name} is {short_repr(value)}, not a number above 0 and at most 1e15")
+            raise ValueError(f"{name} is {short_repr(value)}: expected a number above 0, at most 1e15")
         return value
 
     def optional(self, name: str) -> float | None:
@@ -109,7 +109,7 @@ class TrackedConfig:
         """The field's value, which must be of the default's type, a key of WANTED."""
         value = self.get(name, default)
         if not isinstance(value, type(default)):
-            raise ValueError(f"{name} {WANTED[type(default)].format(value)}")
+            raise ValueError(f"{name} is {value!r}: expected {WANTED[type(default)]}")
         return value
 
     def table(self, name: str) -> dict[str, Any]:
@@ -129,15 +129,13 @@ def check_read(*parts: TrackedConfig) -> None:
     for name in QUANTISED:
         if parts[0].config.get(name):
             raise ValueError(
-                f"{name} says that another tool quantised the weights, which is not read here: give the model "
-                "before that, and quantize.py"
+                f"{name}: weights quantised by other tools are not supported: use the original model, and quantise "
+                "it with quantize.py"
             )
     problems = [problem for part in parts for problem in part.unsupported]
     unread = [(name, part.config[name]) for part in parts for name in sorted(part.unread)]
     if unknown := ", ".join(f"{name} {short_repr(value)}" for name, value in unread if not is_off(value)):
-        problems.append(
-            f"{unknown} is not known here and may change the result: if it does not, remove it from config.json"
-        )
+        problems.append(f"{unknown} is unknown and may change the result: if it does not, remove it from config.json")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -148,11 +146,11 @@ def windows(
     """Sliding window of each layer; layer_types, if given, overrides the family's own rule."""
     size = fields.own("sliding_window")
     if size is not None and (type(size) is not int or size < 1):
-        raise ValueError(f"sliding_window is {size!r}, not a positive number")
+        raise ValueError(f"sliding_window is {size!r}: expected a positive integer")
     usual = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
     kinds = fields.typed("layer_types", usual)
     if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
-        raise ValueError(f"layer_types {kinds!r} is not supported: full_attention or sliding_attention for each layer")
+        raise ValueError(f"layer_types is {kinds!r}: expected full_attention or sliding_attention for each layer")
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -170,15 +168,15 @@ def llama(fields: TrackedConfig, layers: int) -> dict[str, Any]:
 
 def smollm3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     interval = fields.integer("no_rope_layer_interval", 4)
-    turns = fields.typed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
-    if len(turns) < layers or any(turn not in (0, 1) for turn in turns):
-        raise ValueError(f"no_rope_layers {turns!r} is not supported: 0 or 1 for each layer")
+    rotates = fields.typed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
+    if len(rotates) < layers or any(each not in (0, 1) for each in rotates):
+        raise ValueError(f"no_rope_layers is {rotates!r}: expected 0 or 1 for each layer")
     seen: tuple[int | None, ...] = ()
     if fields.typed("use_sliding_window", False):
-        seen = windows(fields, layers, lambda layer: not turns[layer])
+        seen = windows(fields, layers, lambda layer: not rotates[layer])
     fields.unread -= {"sliding_window", "layer_types"}
-    kinds = tuple("global" if turns[layer] else "none" for layer in range(layers))
-    return llama(fields, layers) | {"turning": RopeConfig(layers=kinds), "windows": seen}
+    kinds = tuple("global" if rotates[layer] else "none" for layer in range(layers))
+    return llama(fields, layers) | {"rope": RopeConfig(layers=kinds), "windows": seen}
 
 
 def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         "embedding_scale": fields.number("embedding_multiplier", 1.0) / residual,
         "norm_eps": fields.number("rms_norm_eps", 1e-6) / residual**2,
         "logit_scale": 1 / fields.number("logits_scaling", 1.0),
-        "turning": score_scale(fields, fields.number("attention_multiplier", 1.0)),
+        "rope": score_scale(fields, fields.number("attention_multiplier", 1.0)),
     }
 
 
@@ -197,8 +195,8 @@ def phi3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     rope = fields.table("rope_scaling") or fields.table("rope_parameters")
     share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
     if type(share) not in (int, float) or not 0 < share <= 1:
-        raise ValueError(f"partial_rotary_factor is {share!r}, not a number above 0 and up to 1")
-    return {"windows": windows(fields, layers), "turning": RopeConfig(share=share)}
+        raise ValueError(f"partial_rotary_factor is {share!r}: expected a number above 0, at most 1")
+    return {"windows": windows(fields, layers), "rope": RopeConfig(share=share)}
 
 
 def mistral(fields: TrackedConfig, layers: int) -> dict[str, Any]:
@@ -211,7 +209,7 @@ def qwen(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         return {}
     first = fields.own("max_window_layers")
     if type(first) is not int:
-        raise ValueError(f"max_window_layers is {first!r}, not a number of layers")
+        raise ValueError(f"max_window_layers is {first!r}: expected an integer")
     return {"windows": windows(fields, layers, lambda layer: layer >= first)}
 
 
@@ -226,7 +224,7 @@ def gemma2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
         "windows": seen,
         "score_softcap": fields.optional("attn_logit_softcapping"),
         "logit_softcap": fields.optional("final_logit_softcapping"),
-        "turning": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
+        "rope": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
     }
 
 
@@ -238,15 +236,15 @@ def gemma3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     if {"full_attention", "sliding_attention"} & ropes.config.keys():
         local, ropes = (TrackedConfig(ropes.table(f"{kind}_attention")) for kind in ("sliding", "full"))
         if local.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_parameters {local.config} of windowed layers are not supported: only rope_theta")
+            raise ValueError(f"rope_parameters {local.config} of sliding_attention: only rope_theta is supported")
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10000.0))
     kinds = tuple("global" if window is None else "local" for window in seen)
-    turning = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
+    rope = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
     return gemma(fields, layers) | {
         "windows": seen,
         "logit_softcap": fields.optional("final_logit_softcapping"),
-        "turning": replace(turning, layers=kinds, local_theta=local_theta),
-        "rope": {**ropes.config, **fields.table("rope_scaling")},
+        "rope": replace(rope, layers=kinds, local_theta=local_theta),
+        "rope_parameters": {**ropes.config, **fields.table("rope_scaling")},
         "context_limit": fields.integer("max_position_embeddings"),  # the scaled length
     }
 
@@ -259,7 +257,9 @@ def mixture(
     used, size = fields.integer("num_experts_per_tok"), fields.integer(width)
     shared = fields.get("shared_expert_intermediate_size", 0) and fields.integer("shared_expert_intermediate_size")
     if layers * experts > 1 << 17:
-        raise ValueError(f"num_experts {experts} in each of {layers} layers are more than can be made here")
+        raise ValueError(
+            f"num_experts is {experts} in {layers} layers: expected at most {1 << 17} in all layers together"
+        )
     return MoEConfig(experts, used, size, renormalised, shared, dense)
 
 
@@ -348,12 +348,12 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     for name, values in ({"hidden_act": ("silu", "swish")} | family.only).items():
         fields.only(name, *values)
     if "layer_types" in fields.unread and {*fields.typed("layer_types", [])} - {"full_attention"}:
-        fields.unsupported.append(f"layer_types other than full_attention are not supported of {architecture}")
+        fields.unsupported.append(f"layer_types other than full_attention are not supported for {architecture}")
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
     # rope_scaling is the older name of rope_parameters; like transformers, use the first present, without merging.
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
-    scaling_fields = TrackedConfig(special.pop("rope", old or new))
-    theta, scaling = rope(fields, scaling_fields, trained, special.get("turning", RopeConfig()).share)
+    scaling_fields = TrackedConfig(special.pop("rope_parameters", old or new))
+    theta, scaling = rope(fields, scaling_fields, trained, special.get("rope", RopeConfig()).share)
     longest = trained
     if scaling is not None and scaling.kind != "llama3":  # its configs give the scaled length
         longest = max(trained, int(scaling.original_context * scaling.factor))
@@ -377,8 +377,10 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     )
     check_read(fields, scaling_fields)
     for each in (scaling.short, scaling.long) if scaling is not None and scaling.kind == "longrope" else ():
-        if len(each) != (pairs := args.turning.size(args.head_dim) // 2):
-            raise ValueError(f"rope scaling has {len(each)} factors for the {pairs} pairs of a head")
+        if len(each) != (pairs := args.rope.size(args.head_dim) // 2):
+            raise ValueError(
+                f"rope scaling has {len(each)} factors: expected one for each of the {pairs} pairs of a head"
+            )
     return args
 
 
@@ -404,18 +406,18 @@ def rope(fields: TrackedConfig, rope: TrackedConfig, trained: int, share: float)
         raise ValueError(f"rope type {kind!r} is not supported, only {kinds}")
     needed = ["factor", *LLAMA3_NEEDS] if kind == "llama3" else ["factor"]
     if missing := [name for name in needed if rope.get(name) is None and fields.get(name) is None]:
-        raise ValueError(f"rope scaling of type {kind} lacks {', '.join(missing)}")
+        raise ValueError(f"rope scaling of type {kind} needs {', '.join(missing)}")
     factor = rope.number("factor")
     if kind == "linear":  # max_position_embeddings is the scaled length, as in transformers
         return theta, RopeScaling(kind, factor, original or int(trained / factor))
     if kind == "dynamic":
         return theta, RopeScaling(kind, factor, trained)
     if kind == "llama3":
-        turns = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        return theta, RopeScaling(kind, factor, original or trained, *turns)
+        rotations = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return theta, RopeScaling(kind, factor, original or trained, *rotations)
     rope.only("truncate", True)
-    turns = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
-    return theta, RopeScaling(kind, factor, original or trained, *turns, yarn_attention_factor(rope, factor))
+    rotations = rope.number("beta_slow", 1.0), rope.number("beta_fast", 32.0)
+    return theta, RopeScaling(kind, factor, original or trained, *rotations, yarn_attention_factor(rope, factor))
 
 
 def longrope(rope: TrackedConfig, original: int, trained: int) -> RopeScaling:
@@ -424,7 +426,7 @@ def longrope(rope: TrackedConfig, original: int, trained: int) -> RopeScaling:
     long, short = rope.get("long_factor"), rope.get("short_factor")
     for name, each in (("long_factor", long), ("short_factor", short)):
         if not isinstance(each, list) or not all(type(number) in (int, float) and number > 0 for number in each):
-            raise ValueError(f"{name} is {each!r}, not a list of numbers above 0")
+            raise ValueError(f"{name} is {each!r}: expected a list of numbers above 0")
     grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 < original else 1.0
     scale = rope.number("attention_factor", grown)
     return RopeScaling("longrope", factor, original, attention_factor=scale, short=tuple(short), long=tuple(long))
@@ -585,7 +587,7 @@ def tinyllamas_config(found: Mapping[str, Any]) -> dict[str, Any]:
             "tie_word_embeddings": len(ends) == 1,
         }
     except (KeyError, StopIteration, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"it has model_args, but not the layout of karpathy/tinyllamas: {error!r}") from error
+        raise ValueError(f"it has model_args, but is not a karpathy/tinyllamas checkpoint: {error!r}") from error
 
 
 def from_tinyllamas(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(\.\w+)")
 NOT_OURS = ("consolidated", "adapter", "optimizer")
 ADAPTER = "adapter_config.json"
 ADAPTS = (
-    "a LoRA adapter (adapter_config.json), which is not applied here: give the model that it is merged into, without it"
+    "a LoRA adapter (adapter_config.json), which is not supported: merge it into its base model and pass the result"
 )
 
 
@@ -51,7 +51,9 @@ def snapshot(path: Path) -> Path:
     named = path / "snapshots" / main.read_text("utf-8").strip() if main.is_file() else path
     found = [named] if named != path and named.is_dir() else sorted((path / "snapshots").iterdir())
     if len(found) != 1:
-        raise FileNotFoundError(f"{path} is a folder of the hub's cache: give one of the {len(found)} in its snapshots")
+        raise FileNotFoundError(
+            f"{path} is a Hugging Face cache folder with {len(found)} snapshots: pass one of the folders in snapshots/"
+        )
     return found[0]
 
 
@@ -70,13 +72,15 @@ def hugging_face_files(folder: Path) -> tuple[Path, ...]:
             if found := weights_among(names, stem, suffix):
                 return tuple(folder / name for name in found)
     except LookupError as error:
-        raise FileNotFoundError(f"{folder} has {error.args[0]}: fetch it") from error
-    missing = f"no *.safetensors or pytorch_model*.bin in {folder}"
+        raise FileNotFoundError(f"{folder} has {error.args[0]}: download all shards of one model") from error
+    missing = f"no *.safetensors or pytorch_model*.bin found in {folder}"
     if ADAPTER in names:
-        raise FileNotFoundError(f"{missing} but {ADAPTS}")
+        raise FileNotFoundError(f"{missing}, only {ADAPTS}")
     if gguf := next((name for name in names if name.endswith(".gguf")), None):
-        raise FileNotFoundError(f"{missing}, only GGUF files ({gguf}): give the model that they were made from")
-    raise FileNotFoundError(f"{missing}: give one that has, or a model.pth")
+        raise FileNotFoundError(
+            f"{missing}, only GGUF files ({gguf}), which are not supported: pass the original model"
+        )
+    raise FileNotFoundError(f"{missing}: pass a folder with weights, or a model.pth")
 
 
 def weights_among(names: Collection[str], stem: str, suffix: str) -> list[str]:
@@ -92,12 +96,12 @@ def weights_among(names: Collection[str], stem: str, suffix: str) -> list[str]:
     if not sets:
         return own
     if len(sets) > 1:
-        raise LookupError(f"shards of {len(sets)} models, {', '.join(each[0][0] for each in sets.values())}")
+        raise LookupError(f"shards of {len(sets)} models ({', '.join(each[0][0] for each in sets.values())})")
     ((stem, total), found) = sets.popitem()
     there = {int(shard[2]) for shard in found}
     if missing := next((number for number in range(1, int(total) + 1) if number not in there), None):
         name = f"{stem}-{missing:0{len(found[0][2])}}-of-{total}{suffix}"
-        raise LookupError(f"{len(found)} of the {int(total)} shards of its weights, but not {name}")
+        raise LookupError(f"only {len(found)} of {int(total)} weight shards ({name} is missing)")
     return [shard[0] for shard in found]
 
 
@@ -105,10 +109,10 @@ def shards_of(index: Path) -> tuple[Path, ...]:
     """Find the files that an index names, in its folder or below; all of them must exist."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(map(is_below, where.values())):
-        raise ValueError(f"{index} has no weight_map of file names: fetch it again")
+        raise ValueError(f"{index} has no weight_map of file names: download it again")
     names = sorted(set(where.values()))
     if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise FileNotFoundError(f"{index} names {missing[0]}, which is not in the folder: fetch it")
+        raise FileNotFoundError(f"{index} lists {missing[0]}, which was not found: download it")
     return tuple(index.parent / name for name in names)
 
 
@@ -122,11 +126,11 @@ def kind_of(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(256)
     if head.startswith(b"GGUF"):
-        return "a GGUF file: give the model that it was made from"
+        return "a GGUF file, which is not supported: pass the original model"
     if head.lstrip().startswith(b"{"):
-        return "a JSON file: give the folder of the model"
+        return "a JSON file, not weights: pass the model's folder"
     if head.startswith(b"\n") and b"<unk>" in head:
-        return "the tokenizer of a model (SentencePiece): give its folder"
+        return "a SentencePiece tokenizer, not weights: pass the model's folder"
     return None
 
 
@@ -135,11 +139,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}): put the file there") from error
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check that it exists and is readable") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
+        raise ValueError(f"{path} contains a {type(value).__name__}: expected a JSON object")
     return value
 
 
@@ -160,26 +164,26 @@ def identity(path: Path) -> tuple[int, int] | None:
 def check_stays(read: Iterable[Path], output: Path) -> None:
     """Raises ValueError if the output would overwrite a file that is read, under any of its names."""
     if (found := identity(output)) is not None and found in map(identity, read):
-        raise ValueError(f"{output} is read, and would be replaced: give another file")
+        raise ValueError(f"{output} is an input and would be overwritten: choose another output file")
 
 
 def check_plain(path: Path) -> None:
     """Raises ValueError if an existing path is not a regular file: a folder, or a pipe, which would block."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a plain file: put one there")
+        raise ValueError(f"{path} must be a regular file, not a folder or a pipe")
 
 
 def decode_text(data: bytes) -> str:
     """Decode UTF-8, without the byte order mark that some editors add. Raises ValueError, which says what the bytes are
     instead."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError("UTF-16, not UTF-8: convert it")
+        raise ValueError("UTF-16, not UTF-8: convert it to UTF-8")
     if (at := data.find(0)) >= 0:  # in UTF-16 without a mark, every other byte
-        raise ValueError(f"not UTF-8 (a NUL at byte {at}, as in UTF-16): convert it")
+        raise ValueError(f"not UTF-8 (NUL at byte {at}, as in UTF-16): convert it to UTF-8")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start}): convert it") from error
+        raise ValueError(f"not UTF-8 (invalid at byte {error.start}): convert it to UTF-8") from error
 
 
 def read_text(path: Path) -> str:
@@ -205,7 +209,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             unfinished.replace(target)
     except OSError as error:
         why = error.strerror or error
-        raise OSError(f"{path} cannot be written ({why}): make room, or give another file") from error
+        raise OSError(f"{path} cannot be written ({why}): free up disk space, or choose another file") from error
     with suppress(OSError):  # not every system can open a folder
         handle = os.open(target.parent, os.O_RDONLY)
         os.fsync(handle)

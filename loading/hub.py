@@ -27,17 +27,17 @@ def choose(names: Collection[str], files: Sequence[str] = ()) -> list[str]:
     Raises ValueError if the repository is not a model that the engine can load.
     """
     if missing := [name for name in files if name not in names]:
-        raise ValueError(f"no file {', '.join(missing)}; {found(names)}: give one of those as --file")
+        raise ValueError(f"no file {', '.join(missing)}; {found(names)}: pass an existing file as --file")
     if ADAPTER in names and not files:
         raise ValueError(ADAPTS)
     weights = list(files) or next(filter(None, (with_index(names, *form) for form in FORMS)), [])
     if not weights:
         raise ValueError(
-            "no *.safetensors and no pytorch_model*.bin of a model at its top, which is what the engine reads; "
-            f"{found(names)}: name another repository, or fetch single files by --file of scripts/download.py"
+            f"no *.safetensors or pytorch_model*.bin in its top folder; {found(names)}: choose another repository, or "
+            "download single files with scripts/download.py --file"
         )
     if not files and "config.json" not in names:
-        raise ValueError("no config.json, which holds the model's shape: name a repository that has one")
+        raise ValueError("no config.json, which defines the model: choose a repository that has one")
     return list(dict.fromkeys([*(name for name in COMPANIONS if name in names), *weights]))
 
 
@@ -46,7 +46,7 @@ def with_index(names: Collection[str], stem: str, suffix: str) -> list[str]:
     try:
         found = weights_among(names, stem, suffix)
     except LookupError as error:
-        raise ValueError(f"{error.args[0]}: name another repository") from error
+        raise ValueError(f"{error.args[0]}: choose another repository") from error
     index = f"{stem}{suffix}.index.json"
     return [index, *found] if found and index in names and stem + suffix not in names else found
 
@@ -54,7 +54,7 @@ def with_index(names: Collection[str], stem: str, suffix: str) -> list[str]:
 def found(names: Collection[str]) -> str:
     weights = sorted(name for name in names if name.endswith(WEIGHTS))
     more = f" and {len(weights) - 3} more" if len(weights) > 3 else ""
-    return f"it has {', '.join(weights[:3])}{more}" if weights else "it has no weights at all"
+    return f"it has {', '.join(weights[:3])}{more}" if weights else "it has no weight files"
 
 
 def readable(count: int) -> str:
@@ -66,8 +66,8 @@ def check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise ValueError(
-            f"{readable(needed)} are to be fetched and the disk of {out} has {readable(free)} free: "
-            "free some, or give a folder on another disk as --out of scripts/download.py"
+            f"the download needs {readable(needed)}, but the disk of {out} has {readable(free)} free: "
+            "free up space, or use scripts/download.py with --out on another disk"
         )
 
 
@@ -87,8 +87,8 @@ def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -
     total = sum(sizes[name] or 0 for name in names)
     there = sum(sizes[name] or 0 for name in names if size_of(out / name) == sizes[name])
     check_space(out, total - there)
-    here = f", {readable(there)} of it already in {out}" if there else ""
-    print(f"fetching {counted(len(names), 'file')} of {repo}, {readable(total)}{here}", file=sys.stderr, flush=True)
+    here = f", {readable(there)} already in {out}" if there else ""
+    print(f"downloading {counted(len(names), 'file')} of {repo}, {readable(total)}{here}", file=sys.stderr, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     unfinished = out / UNFINISHED
     unfinished.touch()
@@ -97,7 +97,9 @@ def download(repo: str, revision: str | None, out: Path, files: Sequence[str]) -
     for name in names:
         hf_hub_download(repo, name, revision=info.sha or revision, local_dir=out)
         if sizes[name] not in (None, size_of(out / name)):
-            raise ValueError(f"{out / name} is not of {sizes[name]} bytes: remove it and run the same command again")
+            raise ValueError(
+                f"{out / name} does not have its {sizes[name]} bytes: delete it and run the same command again"
+            )
     unfinished.unlink(missing_ok=True)  # another process may have downloaded the same model
     return out
 
@@ -110,16 +112,16 @@ LOGIN = "set HF_TOKEN or run `hf auth login`"
 GATED = "{repo} needs a token: accept the licence on {page}, then " + LOGIN
 # What went wrong and how to fix it, by the class of huggingface_hub's error, or by the status of its answer.
 EXPLANATIONS = {
-    "HFValidationError": "{repo!r} is not the name of a repository: give OWNER/NAME",
+    "HFValidationError": "{repo!r} is not a repository name: use OWNER/NAME",
     "GatedRepoError": GATED,
     "403": GATED,
     # The hub answers alike for a missing and a private one.
-    "RepositoryNotFoundError": "{page} is not there, or private: check the name; if private, " + LOGIN,
+    "RepositoryNotFoundError": "{page} not found: check the name; if it is private, " + LOGIN,
     "RevisionNotFoundError": (
-        "{repo} has no revision {revision!r}: give one of its branches, tags or commits ({page}/commits)"
+        "{repo} has no revision {revision!r}: pass one of its branches, tags or commits ({page}/commits)"
     ),
-    "401": "the hub does not accept the token: set HF_TOKEN to a valid one, or run `hf auth login` ({repo})",
-    "OfflineModeIsEnabled": "{repo} cannot be fetched while HF_HUB_OFFLINE is set: unset it",
+    "401": "the hub rejected the token for {repo}: set HF_TOKEN to a valid one, or run `hf auth login`",
+    "OfflineModeIsEnabled": "{repo} cannot be downloaded while HF_HUB_OFFLINE is set: unset it",
 }
 
 
@@ -137,12 +139,12 @@ def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str
         return known.format(repo=repo, revision=revision, page=page)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "os error 28" in text:  # hf_xet's message: it raises no OSError
-        return f"the disk of {out} is full: free some of it and run the same command again; whole files are kept"
+        return f"the disk of {out} is full: free up space and run the same command again; completed files are kept"
     if isinstance(error, OSError) and error.filename is not None:
-        remedy = "give one that can as --out of scripts/download.py, or as HF_HOME"
+        remedy = "choose another folder by scripts/download.py --out, or by HF_HOME"
         return f"{error.filename} cannot be used ({error.strerror}): {remedy}"
     if isinstance(error, OSError | HTTPError | RuntimeError | json.JSONDecodeError):
-        return f"{page} cannot be fetched ({text}): check the network and run the same command again"
+        return f"{page} cannot be downloaded ({text}): check the network and run the same command again"
     return text
 
 
@@ -178,7 +180,8 @@ def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
         return snapshot(Path(path))
     if not HUB_NAME.fullmatch(name) or name.endswith((".pt", ".pth")):
         raise FileNotFoundError(
-            f"no checkpoint at {path}: give a folder with config.json, the model.pth in one, or OWNER/NAME of the hub"
+            f"checkpoint {path} not found: pass a folder with config.json, the model.pth in one, or OWNER/NAME of the "
+            "Hugging Face Hub"
         )
     folder = store / name
     if is_complete(folder):
@@ -186,4 +189,4 @@ def locate(path: Path | str, store: Path = CHECKPOINTS) -> Path:
     try:
         return fetch(name, None, folder)
     except ValueError as error:  # a mistyped folder looks like a hub name
-        raise ValueError(f"{name} is no folder here, and {error}") from error
+        raise ValueError(f"{name} is not a local folder, and {error}") from error

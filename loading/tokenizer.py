@@ -161,7 +161,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             found |= entries | {key: as_name(entries[key]) for key in ("bos_token", "eos_token") if key in entries}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             why = f" ({error})" if isinstance(error, ValueError) else ""  # messages of other types do not help
-            raise ValueError(f"{path} is not what it must be{why}: fetch it again") from error
+            raise ValueError(f"{path} is invalid{why}: download it again") from error
     return found
 
 
@@ -189,7 +189,7 @@ class Guarded:
         except (ValueError, KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:
-            raise ValueError(f"{self.path} cannot be used, its library fails: {error}: fetch it again") from error
+            raise ValueError(f"the tokenizer library failed on {self.path} ({error}): download it again") from error
 
 
 def interruptible(function: Callable[..., Any], text: str, **options: Any) -> Any:
@@ -296,7 +296,7 @@ class TiktokenTokenizer:
         ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         self.base = base = len(ranks)
         if sorted(ranks.values()) != list(range(base)) or not {bytes([byte]) for byte in range(256)} <= ranks.keys():
-            raise ValueError("it is truncated or damaged: not every byte is there, or the ranks do not count up")
+            raise ValueError("it is truncated or damaged: a byte is missing, or the ranks are not consecutive")
         self.specials = {f"<|{name}|>": base + offset for name, offset in LLAMA3_SPECIALS.items()}
         self.names = Names.of_control({name: AddedToken(id) for name, id in self.specials.items()})
         parts = {"pat_str": LLAMA3_PATTERN, "mergeable_ranks": ranks, "special_tokens": self.specials}
@@ -379,5 +379,5 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             return TiktokenTokenizer(path) if is_tiktoken(path) else SentencePieceTokenizer(path, metadata)
         except Exception as error:  # each library raises its own types, tokenizers bare Exception
             why = error.__cause__ or error  # for a panic, the library's message
-            raise ValueError(f"{path} is not a tokenizer that can be read: {why}: fetch it again") from error
-    raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {folder}: put the model's tokenizer there")
+            raise ValueError(f"{path} is not a valid tokenizer ({why}): download it again") from error
+    raise FileNotFoundError(f"no tokenizer.model or tokenizer.json found in {folder}: put the model's tokenizer there")

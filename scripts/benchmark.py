@@ -3,68 +3,55 @@
     python scripts/benchmark.py --preset cpu
     python scripts/benchmark.py --shape stories110M --context 4096 -n 1 8 16 64 --out cells.jsonl --charts charts
 
-Prints Markdown tables to stdout as they finish; --out adds one JSON object per cell, --charts draws them. A step is the
+Prints Markdown tables to stdout row by row; --out adds one JSON object per cell, --charts draws them. A step is the
 network, the logits and the draw of a token; a cell is the median of --steps steps after a warm-up. The columns of one N
 are measured one after another in one process, so their ratios share the machine's state. Next to every time stands its
 limit: the bytes that a step must read over the measured bandwidth, or its operations over the measured rate of a matrix
 product, whichever takes longer.
 """
 
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from cli.system import finish, print_error, start
-
-if __name__ == "__main__":
-    start()
+import common
+from common import CPU, SAMPLING, SHAPES, Table, alternate, clocked, count, median_ms, medians, random_model, timed  # isort: split
 
 import argparse
-import contextlib
 import importlib.util
 import itertools
 import json
 import os
-import platform
-import shlex
-import statistics
-import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, NoCache, Prefill, attend_by_torch
-from cli.options import OneLineParser, changed
-from cli.ranks import join, leave
+from cli.options import changed
+from cli.ranks import join
 from engine.engine import SILENT, Engine
 from engine.graphs import Step, StepInput
 from engine.layouts import Int8Context, SDPACache, copied
 from engine.plan import (
     Plan,
     available_memory,
-    choose_device,
-    choose_dtype,
     choose_packing,
     human,
-    keep_freed_memory,
     plan_run,
     release_freed_memory,
     step_operations,
     weigh,
 )
-from engine.request import Sampling, Workload
+from engine.request import Request, Workload
 from layers.kernels import attend_chain
 from layers.linear import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
 from layers.moe import ExpertLinear, MixtureOfExperts, MoEConfig
@@ -73,25 +60,14 @@ from model import ModelArgs, Transformer, empty_model
 from quantize import quantise_int4, quantise_int8
 from tp import WHOLE, Shard
 
-SHAPES = {
-    "tiny": ModelArgs(192, 5, 6, 2, 32, 384, 2048, 1 << 20),
-    "stories110M": ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20),
-    "stories110M-gqa": ModelArgs(768, 12, 12, 4, 64, 2048, 32000, 1 << 20),
-    "tinyllama-1.1b": ModelArgs(2048, 22, 32, 4, 64, 5632, 32000, 1 << 20),
-    "llama-2-7b": ModelArgs(4096, 32, 32, 32, 128, 11008, 32000, 1 << 20),
-    "mistral-7b": ModelArgs(4096, 32, 32, 8, 128, 14336, 32000, 1 << 20),
-    "llama-3.1-8b": ModelArgs(4096, 32, 32, 8, 128, 14336, 128256, 1 << 20, rope_theta=500000.0),
-}
 
-
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A context layout (a constructor of caches), its step compiled or not; layout and kv_dtype as in Request."""
 
     make: Callable[[KVCache, int, int], KVCache]
-    compiled: bool
     layout: str
     kv_dtype: str = "auto"
+    compiled: bool = False
 
 
 class OneKernel(SDPACache):
@@ -104,28 +80,7 @@ class OneKernel(SDPACache):
         self.write(layer, k, v, input_pos)
         k, v = self.k[layer], self.v[layer]
         with sdpa_kernel(self.kernel):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
-
-
-class FlashKernel(OneKernel):
-    kernel = SDPBackend.FLASH_ATTENTION
-
-
-class EfficientKernel(OneKernel):
-    kernel = SDPBackend.EFFICIENT_ATTENTION
-
-
-class MathKernel(OneKernel):
-    kernel = SDPBackend.MATH
-
-
-def share(context: KVCache, n: int, slots: int) -> KVCache:
-    """Fork as the engine does: a single row extends the context's own cache, here a copy of it."""
-    return copied(context, 1, slots, kind=KVCache) if n == 1 else KVCache.fork(context, n, slots)
-
-
-def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
-    return KVCache.fork(Int8Context(copied(context, 1, 0, kind=KVCache)), n, slots)
+            return scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class TorchCache(KVCache):
@@ -136,135 +91,52 @@ class TorchCache(KVCache):
         return attend_by_torch(self, layer, q, input_pos, mod)
 
 
-def by_torch(context: KVCache, n: int, slots: int) -> KVCache:
-    """As `share`, by PyTorch alone."""
-    return copied(context, 1, slots, kind=TorchCache) if n == 1 else TorchCache.fork(context, n, slots)
+def share(context: KVCache, n: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
+    """Fork as the engine does: a single row extends the context's own cache, here a copy of it."""
+    return copied(context, 1, slots, kind=kind) if n == 1 else kind.fork(context, n, slots)
 
 
+def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
+    return KVCache.fork(Int8Context.of(copied(context, 1, 0, kind=KVCache)), n, slots)
+
+
+def copied_for(kernel: SDPBackend) -> Callable[[KVCache, int, int], KVCache]:
+    """Return the contiguous layout, read by that kernel."""
+    return partial(copied, kind=type(kernel.name, (OneKernel,), {"kernel": kernel}))
+
+
+EAGER = {
+    "bifurcated": Column(share, "bifurcated"),
+    "bifurcated, int8": Column(fork_int8, "bifurcated", "int8"),
+    "bifurcated, torch": Column(partial(share, kind=TorchCache), "bifurcated"),
+    "contiguous": Column(partial(copied, kind=KVCache), "contiguous"),
+    "contiguous SDPA": Column(copied, "contiguous"),
+    "contiguous SDPA, flash": Column(copied_for(SDPBackend.FLASH_ATTENTION), "contiguous"),
+    "contiguous SDPA, efficient": Column(copied_for(SDPBackend.EFFICIENT_ATTENTION), "contiguous"),
+    "contiguous SDPA, math": Column(copied_for(SDPBackend.MATH), "contiguous"),
+    "expanded SDPA": Column(SDPACache.fork, "expanded"),
+}
 COLUMNS = {
-    "bifurcated": Column(share, False, "bifurcated"),
-    "bifurcated, compiled": Column(share, True, "bifurcated"),
-    "bifurcated, int8": Column(fork_int8, False, "bifurcated", "int8"),
-    "bifurcated, int8, compiled": Column(fork_int8, True, "bifurcated", "int8"),
-    "bifurcated, torch": Column(by_torch, False, "bifurcated"),
-    "bifurcated, torch, compiled": Column(by_torch, True, "bifurcated"),
-    "contiguous": Column(partial(copied, kind=KVCache), False, "contiguous"),
-    "contiguous, compiled": Column(partial(copied, kind=KVCache), True, "contiguous"),
-    "contiguous SDPA": Column(copied, False, "contiguous"),
-    "contiguous SDPA, compiled": Column(copied, True, "contiguous"),
-    "contiguous SDPA, flash": Column(partial(copied, kind=FlashKernel), False, "contiguous"),
-    "contiguous SDPA, flash, compiled": Column(partial(copied, kind=FlashKernel), True, "contiguous"),
-    "contiguous SDPA, efficient": Column(partial(copied, kind=EfficientKernel), False, "contiguous"),
-    "contiguous SDPA, efficient, compiled": Column(partial(copied, kind=EfficientKernel), True, "contiguous"),
-    "contiguous SDPA, math": Column(partial(copied, kind=MathKernel), False, "contiguous"),
-    "contiguous SDPA, math, compiled": Column(partial(copied, kind=MathKernel), True, "contiguous"),
-    "expanded SDPA": Column(SDPACache.fork, False, "expanded"),
-    "expanded SDPA, compiled": Column(SDPACache.fork, True, "expanded"),
+    f"{name}, compiled" if compiled else name: column._replace(compiled=compiled)
+    for name, column in EAGER.items()
+    for compiled in (False, True)
 }
 PREFILL_CHUNK = 512
 IN_TURNS = 9
-MOST_SLOTS = 128  # decoded slots of a timed cache
-EVERY_N = [1 << power for power in range(12)]
-
+EVERY_N = tuple(1 << power for power in range(12))
 # What the paper compares, each eager and compiled.
 PAPER_COLUMNS = tuple(
     name
     for name in COLUMNS
     if "int8" not in name and "torch" not in name and name not in ("contiguous", "contiguous, compiled")
 )
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Shapes, sizes and columns that a preset measures unless a flag overrides them."""
-
-    shapes: tuple[str, ...]
-    context: tuple[int, ...]
-    num_samples: tuple[int, ...]
-    columns: tuple[str, ...]
-    steps: int = 20
-
-
-PRESETS = {
-    "cpu": Preset(
-        ("stories110M", "stories110M-gqa"), (2048,), (1, 8, 64), ("bifurcated, compiled", "contiguous SDPA"), steps=8
-    ),
-    "paper": Preset(("llama-2-7b", "mistral-7b"), (8192, 16384, 32768), tuple(EVERY_N), PAPER_COLUMNS),
-    "quantised": Preset(("stories110M", "tinyllama-1.1b"), (128,), (1, 8, 64), (), steps=12),
-    "kernels": Preset(("stories110M",), (2048,), (1, 8, 16, 64), (), steps=9),
-    "tp": Preset(("tinyllama-1.1b",), (128,), (1, 8, 64), (), steps=8),
-    "moe": Preset(("stories110M",), (256,), (1, 64), ("bifurcated", "bifurcated, compiled")),
-    "attention": Preset(("stories110M",), (1024, 2048, 4096), (1, 4, 16, 64), ()),
-    "decode": Preset(
-        ("stories110M",),
-        (4096,),
-        (1, 8, 16, 64),
-        ("bifurcated", "bifurcated, compiled", "contiguous, compiled", "contiguous SDPA"),
-        steps=12,
-    ),
+QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {
+    "int8": quantise_int8,
+    "int4, groups of 32": partial(quantise_int4, groupsize=32),
 }
 
 
-def random_model(args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
-    model = empty_model(args).to(dtype).to_empty(device=device).eval().requires_grad_(False)
-    model.tie_output()
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
-    return model
-
-
-def packs(options: argparse.Namespace, args: ModelArgs, rows: int) -> bool:
-    """Return whether generate.py would pack the weights for a long run of `rows` rows."""
-    return options.pack and choose_packing(options.device, options.dtype, args, 1 << 20, rows)
-
-
-def model_of(options: argparse.Namespace, args: ModelArgs, rows: int) -> Transformer:
-    """Build a random model for timing steps of `rows` rows, packed as generate.py would for a long run."""
-    model = random_model(args, options.device, options.dtype)
-    if packs(options, args, rows):
-        pack_linears(model)
-    return model
-
-
-def random_context(args: ModelArgs, slots: int, like: Tensor) -> KVCache:
-    cache = KVCache.empty(args.kv_shape, 1, slots, like)
-    for tensor in cache.k + cache.v:
-        tensor.normal_()
-    return cache
-
-
-def timed(function: Callable[[], object], times: int, device: torch.device, budget: float = 1e9) -> list[float]:
-    """Return the seconds of each of `times` calls; of fewer, at least one, if they exceed `budget` seconds."""
-    seconds: list[float] = []
-    while len(seconds) < times and sum(seconds) < budget:
-        begin = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return seconds
-
-
-@torch.no_grad()
-def time_decode(step: Step, cache: KVCache, context: int, repeats: int, budget: float = 1e9) -> float:
-    """Return the median seconds of a decode step over positions from `context` on."""
-    device, rows = cache.start.device, cache.rows
-    token = torch.zeros(rows, dtype=torch.long, device=device)
-    input_pos = torch.full((rows, 1), context, device=device)
-    samples, seed = torch.arange(rows, device=device), torch.tensor(0, device=device)
-
-    def advance() -> None:
-        nonlocal token, input_pos
-        token, _ = step(StepInput(token[:, None], input_pos, samples, seed), cache)
-        input_pos = input_pos + 1
-
-    timed(advance, 1, device)  # may compile
-    timed(advance, 3, device, budget / 4)
-    return statistics.median(timed(advance, repeats, device, budget))
-
-
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Measured rates: bytes per second moved by a large copy (read and written) or read by a sum, whichever is more,
     and operations per second (multiplications and additions) of a large matrix product."""
 
@@ -285,189 +157,218 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One measurement. ms: of a step; None if it was not run, for the reason in `note`. limit_ms: time of a step's
-    bytes or operations at the measured rates; limit: which of them binds."""
+class Bench:
+    """What a table measures: a shape, under the flags. records: the cells of all shapes so far, as --out writes them.
+    started: by time.perf_counter."""
 
+    options: argparse.Namespace
     shape: str
-    column: str
-    num_samples: int
-    context: int
-    ms: float | None
-    limit_ms: float
-    limit: str
-    memory_bytes: int
-    note: str = ""
-    tokens_per_s: float | None = field(init=False)
-    share_of_limit: float | None = field(init=False)
+    args: ModelArgs
+    rates: Rates
+    records: list[dict[str, Any]]
+    started: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens_per_s", self.ms and 1000 * self.num_samples / self.ms)
-        object.__setattr__(self, "share_of_limit", self.ms and self.limit_ms / self.ms)
+    @property
+    def like(self) -> Tensor:
+        return torch.empty(0, device=self.options.device, dtype=self.options.dtype)
 
-    def __str__(self) -> str:
-        return self.note if self.ms is None else f"{self.ms:.1f} ({self.share_of_limit:.0%})"
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """Yield each context with each N."""
+        return itertools.product(self.options.context, self.options.num_samples)
+
+    def table(self, *columns: str) -> Table:
+        return Table(*columns, out=self.options.out, shape=self.shape)
+
+    def record(self, **fields: Any) -> None:
+        """Record a cell."""
+        self.records.append({"shape": self.shape, **fields})
+        common.append(self.options.out, self.records[-1])
+
+    def log(self, cell: str) -> None:
+        """Log a cell of all, and how long the rest should take."""
+        options, seconds = self.options, time.perf_counter() - self.started
+        total = len(options.shape) * len(options.columns) * len(list(self.sizes()))
+        left = seconds * (total / len(self.records) - 1)
+        print(f"{self.shape}, {cell}; about {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def packs(self, rows: int) -> bool:
+        """Return whether generate.py would pack the weights for a long run of `rows` rows."""
+        options = self.options
+        return options.pack and choose_packing(options.device, options.dtype, self.args, 1 << 20, rows)
+
+    def random(self) -> Transformer:
+        return random_model(self.args, self.options.device, self.options.dtype)
+
+    def model(self, rows: int) -> Transformer:
+        """Build a random model for steps of `rows` rows, packed as generate.py would for a long run."""
+        model = self.random()
+        if self.packs(rows):
+            pack_linears(model)
+        return model
+
+    def context(self, slots: int) -> KVCache:
+        """Build a context of random keys and values."""
+        cache = KVCache.empty(self.args.kv_shape, 1, slots, self.like)
+        for tensor in cache.k + cache.v:
+            tensor.normal_()
+        return cache
+
+    def plan(self, weights: Transformer, context: int, rows: int, column: Column) -> Plan:
+        """Plan the bytes of a cell, those of `weights` included."""
+        options = self.options
+        work = Workload(context, rows, options.steps + 8, column.layout, column.kv_dtype)
+        return plan_run(self.args, weigh(weights), work, options.device, options.dtype, 1 << 62, False)
+
+    def ms(self, step: Step, cache: KVCache, position: int) -> float:
+        """Return the median milliseconds of a decode step over positions from `position` on."""
+        options = self.options
+        return median_ms(stepping(step, cache, position), options.steps, options.device, options.budget)
 
 
-def plan_of(
-    options: argparse.Namespace, args: ModelArgs, model: Transformer, context: int, rows: int, column: Column
-) -> Plan:
-    """Plan the bytes that a cell needs."""
-    slots = min(MOST_SLOTS, options.steps + 8)
-    work = Workload(context, rows, slots, column.layout, column.kv_dtype)
-    return plan_run(args, weigh(model), work, options.device, options.dtype, 1 << 62, False)
+def step_of(model: Transformer, compile: bool = False, shard: Shard = WHOLE) -> Step:
+    """Return a decode step, the draw of a token included."""
+    engine = Engine(model, compile=compile, shard=shard)
+    plan = replace(engine.plan(1, Request(sampling=SAMPLING)), compiled=compile, packed=False)
+    engine.prepare(plan)
+    return engine.step(plan, lambda: SAMPLING)
 
 
-def measure(options: argparse.Namespace, shape: str, args: ModelArgs, rates: Rates) -> Iterator[Cell]:
-    """Measure every cell of a shape, row by row."""
-    device, empty = options.device, empty_model(args).to(options.dtype)
-    if weigh(empty).total > available_memory(device):
-        raise ValueError(f"the weights of {shape} need {human(weigh(empty).total)}: choose a smaller --shape")
-    steps = {}
-    for packed, rows in {packs(options, args, rows): rows for rows in options.num_samples}.items():
-        model = model_of(options, args, rows)
-        for is_compiled in (False, True):
-            engine = Engine(model)
-            plan = plan_of(options, args, empty, 1, 1, COLUMNS["bifurcated"])
-            plan = replace(plan, compiled=is_compiled, packed=False)
-            engine.prepare(plan)
-            steps[packed, is_compiled] = engine.step(Sampling(0.8, top_k=200), plan)
+def stepping(step: Step, cache: KVCache, position: int, stride: int = 1) -> Callable[[], None]:
+    """Return a callable that runs a step at `position`, and at its next call `stride` later."""
+    device, rows = cache.start.device, cache.rows
+    token, input_pos = torch.zeros(rows, 1, dtype=torch.long, device=device), torch.tensor(position, device=device)
+    samples, seed = torch.arange(rows, device=device), torch.tensor(0, device=device)
+
+    def advance() -> None:
+        nonlocal token, input_pos
+        drawn, _ = step(StepInput(token, input_pos.repeat(rows, 1), samples, seed), cache)
+        token, input_pos = drawn[:, None] if stride else token, input_pos + stride
+
+    return advance
+
+
+def decode_table(bench: Bench) -> None:
+    """Time a step of every column in milliseconds, next to the share of its limit that it reaches."""
+    options, empty = bench.options, empty_model(bench.args).to(bench.options.dtype)
+    if weigh(empty).total > available_memory(options.device):
+        raise ValueError(f"the weights of {bench.shape} need {human(weigh(empty).total)}: choose a smaller --shape")
+    steps: dict[tuple[bool, bool], Step] = {}
+    for packed, rows in {bench.packs(rows): rows for rows in options.num_samples}.items():
+        model = bench.model(rows)
+        steps |= {(packed, compiled): step_of(model, compiled) for compiled in (False, True)}
+    table = Table("context", "N", *options.columns, "limit")
     for context in options.context:
-        root = random_context(args, context, model.norm.weight)
+        root = bench.context(context)
         for rows in options.num_samples:
-            shared = plan_of(options, args, empty, context, rows, COLUMNS["bifurcated"])
-            limits = {
-                "bandwidth": 1000 * shared.per_step / rates.bandwidth,
-                "operations": 1000 * step_operations(args, context, rows) / rates.operations,
-            }
+            shared = bench.plan(empty, context, rows, COLUMNS["bifurcated"])
+            operations = step_operations(bench.args, context, rows) / bench.rates.operations
+            limits = {"bandwidth": 1000 * shared.per_step / bench.rates.bandwidth, "operations": 1000 * operations}
             limit = max(limits, key=limits.__getitem__)
-            for name in options.columns:
-                column = COLUMNS[name]
-                needed = plan_of(options, args, empty, context, rows, column)
-                extra = needed.decoded + needed.workspace + (needed.context if column.kv_dtype == "int8" else 0)
-                memory = needed.weights.total + shared.context + extra
-                ms, note = None, f"needs {human(memory)}"
-                release_freed_memory(device)
-                if extra <= available_memory(device):
-                    step = steps[packs(options, args, rows), column.compiled]
-                    ms, note = attempt(column, root, rows, step, options)
-                yield Cell(shape, name, rows, context, ms, limits[limit], limit, memory, note)
+            texts = dict.fromkeys(options.columns, "-")
+            try:
+                for name in options.columns:
+                    column = COLUMNS[name]
+                    plan = bench.plan(empty, context, rows, column)
+                    step = steps[bench.packs(rows), column.compiled]
+                    cell = measure(bench, column, root, plan, step)
+                    cell |= {"column": name, "context": context, "limit_ms": limits[limit], "limit": limit}
+                    cell["share_of_limit"] = cell["ms"] and limits[limit] / cell["ms"]
+                    bench.record(**cell)
+                    texts[name] = cell["note"] or f"{cell['ms']:.1f} ({cell['share_of_limit']:.0%})"
+                    bench.log(f"{name}, N {rows}, T {context}: {texts[name]}")
+            finally:  # an interruption prints what it has
+                table.row(context, rows, *texts.values(), f"{limits[limit]:.1f} {limit}")
 
 
-def attempt(
-    column: Column, root: KVCache, rows: int, step: Step, options: argparse.Namespace
-) -> tuple[float | None, str]:
+def measure(bench: Bench, column: Column, root: KVCache, plan: Plan, step: Step) -> dict[str, Any]:
+    """Time a step, unless it cannot run, for the reason that is its "note"."""
+    rows, converted = plan.workload.num_samples, plan.context if column.kv_dtype == "int8" else 0
+    extra = plan.decoded + plan.workspace + converted
+    memory = plan.weights.total + sum(tensor.nbytes for tensor in root.tensors) + extra
+    ms, note = None, f"needs {human(memory)}"
+    release_freed_memory(bench.options.device)
+    if extra <= available_memory(bench.options.device):
+        ms, note = attempt(bench, column, root, rows, step)
+    per_second = ms and 1000 * rows / ms
+    return {"num_samples": rows, "ms": ms, "note": note, "memory_bytes": memory, "tokens_per_s": per_second}
+
+
+def attempt(bench: Bench, column: Column, root: KVCache, rows: int, step: Step) -> tuple[float | None, str]:
     """Time a step. Returns (milliseconds, ""), or (None, reason) if it cannot run."""
     try:
-        cache = column.make(root, rows, min(MOST_SLOTS, options.steps + 8))
-        return 1000 * time_decode(step, cache, root.slots, options.steps, options.budget), ""
+        return bench.ms(step, column.make(root, rows, bench.options.steps + 8), root.slots), ""
     except RuntimeError as error:
         if "No viable backend" in str(error) or "No available kernel" in str(error):
             return None, "no such kernel"
         if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
             raise
-        if options.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release_freed_memory(bench.options.device)
         return None, "out of memory"
 
 
-@dataclass(frozen=True)
-class Point:
-    """One layer's attention in milliseconds. kind: prefill, decode or hybrid; by: the size that varies."""
-
-    kind: str
-    by: str
-    num_samples: int
-    context: int
-    ours_ms: float
-    sdpa_ms: float
-    shape: str
-
-    def __str__(self) -> str:
-        sizes = f"{self.kind} by {self.by} | {self.num_samples} | {self.context}"
-        return f"| {sizes} | {self.ours_ms:.2f} | {self.sdpa_ms:.2f} |"
-
-
-@torch.no_grad()
-def attention_points(options: argparse.Namespace, shape: str, args: ModelArgs) -> Iterator[Point]:
+def attention_table(bench: Bench) -> None:
     """Time one layer's attention against SDPA over N copies of the context: prefill, decoding, and a prefill chunk next
     to decoding rows (hybrid), each by length and by batch. Eager."""
-    args = replace(args, n_layer=1)
-    like = torch.empty(0, device=options.device, dtype=options.dtype)
+    options, args, like = bench.options, replace(bench.args, n_layer=1), bench.like
+    bench = replace(bench, args=args)
+    table = Table("what", "N", "T", "this engine:.2f", "SDPA:.2f")
 
-    def inputs(rows: int, size: int, begin: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def inputs(rows: int, size: int, begin: int) -> tuple[int, Tensor, Tensor, Tensor, Tensor, None]:
+        """Return the arguments of `attend`."""
         q = torch.randn(rows, args.n_head, size, args.head_dim, device=like.device).to(like.dtype)
         k, v = torch.randn(2, rows, args.n_kv_head, size, args.head_dim, device=like.device).to(like.dtype)
-        return q, k, v, (begin + torch.arange(size, device=like.device)).expand(rows, size)
+        return 0, q, k, v, (begin + torch.arange(size, device=like.device)).expand(rows, size), None
 
-    def ms(function: Callable[[], object]) -> float:
-        timed(function, 2, like.device, options.budget)
-        return 1000 * statistics.median(timed(function, options.steps, like.device, options.budget))
+    def ms(attend: Callable[..., Tensor], given: tuple) -> float:
+        return median_ms(partial(attend, *given), options.steps, options.device, options.budget)
 
-    def whole(rows: int, size: int) -> tuple[float, float]:
-        given = inputs(rows, size, 0)
-        both = ms(lambda: NoCache().attend(0, *given, None))  # the same kernel
+    def prefill(rows: int, size: int) -> tuple[float, float]:
+        both = ms(NoCache().attend, inputs(rows, size, 0))  # the same kernel
         return both, both
 
-    def chunk(begin: int, size: int) -> float:
-        cache, given = KVCache.empty(args.kv_shape, 1, begin + size, like), inputs(1, size, begin)
-        return ms(lambda: Prefill(cache, begin, size).attend(0, *given, None))
-
-    def decoded(rows: int, context: int) -> tuple[float, float]:
-        root, given = random_context(args, context, like), inputs(rows, 1, context)
-        ours, theirs = share(root, rows, 64), copied(root, rows, 64)
-        return ms(lambda: ours.attend(0, *given, None)), ms(lambda: theirs.attend(0, *given, None))
+    def decode(rows: int, context: int) -> tuple[float, float]:
+        root, given = bench.context(context), inputs(rows, 1, context)
+        return ms(share(root, rows, 64).attend, given), ms(copied(root, rows, 64).attend, given)
 
     def hybrid(rows: int, context: int) -> tuple[float, float]:
-        part = min(512, context // 2)
-        read, (ours, theirs) = chunk(context - part, part), decoded(rows, context)
+        size = min(512, -(-context // 2))
+        cache, begin = KVCache.empty(args.kv_shape, 1, context, like), context - size
+        read = ms(Prefill(cache, begin, size).attend, inputs(1, size, begin))
+        ours, theirs = decode(rows, context)
         return read + ours, read + theirs
 
     short = min(options.context)
-    for kind, time_both, few in (("prefill", whole, 1), ("decode", decoded, 16), ("hybrid", hybrid, 16)):
-        for size in options.context:
-            yield Point(kind, "length", few, size, *time_both(few, size), shape)
-        for rows in (1, 2, 4) if kind == "prefill" else options.num_samples:
-            yield Point(kind, "batch", rows, short, *time_both(rows, short), shape)
+    for measure, few in ((prefill, 1), (decode, 16), (hybrid, 16)):
+        kind, numbers = measure.__name__, (1, 2, 4) if measure is prefill else options.num_samples
+        points = [("length", few, size) for size in options.context] + [("batch", rows, short) for rows in numbers]
+        for by, rows, size in points:
+            ours, theirs = measure(rows, size)
+            table.row(f"{kind} by {by}", rows, size, ours, theirs)
+            bench.record(kind=kind, by=by, num_samples=rows, context=size, ours_ms=ours, sdpa_ms=theirs)
 
 
-@torch.no_grad()
-def prefill_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time prefill, as generate.py runs it, against the measured rate of a matrix product, as Markdown."""
-    model = model_of(options, args, max(EVERY_N))
-    engine = Engine(model)
-    yield "| tokens | chunk | ms | T operations/s | of the matrix product's rate |\n|---|---|---|---|---|"
+def prefill_table(bench: Bench) -> None:
+    """Time prefill, as generate.py runs it, against the measured rate of a matrix product."""
+    options, args = bench.options, bench.args
+    engine = Engine(bench.model(max(EVERY_N)))
+    table = bench.table("tokens", "chunk", "ms:.0f", "T operations/s:.2f", "of the matrix product's rate:.0%")
     for context in options.context:
         tokens = [token % args.vocab_size for token in range(context)]
 
         def read(tokens: list[int] = tokens) -> None:
-            engine.prefill(
-                KVCache.empty(args.kv_shape, 1, len(tokens), model.norm.weight), tokens, PREFILL_CHUNK, SILENT
-            )
+            cache = KVCache.empty(args.kv_shape, 1, len(tokens), bench.like)
+            engine.prefill(cache, tokens, PREFILL_CHUNK, SILENT)
 
-        timed(read, 1, options.device)
-        seconds = statistics.median(timed(read, options.steps, options.device, options.budget))
+        ms = median_ms(read, options.steps, options.device, options.budget)
         # A token attends to half of the prompt on average; only the last one has logits.
         head = 2 * (context - 1) * args.dim * args.vocab_size
-        rate = (step_operations(args, context // 2, context) - head) / seconds
-        share = rate / rates.operations
-        yield f"| {context} | {PREFILL_CHUNK} | {1000 * seconds:.0f} | {rate / 1e12:.2f} | {share:.0%} |"
+        rate = (step_operations(args, context // 2, context) - head) / ms * 1000
+        table.row(context, PREFILL_CHUNK, ms, rate / 1e12, rate / bench.rates.operations)
 
 
-def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time loading a folder of safetensors against mapping it with safetensors alone, in milliseconds, as Markdown: the
-    mapping alone, and with every byte read once from the page cache."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": args.dim,
-        "intermediate_size": args.hidden_dim,
-        "num_hidden_layers": args.n_layer,
-        "num_attention_heads": args.n_head,
-        "num_key_value_heads": args.n_kv_head,
-        "head_dim": args.head_dim,
-        "vocab_size": args.vocab_size,
-        "max_position_embeddings": args.context_limit,
-    }
+def load_table(bench: Bench) -> None:
+    """Time loading a folder of safetensors against mapping it with safetensors alone, in milliseconds: the mapping
+    alone, and with every byte read once from the page cache."""
 
     def read(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -475,154 +376,135 @@ def load_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> It
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config), "utf-8")
-        save_file(random_model(args, torch.device("cpu"), torch.bfloat16).state_dict(), folder / "model.safetensors")
-        size = (folder / "model.safetensors").stat().st_size
+        weights = folder / "model.safetensors"
+        (folder / "config.json").write_text(json.dumps(common.llama_config(bench.args)), "utf-8")
+        save_file(random_model(bench.args, CPU, torch.bfloat16).state_dict(), weights)
 
         def alone() -> list[Tensor]:
-            return list(read_safetensors(folder / "model.safetensors").values())
+            return list(read_safetensors(weights).values())
 
         def ours() -> list[Tensor]:
             return list(load_model(read_checkpoint(folder), "cpu", torch.bfloat16).parameters())
 
-        yield "| bytes | what | safetensors alone | load_model | ratio |\n|---|---|---|---|---|"
+        table = bench.table("bytes", "what", "safetensors alone:.1f", "load_model:.1f", "ratio:.2f")
         for what, use in (("mapped", len), ("mapped and read", read)):
-            times = []
-            for load in (alone, ours):
-                seconds = timed(partial(lambda load, use: use(load()), load, use), options.steps + 1, options.device)
-                times.append(1000 * statistics.median(seconds[1:]))
-            yield f"| {human(size)} | {what} | {times[0]:.1f} | {times[1]:.1f} | {times[1] / times[0]:.2f} |"
+            sides = [clocked(partial(lambda load, use: use(load()), load, use)) for load in (alone, ours)]
+            least, took = (1000 * median for median in medians(alternate(sides, bench.options.steps, warm_up=1)))
+            table.row(human(weights.stat().st_size), what, least, took, took / least)
 
 
-QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {
-    "int8": quantise_int8,
-    "int4, groups of 32": partial(quantise_int4, groupsize=32),
-}
-
-
-def quantised_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time a decode step with quantised weights, in the kernels that generate.py would use at that N, against plain
-    weights, as Markdown. Eager."""
-    yield "| context | N | weights | held | ms | plain / this | linear layers |\n|---|---|---|---|---|---|---|"
-    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+def quantised_table(bench: Bench) -> None:
+    """Time an eager decode step with quantised weights, in the kernels that generate.py would use at that N, against
+    plain weights."""
+    table = bench.table("context", "N", "weights", "held", "ms:.1f", "plain / this:.2f", "linear layers")
+    for context, rows in bench.sizes():
         plain = None
         for name in ("plain", *QUANTISERS):
-            model = random_model(args, options.device, options.dtype)
-            if quantiser := QUANTISERS.get(name):
-                hold(model, quantiser, rows)
-            weights = weigh(model)
-            if packs(options, args, rows):
+            model = bench.random()
+            if name in QUANTISERS:
+                hold(model, QUANTISERS[name], rows)
+            held = weigh(model).per_step
+            if bench.packs(rows):
                 pack_linears(model)
-            engine = Engine(model, compile=False)
-            cache = share(random_context(args, context, model.norm.weight), rows, min(MOST_SLOTS, options.steps + 8))
-            work = Workload(context, rows, MOST_SLOTS)
-            plan = plan_run(args, weights, work, options.device, options.dtype, 1 << 62, False)
-            step = engine.step(Sampling(0.8, top_k=200), plan)
-            ms = 1000 * time_decode(step, cache, context, options.steps, options.budget)
+            ms = bench.ms(step_of(model), share(bench.context(context), rows, bench.options.steps + 8), context)
             plain = plain or ms
-            by = ", ".join(f"{count} {kernel}" for kernel, count in kernels(model).items())
-            yield f"| {context} | {rows} | {name} | {human(weights.per_step)} | {ms:.1f} | {plain / ms:.2f} | {by} |"
+            by = ", ".join(f"{number} {kernel}" for kernel, number in kernels(model).items())
+            table.row(context, rows, name, human(held), ms, plain / ms, by)
 
 
 def hold(model: Transformer, quantiser: Callable[[Tensor], Quantised], rows: int) -> None:
     """Quantise every linear layer, held as from a checkpoint for steps of `rows` rows."""
-    swap_linears(
-        model,
-        lambda name, linear: make_linear(
-            quantiser(linear.weight), linear.bias, linear.weight.device, linear.weight.dtype, rows
-        ),
-    )
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        weight = linear.weight
+        return make_linear(quantiser(weight), linear.bias, weight.device, weight.dtype, rows)
+
+    swap_linears(model, make)
 
 
-def shard_of(options: argparse.Namespace, args: ModelArgs, shard: Shard) -> Transformer:
+def part_of(bench: Bench, shard: Shard) -> Transformer:
     """Build a rank's part of a model with random weights."""
-    model = random_model(args, options.device, options.dtype)
+    model = bench.random()
     for name, module in model.named_modules():
         for kind, whole in module._parameters.items():
             if whole is not None:
-                part = shard.part(f"{name}.{kind}", whole.detach(), args)
-                module._parameters[kind] = torch.nn.Parameter(part, requires_grad=False)
+                part = shard.part(f"{name}.{kind}", whole.detach(), bench.args)
+                module._parameters[kind] = nn.Parameter(part, requires_grad=False)
     shard.attach(model)
-    if options.pack:
+    if bench.options.pack:
         pack_linears(model)
     return model
 
 
-def tp_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time a decode step of one process with as many threads as there are ranks against a step of the ranks, as
-    Markdown. The other ranks wait meanwhile. Eager."""
-    ranks = join(None, options.device)
+def tp_table(bench: Bench) -> None:
+    """Time an eager decode step of one process with as many threads as there are ranks against a step of the ranks.
+    The other ranks wait meanwhile."""
+    ranks = join(None, bench.options.device)
     world = ranks.shard.world
     if world == 1:
         raise ValueError("--preset tp takes ranks: torchrun --standalone --nproc_per_node=2 scripts/benchmark.py ...")
-    part = shard_of(options, args, ranks.shard)
-    whole = model_of(options, args, max(EVERY_N)) if ranks.leads else part
+    part = part_of(bench, ranks.shard)
+    whole = bench.model(max(EVERY_N)) if ranks.leads else part
+    # The same number of steps on every rank, however long they take.
+    bench = replace(bench, options=changed(bench.options, budget=float("inf")))
 
     def ms(model: Transformer, threads: int, shard: Shard, context: int, rows: int) -> float:
         torch.set_num_threads(threads)
-        engine = Engine(model, compile=False, shard=shard)
-        cache = share(random_context(engine.args, context, model.norm.weight), rows, MOST_SLOTS)
-        plan = plan_of(options, engine.args, model, context, rows, COLUMNS["bifurcated"])
-        step = engine.step(Sampling(0.8, top_k=200), plan)
-        return 1000 * time_decode(step, cache, context, options.steps)  # the same number of steps on every rank
+        root = replace(bench, args=shard.local(bench.args)).context(context)
+        return bench.ms(step_of(model, shard=shard), share(root, rows, bench.options.steps + 8), context)
 
-    yield f"| context | N | 1 process, {world} threads | {world} ranks | ratio |\n|---|---|---|---|---|"
-    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
+    table = bench.table("context", "N", f"1 process, {world} threads:.1f", f"{world} ranks:.1f", "ratio:.2f")
+    for context, rows in bench.sizes():
         one = ranks.share(partial(ms, whole, world, WHOLE, context, rows))
         many = ranks.share(partial(float, ms(part, 1, ranks.shard, context, rows)))
-        yield f"| {context} | {rows} | {one:.1f} | {many:.1f} | {many / one:.2f} |"
+        table.row(context, rows, one, many, many / one)
 
 
-def in_turns(what: str, rows: int, limit: float, ours: Callable[[], object], theirs: Callable[[], object]) -> str:
-    """Return a line of kernel_table. The sides alternate, so other load on the machine reaches both, and the minimum
-    over all turns has the least of it. limit: in seconds."""
-    cpu = torch.device("cpu")
-    timed(ours, 2, cpu), timed(theirs, 2, cpu)
-    turns = [timed(ours, 2, cpu)[1:] + timed(theirs, 2, cpu)[1:] for _ in range(IN_TURNS)]
-    ms, their_ms = (1000 * min(side) for side in zip(*turns, strict=True))
-    return f"| {what} | {rows} | {ms:.2f} | {their_ms:.2f} | {their_ms / ms:.2f} | {1000 * limit / ms:.0%} |"
+def kernel_table(bench: Bench) -> None:
+    """Time the operators of kernels.py, eagerly, against the same without them. The limit is that of reading the
+    context or the weights, or of a matrix product's rate; whole steps have none."""
+    args, rates, like = bench.args, bench.rates, bench.like
+    table = bench.table("what", "N", "ms:.2f", "without, ms:.2f", "without / with:.2f", "limit / ms:.0%")
 
+    def compare(what: str, rows: int, limit: float, *sides: Callable[[], object]) -> None:
+        """Print a row. The minimum over all turns has the least of other load on the machine. limit: in seconds."""
+        seconds = alternate([clocked(side, 2) for side in sides], IN_TURNS, warm_up=1)
+        ms, their_ms = (1000 * min(side) for side in seconds)
+        table.row(what, rows, ms, their_ms, their_ms / ms, 1000 * limit / ms)
 
-@torch.no_grad()
-def kernel_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time the operators of kernels.py, eagerly, against the same without them, as Markdown. The limit is that of
-    reading the context or the weights, or of a matrix product's rate; whole steps have none."""
-    yield "| what | N | ms | without, ms | without / with | limit / ms |\n|---|---|---|---|---|---|"
-    for context, rows in ((context, rows) for context in options.context for rows in options.num_samples):
-        model = model_of(options, args, rows)
-        like = model.norm.weight
-        plain, int8 = random_context(args, context, like), Int8Context(random_context(args, context, like))
+    for context, rows in bench.sizes():
+        model, plain = bench.model(rows), bench.context(context)
         q = torch.randn(rows, args.n_head, 1, args.head_dim, dtype=like.dtype)
         where = torch.full((rows, 1), context)
         operations = 4 * rows * args.n_layer * args.n_head * args.head_dim * context / rates.operations
-        for name, root in (("context", plain), ("context in int8", int8)):
+        for name, root in (("context", plain), ("context in int8", Int8Context.of(bench.context(context)))):
             cache = KVCache.fork(root, rows, 0)
             sides = (partial(all_layers, way, cache, q, where) for way in (attend_chain, attend_by_torch))
             limit = max(operations, sum(tensor.nbytes for tensor in root.tensors) / rates.bandwidth)
-            yield in_turns(f"{name}, {context} tokens", rows, limit, *sides)
-        if not packs(options, args, rows):
+            compare(f"{name}, {context} tokens", rows, limit, *sides)
+        if not bench.packs(rows):
             linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
             sides = (partial(products, each, rows) for each in (list(map(StreamedLinear, linears)), linears))
             limit = sum(linear.weight.nbytes for linear in linears) / rates.bandwidth
-            yield in_turns("products with plain weights", rows, limit, *sides)
-        steps = [step_over(options, args, model, way(plain, rows, 8), context) for way in (share, by_torch)]
-        yield in_turns("step", rows, 0, *steps)
+            compare("products with plain weights", rows, limit, *sides)
+        caches = [share(plain, rows, 8, kind) for kind in (KVCache, TorchCache)]
+        steps = [stepping(step_of(model), cache, context, stride=0) for cache in caches]
+        compare("step", rows, 0, *steps)
         for name, quantiser in QUANTISERS.items():
-            held = random_model(args, options.device, options.dtype)
+            held = bench.random()
             hold(held, quantiser, rows)
-            other = step_over(options, args, held, share(plain, rows, 8), context)
-            yield in_turns(f"step, weights in {name}, against plain ones", rows, 0, other, steps[0])
-    for context in options.context:
+            other = stepping(step_of(held), share(plain, rows, 8), context, stride=0)
+            compare(f"step, weights in {name}, against plain ones", rows, 0, other, steps[0])
+    for context in bench.options.context:
         q, k, v = torch.randn(3, 1, args.n_head, context, args.head_dim, dtype=like.dtype)
-        cache = KVCache(like, 1, tuple(k.shape), torch.zeros(1, dtype=torch.long))
-        chunk = Prefill(cache, 0, context)
+        chunk = Prefill(KVCache.empty((1, args.n_head, args.head_dim), 1, context, like), 0, context)
         ours = partial(chunk.attend, 0, q, k, v, torch.arange(context)[None], None)
-        theirs = partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, is_causal=True)
+        theirs = partial(scaled_dot_product_attention, q, k, v, is_causal=True)
         limit = 2 * args.n_head * args.head_dim * context**2 / rates.operations
-        yield in_turns(f"prompt of {context}, one layer, against SDPA", 1, limit, ours, theirs)
+        compare(f"prompt of {context}, one layer, against SDPA", 1, limit, ours, theirs)
 
 
-def products(linears: Iterable[nn.Linear], rows: int) -> None:
+def products(linears: Sequence[nn.Linear], rows: int) -> None:
     for linear in linears:
         linear(torch.ones(rows, 1, linear.in_features, dtype=linear.weight.dtype))
 
@@ -630,17 +512,6 @@ def products(linears: Iterable[nn.Linear], rows: int) -> None:
 def all_layers(way: Callable[..., Tensor], cache: KVCache, q: Tensor, input_pos: Tensor) -> None:
     for layer in range(len(cache.k)):
         way(cache, layer, q, input_pos, None)
-
-
-def step_over(
-    options: argparse.Namespace, args: ModelArgs, model: Transformer, cache: KVCache, position: int
-) -> Callable[[], object]:
-    """Return a callable that repeats the same step, eagerly."""
-    rows = cache.rows
-    plan = plan_run(args, weigh(model), Workload(position, rows, 8), options.device, options.dtype, 1 << 62, False)
-    step = Engine(model, compile=False).step(Sampling(0.8, top_k=200), plan)
-    tokens = torch.zeros(rows, 1, dtype=torch.long)
-    return partial(step, StepInput(tokens, tokens + position, torch.arange(rows), torch.tensor(0)), cache)
 
 
 class EveryExpert(nn.Module):
@@ -678,95 +549,71 @@ def experts_read(model: Transformer, nbytes: dict[str, int], run: Callable[[], o
     return len(read) / len(linears) / steps, sum(nbytes[name] for name in read) / steps
 
 
-MOE_COLUMNS = (
-    "context", "N", "chosen experts, compiled", "chosen experts", "all experts", "ratio", "experts read a layer",
-    "expected", "bytes of experts read", "of all",
-)  # fmt: skip
-
-
-@torch.no_grad()
-def moe_table(options: argparse.Namespace, args: ModelArgs, rates: Rates) -> Iterator[str]:
-    """Time a step of a mixture with its chosen experts and with all, eager and alternating, in milliseconds, and their
-    ratio; and count what a step reads of the experts, next to the plan's expectation; as Markdown. The shape's
-    feed-forward becomes eight experts of its width, of which a token uses two."""
-    mixture = MoEConfig(8, 2, args.hidden_dim, True)
-    args = replace(args, mixture=mixture)
-    torch.manual_seed(0)
-    model = random_model(args, options.device, options.dtype)
-    weights, nbytes = weigh(model), {name: parameter.nbytes for name, parameter in model.named_parameters()}
-    engine, plan = Engine(model), plan_of(options, args, model, 1, 1, COLUMNS["bifurcated"])
-    eager = engine.step(Sampling(0.8, top_k=200), plan)
-    fused = None
-    if "bifurcated, compiled" in options.columns:
-        engine.prepare(replace(plan, compiled=True, packed=False))
-        fused = engine.step(Sampling(0.8, top_k=200), replace(plan, compiled=True))
+def moe_table(bench: Bench) -> None:
+    """Time a step of a mixture with its chosen experts and with all, eager and alternating, in milliseconds; and count
+    what a step reads of the experts, next to the plan's expectation. The shape's feed-forward becomes eight experts of
+    its width, of which a token uses two."""
+    mixture = MoEConfig(8, 2, bench.args.hidden_dim, True)
+    bench = replace(bench, args=replace(bench.args, mixture=mixture))
+    model = bench.random()
+    every_byte, nbytes = weigh(model).experts, {name: each.nbytes for name, each in model.named_parameters()}
+    eager, fused = step_of(model), step_of(model, compile=True)
     own: list[Any] = [block.feed_forward for block in model.layers]
-    yield f"| {' | '.join(MOE_COLUMNS)} |\n" + "|---" * len(MOE_COLUMNS) + "|"
+    table = bench.table(
+        "context", "N", "chosen experts, compiled:.1f", "chosen experts:.1f", "all experts:.1f", "ratio:.2f",
+        "experts read a layer:.2f", "expected:.2f", "bytes of experts read", "of all:.0%",
+    )  # fmt: skip
 
     def install(parts: Iterable[nn.Module]) -> None:
         for block, part in zip(model.layers, parts, strict=True):
             block.feed_forward = part  # type: ignore
 
-    for context, rows in itertools.product(options.context, options.num_samples):
-        root = random_context(args, context, model.norm.weight)
-        if packs(options, args, rows):  # also for all that follow
+    for context, rows in bench.sizes():
+        root = bench.context(context)
+        if bench.packs(rows):  # also for all that follow
             pack_linears(model)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
-            return 1000 * time_decode(step, share(root, rows, MOST_SLOTS), root.slots, options.steps, options.budget)
+            return bench.ms(step, share(root, rows, bench.options.steps + 8), root.slots)
 
-        compiled, chosen, every = "" if fused is None else f"{ms(fused):.1f}", [], []
-        for _ in range(2):
-            chosen.append(ms(eager))
+        def with_all() -> float:
             install(map(EveryExpert, own))
-            every.append(ms(eager))
+            found = ms(eager)
             install(own)
+            return found
+
+        compiled = ms(fused) if "bifurcated, compiled" in bench.options.columns else None
+        chosen, every = medians(alternate((partial(ms, eager), with_all), 2))
         touched, size = experts_read(model, nbytes, partial(ms, eager))
-        ours, theirs = statistics.mean(chosen), statistics.mean(every)
-        times = f"{compiled} | {ours:.1f} | {theirs:.1f} | {ours / theirs:.2f}"
-        read = f"{touched:.2f} | {mixture.expected(rows):.2f} | {human(size)} | {size / weights.experts:.0%}"
-        yield f"| {context} | {rows} | {times} | {read} |"
+        read = (touched, mixture.expected(rows), human(size), size / every_byte)
+        table.row(context, rows, compiled, chosen, every, chosen / every, *read)
 
 
-TABLES = {
-    "prefill": prefill_table,
-    "load": load_table,
-    "kernels": kernel_table,
-    "moe": moe_table,
-    "quantised": quantised_table,
-    "tp": tp_table,
+class Preset(NamedTuple):
+    """What is measured, unless a flag overrides it."""
+
+    table: Callable[[Bench], None]
+    shape: Sequence[str] = ("stories110M",)
+    context: Sequence[int] = (4096,)
+    num_samples: Sequence[int] = (1, 8, 16, 64)
+    columns: Sequence[str] = ("bifurcated", "bifurcated, compiled", "contiguous, compiled", "contiguous SDPA")
+    steps: int = 12
+
+
+BOTH_HEADS, LARGE = ("stories110M", "stories110M-gqa"), ("llama-2-7b", "mistral-7b")
+FEW = (1, 8, 64)
+PRESETS = {
+    "decode": Preset(decode_table),
+    "cpu": Preset(decode_table, BOTH_HEADS, (2048,), FEW, ("bifurcated, compiled", "contiguous SDPA"), 8),
+    "paper": Preset(decode_table, LARGE, (8192, 16384, 32768), EVERY_N, PAPER_COLUMNS, 20),
+    "quantised": Preset(quantised_table, ("stories110M", "tinyllama-1.1b"), (128,), FEW),
+    "kernels": Preset(kernel_table, context=(2048,), steps=9),
+    "tp": Preset(tp_table, ("tinyllama-1.1b",), (128,), FEW, steps=8),
+    "moe": Preset(moe_table, context=(256,), num_samples=(1, 64), steps=20),
+    "attention": Preset(attention_table, context=(1024, 2048, 4096), num_samples=(1, 4, 16, 64), steps=20),
+    "prefill": Preset(prefill_table),
+    "load": Preset(load_table),
 }
-
-
-def log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def table(cells: list[Cell], columns: list[str]) -> str:
-    """Format cells as Markdown: a row per context and N; ms per step and share of the limit."""
-    lines = ["| context | N | " + " | ".join(columns) + " | limit |", "|" + "---|" * (len(columns) + 3)]
-    for context, rows in dict.fromkeys((cell.context, cell.num_samples) for cell in cells):
-        found = {cell.column: cell for cell in cells if (cell.context, cell.num_samples) == (context, rows)}
-        any_cell = next(iter(found.values()))
-        texts = [str(found.get(name, "")) for name in columns]
-        lines.append(f"| {context} | {rows} | " + " | ".join(texts) + f" | {any_cell.limit_ms:.1f} {any_cell.limit} |")
-    return "\n".join(lines)
-
-
-def header(options: argparse.Namespace, rates: Rates) -> str:
-    device = options.device
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    threads = f", {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}" * (device.type == "cpu")
-    return (
-        f"`python scripts/benchmark.py {shlex.join(options.command)}`\n\n"
-        f"commit {commit or 'unknown'}, torch {torch.__version__}, {name}{threads}, {str(options.dtype)[6:]}"
-        f"{', packed weights' * options.pack}; "
-        f"measured in this run: {rates.bandwidth / 1e9:.0f} GB/s, {rates.operations / 1e12:.2f} T operations/s in a "
-        "matrix product. Milliseconds; of a decode step also the share of the limit that is reached."
-    )
 
 
 def shape_of(name: str, settings: list[str]) -> ModelArgs:
@@ -780,120 +627,62 @@ def shape_of(name: str, settings: list[str]) -> ModelArgs:
     return replace(SHAPES[name], **fields)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(description="Time the decode step, for every way to hold the context.")
-    choices = dict.fromkeys((*PRESETS, *TABLES))
-    parser.add_argument("--preset", choices=choices, default="decode", help="what to measure; other flags change it")
+def read_options() -> argparse.Namespace:
+    """Return the flags, completed by the preset. Raises ValueError if they cannot be run."""
+    parser = common.build_parser("Time the decode step, for every way to hold the context.")
+    parser.add_argument("--preset", choices=PRESETS, default="decode", help="what to measure; other flags change it")
     parser.add_argument("--shape", choices=SHAPES, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=N", help="change a field of the shapes")
-    parser.add_argument("--context", type=int, nargs="+", help="tokens")
-    parser.add_argument("-n", "--num_samples", type=int, nargs="+")
+    parser.add_argument("--context", type=count, nargs="+", help="tokens")
+    parser.add_argument("-n", "--num_samples", type=count, nargs="+")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=", ".join(map(repr, COLUMNS)))
-    parser.add_argument("--steps", type=int, help="timed steps per cell, at most")
-    parser.add_argument("--budget", type=float, default=2.0, help="seconds of timed steps per cell; default: 2")
+    parser.add_argument("--steps", type=count, help="timed steps per cell, at most")
+    parser.add_argument(
+        "--budget", type=common.positive(float), default=2.0, help="seconds of timed steps per cell; default: 2"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     parser.add_argument("--plain_weights", action="store_true", help="do not pack them (linear.py)")
-    parser.add_argument("--out", type=Path, help="append one JSON object per cell to this file")
     parser.add_argument("--charts", type=Path, help="draw the cells as PNG files in this folder (needs matplotlib)")
-    return parser
+    options = parser.parse_args()
+    preset, given = PRESETS[options.preset], vars(options)
+    missing = {name: value for name, value in preset._asdict().items() if given.get(name) is None}
+    if options.charts is not None:
+        if options.charts.is_file() or not options.charts.parent.is_dir():
+            raise ValueError(f"--charts {options.charts} is not a folder, in one that exists")
+        if preset.table not in (decode_table, attention_table):
+            raise ValueError(f"--charts is not for --preset {options.preset}")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
+    if options.preset == "load" and options.dtype not in ("auto", "bfloat16"):
+        raise ValueError(f"--preset load reads bfloat16: leave out --dtype {options.dtype}")
+    device, dtype = common.begin(options.device, "bfloat16" if options.preset == "load" else options.dtype)
+    pack = can_pack(device, dtype) and options.preset not in ("attention", "load") and not options.plain_weights
+    return changed(options, **missing, device=device, dtype=dtype, pack=pack)
 
 
-OF_PRESET = "context", "num_samples", "columns", "steps"  # unless a flag gives them
-
-
-def complete(options: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, ModelArgs]]:
-    """Fill in the preset where no flag is given; return the shapes. Raises ValueError if they cannot be run."""
-    preset = PRESETS.get(options.preset, PRESETS["decode"])
-    missing = [name for name in OF_PRESET if getattr(options, name) is None]
-    options = changed(options, **{name: getattr(preset, name) for name in missing})
-    numbers = [*options.num_samples, *options.context, options.steps]
-    if min(numbers) < 1 or options.steps > MOST_SLOTS - 8 or not options.budget > 0:
-        raise ValueError(
-            f"num_samples, context and steps must be at least 1, steps at most {MOST_SLOTS - 8}, budget above 0"
-        )
-    if options.preset == "attention" and min(options.context) < 2:
-        raise ValueError("--preset attention needs a context of at least 2 tokens: part of it is a chunk")
-    for path, taken in ((options.out, Path.is_dir), (options.charts, Path.is_file)):
-        if path is not None and (taken(path) or not path.parent.is_dir()):
-            raise ValueError(f"{path} cannot be written: --out is a file and --charts a folder, in one that exists")
-    if options.preset in TABLES and (options.out or options.charts):
-        raise ValueError(f"--out and --charts are not for --preset {options.preset}")
-    if options.charts and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--charts needs matplotlib: install requirements-dev.txt")
-    device, dtype = choose_device(options.device), options.dtype
-    if options.preset == "load":
-        if dtype not in ("auto", "bfloat16"):
-            raise ValueError(f"--preset load reads bfloat16: leave out --dtype {dtype}")
-        dtype = "bfloat16"
-    chosen = choose_dtype(dtype, device)
-    pack = can_pack(device, chosen) and options.preset not in ("attention", "load") and not options.plain_weights
-    options = changed(options, device=device, dtype=chosen, pack=pack, command=sys.argv[1:])
-    return options, {name: shape_of(name, options.set) for name in options.shape or preset.shapes}
-
-
-def append(path: Path | None, cell: Cell | Point) -> None:
-    """Append one JSON object per line."""
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(cell)) + "\n")
-
-
-def run(options: argparse.Namespace, shapes: dict[str, ModelArgs]) -> list[Cell | Point]:
-    """Measure, printing each shape's table when it is done; an interruption prints what it has."""
+@common.reporting
+@torch.no_grad()
+def main() -> None:
+    options = read_options()
+    shapes = {name: shape_of(name, options.set) for name in options.shape}
+    if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
+        sys.stdout, options = open(os.devnull, "w"), changed(options, out=None)
+    torch._dynamo.config.recompile_limit = 64  # every column of every shape compiles the same code
     # Loading multiplies nothing, and a bfloat16 product takes seconds on a CPU without instructions for it.
     rates = machine_rates(options.device, torch.float32 if options.preset == "load" else options.dtype)
-    print(header(options, rates), flush=True)
-    cells: list[Cell | Point] = []
-    total = len(shapes) * len(options.context) * len(options.num_samples) * len(options.columns)
-    begin = time.perf_counter()
+    measured = f"{rates.bandwidth / 1e9:.0f} GB/s, {rates.operations / 1e12:.2f} T operations/s in a matrix product"
+    units = "Milliseconds; of a decode step also the share of the limit that is reached."
+    packed = ", packed weights" * options.pack
+    common.print_heading(options.device, options.dtype, f"{packed}; measured in this run: {measured}. {units}")
+    records, started = list[dict[str, Any]](), time.perf_counter()
     for shape, args in shapes.items():
-        print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys\n")
-        if options.preset in TABLES:
-            for line in TABLES[options.preset](options, args, rates):
-                print(line, flush=True)
-            continue
-        if options.preset == "attention":
-            print("| what | N | T | this engine | SDPA |\n|---|---|---|---|---|")
-            for point in attention_points(options, shape, args):
-                cells.append(point)
-                print(point, flush=True)
-                append(options.out, point)
-            continue
-        own: list[Cell] = []
-        try:
-            for cell in measure(options, shape, args, rates):
-                own.append(cell)
-                left = (time.perf_counter() - begin) * (total / (len(cells) + len(own)) - 1)
-                log(f"{shape}, {cell.column}, N {cell.num_samples}, T {cell.context}: {cell}; about {left:.0f} s left")
-                append(options.out, cell)
-        finally:
-            cells += own
-            print(table(own, options.columns), flush=True)
-    return cells
+        print(f"\n{shape}: {args.n_layer} layers, dim {args.dim}, {args.n_head} heads, {args.n_kv_head} for keys")
+        options.table(Bench(options, shape, args, rates, records, started))
+    if options.charts and records:
+        from plot import draw
 
-
-def main() -> int:
-    options = build_parser().parse_args()
-    keep_freed_memory()
-    if os.environ.get("RANK", "0") != "0":  # under torchrun, one rank writes
-        sys.stdout = open(os.devnull, "w")
-    try:
-        torch._dynamo.config.recompile_limit = 64  # every column of every shape compiles the same code
-        with contextlib.suppress(BrokenPipeError):
-            options, shapes = complete(options)
-            cells = run(options, shapes)
-            if options.charts and cells:
-                from plot import draw
-
-                log("\n".join(map(str, draw([asdict(cell) for cell in cells], options.charts))))
-    except (ValueError, OSError) as error:
-        return print_error(error)
-    except KeyboardInterrupt:
-        return 130
-    leave()
-    return 0
+        print(*draw(records, options.charts), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    finish(main)
+    common.finish(main)

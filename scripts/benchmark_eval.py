@@ -8,28 +8,18 @@ random text before every item, and a model of 110 M random weights in place of F
 model first runs --probe items at each of --batch_sizes, then all at the fastest. Needs: pip install "lm_eval[hf]".
 """
 
-import sys
-from pathlib import Path
+import common
+from common import Table, count  # isort: split
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cli.system import finish, start
-
-if __name__ == "__main__":
-    start()
-
-import argparse
 import json
 import logging
 import random
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.engine import Engine
-from engine.plan import keep_freed_memory
 from eval import Evaluator, HarnessTokenizer, harness_model
 from loading.checkpoint import read_checkpoint
 
@@ -54,16 +44,11 @@ def write_task(folder: Path, items: list[dict[str, Any]], preamble: str) -> None
     (folder / "items.yaml").write_text(TASK.replace("FILE", str(folder / "items.jsonl")), "utf-8")
 
 
-def random_model(source: Path, folder: Path) -> None:
+def save_random(source: Path, folder: Path) -> None:
     """Save a Llama of 110 M random weights, with the tokenizer of `source`."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-        max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    common.random_llama(4096, tie_word_embeddings=True).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
@@ -99,50 +84,52 @@ def evaluate(model: Any, folder: Path, limit: int | None) -> tuple[dict, float]:
     return results, sum(seconds)
 
 
+@common.reporting
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.build_parser(__doc__, "float32")
     parser.add_argument("--checkpoint_path", type=Path, required=True)
     parser.add_argument("--items", type=Path, required=True)
     parser.add_argument("--preamble", type=int, default=0)
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--probe", type=int, default=30)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--batch_tokens", type=int, default=16384)
+    parser.add_argument("--limit", type=count)
+    parser.add_argument("--probe", type=count, default=30)
+    parser.add_argument("--batch_sizes", type=count, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--batch_tokens", type=count, default=16384)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
-    keep_freed_memory()  # for both models
+    device, dtype = common.begin("cpu", options.dtype)  # for both models
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.utils import make_table
 
+    common.print_heading(device, dtype)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = folder / "model" if options.preamble else options.checkpoint_path
         if options.preamble:
-            random_model(options.checkpoint_path, source)
-        engine = Engine.open(source, "cpu", "float32", compile=False)
-        evaluator = Evaluator(
-            engine, HarnessTokenizer(engine, source, read_checkpoint(source).eos_ids), options.batch_tokens
-        )
+            save_random(options.checkpoint_path, source)
+        engine = Engine.open(source, "cpu", options.dtype, compile=False)
+        tokenizer = HarnessTokenizer(engine, source, read_checkpoint(source).eos_ids)
+        evaluator = Evaluator(engine, tokenizer, options.batch_tokens)
         items = [json.loads(line) for line in options.items.read_text("utf-8").splitlines()]
         write_task(folder, items, preamble_of(items, evaluator, options.preamble) if options.preamble else "")
-        theirs = HFLM(str(source), device="cpu", dtype="float32")
-        probed = {}
+        theirs, probed = HFLM(str(source), device="cpu", dtype=str(dtype)[6:]), {}
+        table = Table("hf, batch size", f"seconds for {options.probe} items:.2f", out=options.out)
         for size in options.batch_sizes:
             theirs.batch_size_per_gpu = size
             probed[size] = evaluate(theirs, folder, options.probe)[1]
-        print("hf, seconds for the probe by batch size:", {size: round(took, 2) for size, took in probed.items()})
+            table.row(size, probed[size])
         theirs.batch_size_per_gpu = min(probed, key=probed.__getitem__)
         found = {"eval.py": evaluate(harness_model(evaluator), folder, options.limit)}
-        found[f"hf, batch_size {theirs.batch_size_per_gpu}"] = evaluate(theirs, folder, options.limit)
+        found[f"hf, batch size {theirs.batch_size_per_gpu}"] = evaluate(theirs, folder, options.limit)
+    metrics = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
+    table = Table("by", "seconds:.2f", *(f"{metric}:.3f" for metric in metrics), out=options.out)
     for name, (results, seconds) in found.items():
-        print(f"\n{name}: {seconds:.2f} s\n{make_table(results)}")
-    print(f"{evaluator.asked} tokens asked, {evaluator.read} read")
+        table.row(name, seconds, *(results["results"]["items"][f"{metric},none"] for metric in metrics))
     (ours, took), (other, longer) = found.values()
     pairs = zip(ours["samples"]["items"], other["samples"]["items"], strict=True)
     answers = (zip(*(item["filtered_resps"] for item in pair), strict=False) for pair in pairs)
     gap = max(abs(a[0] - b[0]) for both in answers for a, b in both)
-    print(f"largest difference of a log-likelihood {gap:.1e}; ratio of times {longer / took:.2f}")
+    table = Table("ratio of times:.2f", "tokens asked", "read", "log-likelihoods differ by:.1e", out=options.out)
+    table.row(longer / took, evaluator.asked, evaluator.read, gap)
 
 
 if __name__ == "__main__":
-    finish(main)
+    common.finish(main)

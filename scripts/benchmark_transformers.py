@@ -8,45 +8,45 @@ By default, N samples by generate and by generate_shared, one run each: the time
 median of --steps times, the peak of resident pages beyond the model and its gradients (Linux).
 """
 
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("", "examples")]
-
-from cli.system import finish, start
-
-if __name__ == "__main__":
-    start()
+import common
+from common import Table, alternate, count  # isort: split
 
 import argparse
-import re
 import statistics
-import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from engine.plan import release_freed_memory
+from engine.plan import choose_dtype, release_freed_memory
 from transformers_shared import generate_shared, logprobs_shared, timed
 
-SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+DECODED = (
+    "N", "first token, s:.2f", "shared, s:.2f", "first token, ratio:.1f", "step, ms:.1f", "shared, ms:.1f",
+    "step, ratio:.1f",
+)  # fmt: skip
+SCORED = (
+    "G", "plain, s:.2f", "shared, s:.2f", "time, ratio:.1f", "plain, MB:.0f", "shared, MB:.0f", "memory, ratio:.1f",
+    "gradients differ by:.1e",
+)  # fmt: skip
 
 
-def decoding(model: Any, context: int, samples: int, steps: int) -> str:
-    """Return a table row: seconds to the first token and ms per step, of generate and of generate_shared."""
-    ids = torch.randint(model.config.vocab_size, (1, context))
-    fields = {"attention_mask": torch.ones_like(ids), "max_new_tokens": steps + 1, "do_sample": True}
-    cells = []
-    for generate in (model.generate, partial(generate_shared, model)):
-        _, first, step = timed(generate, ids, num_return_sequences=samples, **fields)
-        cells.append((first, step))
-    ratios = [plain / shared for plain, shared in zip(*cells, strict=True)]
-    row = [f"{plain:.{digits}f} | {shared:.{digits}f}" for plain, shared, digits in zip(*cells, (2, 1), strict=True)]
-    return f"| {samples} | {row[0]} | {ratios[0]:.1f}x | {row[1]} | {ratios[1]:.1f}x |"
+def against(plain: Sequence[float], shared: Sequence[float]) -> list[float]:
+    """Return each number of both sides, and their ratio."""
+    return [cell for one, other in zip(plain, shared, strict=True) for cell in (one, other, one / other)]
+
+
+def decoding(options: argparse.Namespace, model: Any, samples: int) -> list[float]:
+    """Compare the time to the first token and a step, of generate and of generate_shared."""
+    ids = torch.randint(model.config.vocab_size, (1, options.context))
+    fields = {"attention_mask": torch.ones_like(ids), "max_new_tokens": options.steps + 1, "do_sample": True}
+    ways = (model.generate, partial(generate_shared, model))
+    sides = alternate([partial(timed, way, ids, num_return_sequences=samples, **fields) for way in ways], 1)
+    return against(*(times for ((_, *times),) in sides))
 
 
 def plain_logprobs(model: Any, prompt: Tensor, completions: Tensor) -> Tensor:
@@ -56,60 +56,51 @@ def plain_logprobs(model: Any, prompt: Tensor, completions: Tensor) -> Tensor:
     return logits.gather(-1, completions[..., None])[..., 0] - logits.logsumexp(-1)
 
 
-def resident(field: str) -> int:
-    return 1024 * int(re.findall(field + r":\s+(\d+)", STATUS.read_text())[0])
+def scoring(options: argparse.Namespace, model: Any, samples: int) -> list[float]:
+    """Compare the time forward and backward and the memory at its peak, and tell how far gradients differ."""
+    prompt = torch.randint(model.config.vocab_size, (1, options.context))
+    completions, weights = torch.randint(model.config.vocab_size, (samples, options.length)), torch.randn(samples, 1)
+    gradients: dict[Callable[..., Tensor], Tensor] = {}
+
+    def once(way: Callable[..., Tensor]) -> tuple[float, float]:
+        for parameter in model.parameters():  # before the peak is reset: they are not part of it
+            parameter.grad = torch.zeros_like(parameter)
+        release_freed_memory(model.device)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        before = common.resident()
+        (seconds,) = common.timed(lambda: (way(model, prompt, completions) * weights).sum().backward())
+        peak = common.resident("VmHWM") - before
+        gradients[way] = torch.cat([each.grad.flatten() for each in model.parameters()])
+        return seconds, peak / 1e6
+
+    sides = alternate([partial(once, way) for way in (plain_logprobs, logprobs_shared)], options.steps)
+    plain, shared = gradients.values()
+    # The median of the times, and the highest peak.
+    numbers = [
+        (statistics.median(seconds), max(peaks)) for seconds, peaks in (zip(*side, strict=True) for side in sides)
+    ]
+    return [*against(*numbers), ((plain - shared).norm() / plain.norm()).item()]
 
 
-def scoring(model: Any, context: int, samples: int, length: int, steps: int) -> str:
-    """Return a table row: seconds forward and backward, megabytes at the peak, and how far gradients differ."""
-    prompt = torch.randint(model.config.vocab_size, (1, context))
-    completions = torch.randint(model.config.vocab_size, (samples, length))
-    weights = torch.randn(samples, 1)
-    cells, gradients = [], []
-    for score in (plain_logprobs, logprobs_shared):
-        model.zero_grad(set_to_none=False)
-        times, peaks = [], []
-        for _ in range(steps):
-            release_freed_memory(model.device)
-            CLEAR.write_text("5")  # reset the peak
-            before, began = resident("VmRSS"), time.perf_counter()
-            (score(model, prompt, completions) * weights).sum().backward()
-            times.append(time.perf_counter() - began)
-            peaks.append((resident("VmHWM") - before) / 1e6)
-        cells.append((statistics.median(times), max(peaks)))
-        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters()]))
-    ratios = [plain / shared for plain, shared in zip(*cells, strict=True)]
-    row = [f"{plain:.{digits}f} | {shared:.{digits}f}" for plain, shared, digits in zip(*cells, (2, 0), strict=True)]
-    apart = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
-    return f"| {samples} | {row[0]} | {ratios[0]:.1f}x | {row[1]} | {ratios[1]:.1f}x | {apart:.1e} |"
-
-
+@common.reporting
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Shared contexts inside transformers, against transformers itself.")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("-n", type=int, nargs="+", default=[8], help="samples, or completions")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--steps", type=int, default=5, help="decode steps, or repetitions of --logprobs")
+    parser = common.build_parser("Shared contexts inside transformers, against transformers itself.", "float32")
+    parser.add_argument("--context", type=count, default=2048, help="tokens of the prompt")
+    parser.add_argument("-n", type=count, nargs="+", default=[8], help="samples, or completions")
+    parser.add_argument("--steps", type=count, default=5, help="decode steps, or repetitions of --logprobs")
     parser.add_argument("--logprobs", action="store_true", help="score completions, forward and backward")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a completion")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--length", type=count, default=64, help="tokens of a completion")
+    parser.add_argument("--layers", type=count, default=12)
+    parser.add_argument("--vocabulary", type=count, default=32000)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    sizes = SHAPE | {"num_hidden_layers": options.layers, "vocab_size": options.vocabulary}
-    config = transformers.LlamaConfig(**sizes, max_position_embeddings=options.context + 4096, eos_token_id=None)
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, options.dtype)).eval()
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {options.dtype}, T {options.context}")
-    if options.logprobs:
-        print("\n| G | plain, s | shared, s | | plain, MB | shared, MB | | gradients differ by |\n|" + "---|" * 8)
-    else:
-        print("\n| N | first token, s | shared | | step, ms | shared | |\n|" + "---|" * 7)
+    dtype, sizes = choose_dtype(options.dtype, common.CPU), (options.layers, options.vocabulary)
+    model = common.random_llama(options.context + 4096, *sizes, eos_token_id=None).to(dtype)
+    common.print_heading(common.CPU, dtype, f", transformers {transformers.__version__}, T {options.context}")
+    way = scoring if options.logprobs else decoding
+    table = Table(*(SCORED if options.logprobs else DECODED), out=options.out)
     for samples in options.n:
-        if options.logprobs:
-            print(scoring(model, options.context, samples, options.length, options.steps), flush=True)
-        else:
-            print(decoding(model, options.context, samples, options.steps), flush=True)
+        table.row(samples, *way(options, model, samples))
 
 
 if __name__ == "__main__":
-    finish(main)
+    common.finish(main)

@@ -48,19 +48,21 @@ def convert(source: Path, out: Path) -> Path:
 def check_folder(checkpoint: Checkpoint, out: Path) -> None:
     """Raise ValueError, naming the file, if `out` has a file of another model that would be overwritten or taken for
     this model's."""
-    config, remedy = out / "config.json", "give a folder of its own as --out, or remove it"
+    config, remedy = out / "config.json", "pass another folder as --out, or delete the file"
     if config.exists() and read_json(config) != checkpoint.config:
-        raise ValueError(f"{config} is of another model: {remedy}")
+        raise ValueError(f"{config} belongs to another model: {remedy}")
     for name in KEPT:
         mine, theirs = checkpoint.folder / name, out / name
         if theirs.exists() and not (mine.exists() and mine.read_bytes() == theirs.read_bytes()):
-            raise ValueError(f"{theirs} is of another model: {remedy}")
+            raise ValueError(f"{theirs} belongs to another model: {remedy}")
 
 
 def main() -> int:
-    parser = OneLineParser(description="Convert a Hugging Face folder into model.pth.")
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="the folder, or the .pt file")
-    parser.add_argument("--out", type=Path, help="folder to write; default: the same folder")
+    parser = OneLineParser(description="Convert a Hugging Face model to model.pth.")
+    parser.add_argument(
+        "--checkpoint_dir", type=Path, required=True, help="Hugging Face folder, or .pt file of karpathy/tinyllamas"
+    )
+    parser.add_argument("--out", type=Path, help="folder to write to; default: the same folder")
     options = parser.parse_args()
     try:
         source = snapshot(options.checkpoint_dir)
@@ -68,7 +70,7 @@ def main() -> int:
         out = options.out or folder
         print(convert(source, out))
         if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-            print(f"{folder} has no tokenizer: {out} needs that of this model", file=sys.stderr)
+            print(f"no tokenizer found in {folder}: copy the model's tokenizer to {out}", file=sys.stderr)
     except (ValueError, OSError) as error:
         return print_error(error)
     return 0

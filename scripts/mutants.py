@@ -74,7 +74,7 @@ TESTS = {
     "bifurcated_attention.py": ("bifurcated_attention", "cuda cache transformers_shared engine"),
     "layers/rope.py": ("model families", "engine"),
     "layers/moe.py": ("moe", "engine families"),
-    "engine/batch.py": ("batch", "jobs"),
+    "engine/scheduler.py": ("scheduler", "engine", "jobs"),
     "engine/engine.py": ("engine", "speculate repetition cuda memory graphs batch cache families"),
     "sampling.py": ("sampling", "engine repetition speculate cuda"),
     "loading/tokenizer.py": ("tokenizer", "chat checkpoint engine"),

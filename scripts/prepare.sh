@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetches a model, which is then run as it is, and, where a mode is given, quantises it.
+# Downloads a model and, if a mode is given, quantises it.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -19,20 +19,20 @@ mode=${2-}
 text=${3-}
 case $mode in
     "" | int8 | int4 | int4-gptq) ;;
-    *) refuse "mode '$mode' is not known: give int8, int4 or int4-gptq, or nothing" ;;
+    *) refuse "unknown mode '$mode': pass int8, int4, int4-gptq or no mode" ;;
 esac
 # Before the download, so that nobody waits hours for this.
 if [[ $mode == int4-gptq && ! -f $text ]]; then
-    refuse "int4-gptq needs a calibration text, and there is none at '$text': give a file after it"
+    refuse "calibration text '$text' not found: pass a text file after int4-gptq"
 fi
 if [[ $mode != int4-gptq && -n $text ]]; then
-    refuse "'$mode' reads no calibration text: leave out $text"
+    refuse "mode '$mode' uses no calibration text: remove $text"
 fi
-command -v -- "$python" >/dev/null || refuse "'$python' is not there: set PYTHON to a Python with requirements.txt"
+command -v -- "$python" >/dev/null || refuse "'$python' not found: set PYTHON to a Python with the packages of requirements.txt"
 "$python" -c 'import sys
 from importlib.util import find_spec
 sys.exit(not (find_spec("torch") and find_spec("huggingface_hub")))' ||
-    refuse "'$python' lacks what requirements.txt lists: run 'make .venv/runtime', or set PYTHON to one that has it"
+    refuse "'$python' lacks packages of requirements.txt: run 'make .venv/runtime', or set PYTHON to a Python that has them"
 
 folder=$("$python" "$root/scripts/download.py" "$1")
 if [[ -z $mode ]]; then

@@ -87,7 +87,7 @@ def train(heads: list[list[Tensor]], seen: Tensor, targets: Tensor, steps: int, 
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps:
             shares, seconds = ", ".join(f"{each:.0%}" for each in right), time.perf_counter() - begin
-            print(f"step {step}/{steps}, {seconds:.0f} s, right by head: {shares}", file=sys.stderr, flush=True)
+            print(f"step {step}/{steps}, {seconds:.0f} s, accuracy by head: {shares}", file=sys.stderr, flush=True)
 
 
 def read_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
@@ -97,7 +97,7 @@ def read_tokens(options: argparse.Namespace, checkpoint: Checkpoint) -> Tensor:
     stories = read_text(options.text).split("<|endoftext|>")
     tokens = [id for story in stories for id in bos + tokenizer.encode(story.strip())][: options.tokens]
     if len(tokens) < 2 * WINDOW:
-        raise ValueError(f"{options.text} has {len(tokens)} tokens: give at least {2 * WINDOW}")
+        raise ValueError(f"{options.text} has {len(tokens)} tokens: use a text of at least {2 * WINDOW}")
     check_tokens(tokens, checkpoint.args.vocab_size)
     return torch.tensor(tokens)
 
@@ -132,14 +132,25 @@ def trained(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, Te
 
 def main() -> int:
     parser = OneLineParser(description="Train Medusa heads for a model on a text file.")
-    parser.add_argument("--checkpoint_path", required=True)
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8; the more like what is to be drawn, the better")
-    parser.add_argument("--out", type=Path, required=True, help="such as medusa_lm_head.pt")
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=0, help="tokens that heads tell apart; default: all")
-    parser.add_argument("--tokens", type=int, default=300_000, help="of the text, at most")
-    parser.add_argument("--steps", type=int, default=600, help="optimiser steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--checkpoint_path", required=True, help="model folder, model.pth, or OWNER/NAME on the Hugging Face Hub"
+    )
+    parser.add_argument(
+        "--text", type=Path, required=True, help="UTF-8 training text, similar to what the model will generate"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write the heads to, such as medusa_lm_head.pt")
+    parser.add_argument("--heads", type=int, default=4, help="number of heads; default: 4")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=0,
+        help="number of tokens that the heads predict, the most frequent ones; default: all",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=300_000, help="largest number of tokens read from the text; default: 300000"
+    )
+    parser.add_argument("--steps", type=int, default=600, help="number of optimiser steps; default: 600")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers; default: 0")
     options = parser.parse_args()
     try:
         if not 1 <= options.heads <= MOST_HEADS or options.steps < 1:

@@ -66,7 +66,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
     checkpoint = read_checkpoint(checkpoint_path)
     tokenizer = load_tokenizer(checkpoint.folder)
     engine = Engine(load_model(checkpoint, torch.device("cpu"), torch.bfloat16), tokenizer)
-    assert tokenizer.bos_id is not None, "stories are sampled from BOS"
+    assert tokenizer.bos_id is not None, "sampling stories needs a BOS token"
     kept = 0
     with out.open("a", encoding="utf-8") as file:
         for seed in range(math.ceil(stories / rows)):
@@ -83,7 +83,7 @@ def sample_corpus(checkpoint_path: Path, out: Path, stories: int, temperature: f
                     file.write(f"{(each.text or '').strip()}\n{SEPARATOR}\n")
                     kept += 1
             file.flush()
-            log(f"{(seed + 1) * rows} sampled, {kept} whole, {file.tell() / 1e6:.1f} MB")
+            log(f"{(seed + 1) * rows} sampled, {kept} complete, {file.tell() / 1e6:.1f} MB")
 
 
 def train_tokenizer(stories: list[str], out: Path) -> None:
@@ -168,9 +168,7 @@ def train(corpus: Path, out: Path, steps: int, batch: int, seed: int) -> None:
         for part in (encoded[:-held_out], encoded[-held_out:])
     )
     if min(len(training), len(validation)) <= SEQUENCE:
-        raise ValueError(
-            f"{corpus} holds {len(training)} tokens in {len(stories)} stories: that is too little to train on"
-        )
+        raise ValueError(f"{corpus} has only {len(training)} tokens in {len(stories)} stories: use a longer text")
     log(f"{len(stories)} stories, {len(training)} training tokens, {len(validation)} validation tokens")
 
     torch.manual_seed(seed)
@@ -204,19 +202,19 @@ def log(line: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the model that ships with the repository.")
+    parser = argparse.ArgumentParser(description="Train the model that ships with the repository.")
     commands = parser.add_subparsers(required=True, dest="command")
-    corpus = commands.add_parser("sample", help="append stories, sampled from a checkpoint, to a text file")
-    corpus.add_argument("--checkpoint_path", type=Path, required=True)
-    corpus.add_argument("--out", type=Path, required=True)
-    corpus.add_argument("--stories", type=int, default=18176)
-    corpus.add_argument("--temperature", type=float, default=0.9)
-    training = commands.add_parser("train", help="train vocabulary and model on a text file")
-    training.add_argument("--corpus", type=Path, required=True)
-    training.add_argument("--out", type=Path, required=True)
-    training.add_argument("--steps", type=int, default=5000, help="optimiser steps")
-    training.add_argument("--batch", type=int, default=32)
-    training.add_argument("--seed", type=int, default=0)
+    corpus = commands.add_parser("sample", help="append stories sampled from a checkpoint to a text file")
+    corpus.add_argument("--checkpoint_path", type=Path, required=True, help="model folder or model.pth")
+    corpus.add_argument("--out", type=Path, required=True, help="text file to append to")
+    corpus.add_argument("--stories", type=int, default=18176, help="number of stories to sample; default: 18176")
+    corpus.add_argument("--temperature", type=float, default=0.9, help="sampling temperature; default: 0.9")
+    training = commands.add_parser("train", help="train a vocabulary and a model on a text file")
+    training.add_argument("--corpus", type=Path, required=True, help="text file of stories")
+    training.add_argument("--out", type=Path, required=True, help="folder to write the model to")
+    training.add_argument("--steps", type=int, default=5000, help="number of optimiser steps; default: 5000")
+    training.add_argument("--batch", type=int, default=32, help="sequences per step; default: 32")
+    training.add_argument("--seed", type=int, default=0, help="seed of the random numbers; default: 0")
     options = vars(parser.parse_args())
     try:
         if options.pop("command") == "sample":

@@ -150,7 +150,7 @@ def test_a_mask_may_be_of_query_rows_or_key_rows_and_of_heads(rows, heads, S, P)
 
 def test_a_mask_of_fewer_dimensions_is_refused():
     q, k, v, _, _ = draw(1, 1, 8, 5, 1, S=3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"a mask of shape \(3, 5\): expected four dimensions"):
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 5\): expected four dimensions"):
         partial_attention(q, k, v, torch.ones(3, 5, dtype=torch.bool))
 
 

@@ -27,8 +27,8 @@ from conftest import (
 from torch import Tensor
 
 from cache import KVCache, Prefill, sdpa
-from engine import engine as road
-from engine.engine import SILENT, Engine
+from engine.contexts import Contexts
+from engine.engine import Engine
 from engine.layouts import Int8Context, SDPACache, channel_sizes, copied, quantized
 from engine.plan import WeightSizes, plan_run
 from engine.request import Request, Sampling, Workload
@@ -380,7 +380,7 @@ def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
     context = filled(GQA, 1, 50, torch.bfloat16)
     work = Workload(50, 3, 8, "bifurcated", "int8")
     expected = plan_run(GQA, WeightSizes(0, 0), work, torch.device("cpu"), torch.bfloat16, 10**9)
-    halved = Int8Context(context)
+    halved = Int8Context.of(context)
     assert context.tensors == []
     scaled, channels = 50 * GQA.kv_values_per_token * 12 // 10, GQA.kv_values_per_token // 2 * 2  # 10 numbers, a scale
     assert nbytes(halved) == expected.context == scaled + channels
@@ -390,7 +390,7 @@ def test_int8_takes_the_place_of_the_context_in_half_the_bytes():
 
 
 def test_int8_refuses_what_would_lose_its_scales():
-    context, other = Int8Context(filled(GQA, 1, 50, torch.float32)), filled(GQA, 1, 4, torch.float32)
+    context, other = Int8Context.of(filled(GQA, 1, 50, torch.float32)), filled(GQA, 1, 4, torch.float32)
     before = [tensor.clone() for tensor in context.tensors]
     k = torch.zeros(1, 2, 1, 10)
     for call in (
@@ -405,7 +405,7 @@ def test_int8_refuses_what_would_lose_its_scales():
 
 def rounded(context: KVCache) -> KVCache:
     """An ordinary cache that holds the numbers that int8 rounds to."""
-    other = Int8Context(context)
+    other = Int8Context.of(context)
     plain = KVCache(
         other.k_scale[0], len(other.k), (other.rows, other.k[0].shape[1], other.slots, other.k[0].shape[3]), other.start
     )
@@ -416,17 +416,26 @@ def rounded(context: KVCache) -> KVCache:
     return plain
 
 
+def read_rounded(self: Contexts, row: int, links, tokens, monitor) -> Tensor:
+    """Prefill into a cache, and store the numbers that int8 rounds to in an ordinary row."""
+    context = self.runner.empty_cache(len(tokens))
+    hidden = self.runner.prefill(context, tokens, self.chunk)
+    self.store(row, rounded(context))
+    return hidden
+
+
 @pytest.mark.parametrize("args", [GQA, ALIBI], ids=["plain", "ALiBi, window"])
 @pytest.mark.parametrize("rows", [None, 2])
 def test_samples_are_those_of_the_rounded_context(args, rows, monkeypatch):
-    """fp32, N = 5, also in waves, and N = 1, which forks it too. Oracle: an ordinary context of the rounded numbers."""
+    """fp32, N = 5, also with fewer rows, and N = 1. Oracle: an ordinary context of the rounded numbers."""
     engine, prompt = Engine(random_model(args, torch.float32)), random_tokens(args, 23).tolist()
     for n in (5, 1):
         request = Request(n, 12, Sampling(0.9, top_k=30), seed=3, rows_at_once=rows, kv_dtype="int8")
         drawn = [each.tokens for each in engine.generate(prompt, request)]
         with monkeypatch.context() as patch:
-            patch.setattr(road, "Int8Context", rounded)
-            assert drawn == [each.tokens for each in engine.generate(prompt, request)]
+            patch.setattr(Contexts, "read_one", read_rounded)
+            plain = replace(request, kv_dtype="auto")
+            assert drawn == [each.tokens for each in engine.generate(prompt, plain)]
 
 
 @pytest.mark.parametrize("kind", [KVCache, SDPACache])
@@ -443,7 +452,7 @@ def test_a_tree_may_stand_on_a_context_in_int8(kind):
         parts += [model(random_tokens(GQA, 6, 2), positions(13, 6, 2), copied(root, 6, 2, kind=kind))]
         return torch.cat([part.flatten() for part in parts])
 
-    torch.testing.assert_close(logits(Int8Context), logits(rounded), **EXACT)
+    torch.testing.assert_close(logits(Int8Context.of), logits(rounded), **EXACT)
 
 
 @pytest.mark.parametrize("bias", [0.0, 300.0])
@@ -459,7 +468,7 @@ def test_int8_moves_log_probabilities_no_more_than_bfloat16(bias):
 
     def scored(model: Transformer, kind: type[Int8Context] | None) -> Tensor:
         context = prefilled(model, prompt, 64)
-        cache = KVCache.fork(context if kind is None else kind(context), 3, 40)
+        cache = KVCache.fork(context if kind is None else kind.of(context), 3, 40)
         logits = model(own, positions(150, 3, 40), cache)
         return logits[:, :-1].float().log_softmax(-1).gather(-1, own[:, 1:, None])
 
@@ -484,8 +493,8 @@ def test_log_probabilities_on_real_stories_hardly_move(dtype, bound):
     def scored(tokens: list[int], kind: str) -> Tensor:
         half = len(tokens) // 2
         context = KVCache.empty(checkpoint.args.kv_shape, 1, half, model.norm.weight)
-        engine.prefill(context, tokens[:half], 512, SILENT)
-        context = Int8Context(context) if kind == "int8" else context
+        engine.prefill(context, tokens[:half], 512)
+        context = Int8Context.of(context) if kind == "int8" else context
         rest = torch.tensor([tokens[half:]])
         where = half + torch.arange(rest.shape[1])[None]
         logits = model(rest, where, KVCache.fork(context, 1, rest.shape[1]))

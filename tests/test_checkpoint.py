@@ -83,17 +83,19 @@ def refused(path, match):
 
 
 def test_missing_files_are_named(folder, tmp_path):
-    refused(tmp_path / "nothing", "no checkpoint at .*nothing")
+    refused(tmp_path / "nothing", "checkpoint .*nothing not found")
     (folder / "config.json").unlink()
-    refused(folder, "no config.json beside")
+    refused(folder, "no config.json found beside")
     (folder / "model.pth").unlink()
-    refused(folder, "no \\*.safetensors or pytorch_model\\*.bin in .*: give one that has, or a model.pth")
+    refused(
+        folder, "no \\*.safetensors or pytorch_model\\*.bin found in .*: pass a folder with weights, or a model.pth"
+    )
 
 
 KINDS_OF_FILE = {
-    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "x is a GGUF file: give the model that it was made from"),
-    "config": (b'{\n  "hidden_size": 8}', "x is a JSON file: give the folder of the model"),
-    "SentencePiece": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n", "x is the tokenizer of a model .SentencePiece"),
+    "GGUF": (b"GGUF\x03\0\0\0" + bytes(64), "x is a GGUF file, which is not supported: pass the original model"),
+    "config": (b'{\n  "hidden_size": 8}', "x is a JSON file, not weights: pass the model's folder"),
+    "SentencePiece": (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n", "x is a SentencePiece tokenizer"),
 }
 
 
@@ -120,7 +122,7 @@ def test_a_lora_adapter_is_named_and_not_passed_over(folder, beside):
     )
     for name in {"config.json", "model.pth"} - {*beside}:
         (folder / name).unlink()
-    refused(folder, "a LoRA adapter .adapter_config.json., which is not applied here")
+    refused(folder, "a LoRA adapter .adapter_config.json., which is not supported")
 
 
 def test_parts_of_an_adapter_among_the_weights_are_named(folder):
@@ -131,7 +133,7 @@ def test_parts_of_an_adapter_among_the_weights_are_named(folder):
 
 def test_a_folder_of_gguf_files_is_named(folder):
     (folder / "model.pth").rename(folder / "x.Q4_K_M.gguf")
-    refused(folder, "no .* in .*, only GGUF files .x.Q4_K_M.gguf.: give the model that they were made from")
+    refused(folder, "no .* in .*, only GGUF files .x.Q4_K_M.gguf., which are not supported: pass the original model")
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -143,7 +145,7 @@ def test_a_folder_of_the_hubs_cache_is_read(folder, tmp_path_factory, named):
     for name in ("config.json", "model.pth"):
         (cache / "snapshots" / "02cd" / name).symlink_to(folder / name)
     if not named:
-        refused(cache, "is a folder of the hub's cache: give one of the 2 in its snapshots")
+        refused(cache, "is a Hugging Face cache folder with 2 snapshots: pass one of the folders in snapshots/")
         (cache / "snapshots" / "01ab").rmdir()
     else:
         (cache / "refs").mkdir()
@@ -162,7 +164,7 @@ def test_a_truncated_checkpoint_is_named(folder, size):
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], 3, {7: torch.ones(2)}])
 def test_a_foreign_checkpoint_is_named(folder, content):
     torch.save(content, folder / "model.pth")
-    refused(folder, "does not hold a plain state dict")
+    refused(folder, "is not a plain state dict")
 
 
 def test_a_truncated_safetensors_file_is_named(folder):
@@ -180,8 +182,8 @@ def test_keys_that_do_not_match_the_config_are_listed(folder):
     torch.save(state, folder / "model.pth")
     refused(
         folder,
-        r"1 missing: norm.weight; 1 not in the model: layers.0.attention.wq.bias; "
-        r"1 of another shape: output.weight \(96, 30\) instead of \(97, 30\)",
+        r"1 missing: norm.weight; 1 unexpected: layers.0.attention.wq.bias; "
+        r"1 of the wrong shape: output.weight \(96, 30\) instead of \(97, 30\)",
     )
 
 
@@ -193,33 +195,36 @@ LONGROPE = {"rope_type": "longrope", "long_factor": [1.0, 2.0], "short_factor": 
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": 1}, "attention_bias is 1, neither true nor false"),
+        ({"attention_bias": 1}, "attention_bias is 1: expected true or false"),
         (
             {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
-            "long_factor is None, not a list of numbers above 0",
+            "long_factor is None: expected a list of numbers above 0",
         ),
-        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 0.0]}}, "long_factor is .* not a list of numbers above 0"),
-        ({"rope_scaling": LONGROPE}, "rope scaling has 2 factors for the 5 pairs of a head"),
-        ({"rope_scaling": LONGROPE | {"short_mscale": 1.2}}, "short_mscale 1.2 is not known here"),
-        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers .* is not supported"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0, 0.0]}},
+            "long_factor is .*: expected a list of numbers above 0",
+        ),
+        ({"rope_scaling": LONGROPE}, "rope scaling has 2 factors: expected one for each of the 5 pairs of a head"),
+        ({"rope_scaling": LONGROPE | {"short_mscale": 1.2}}, "short_mscale 1.2 is unknown and may change"),
+        ({"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1]}, "no_rope_layers is .*: expected 0 or 1"),
         (
             {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 1.5},
-            "partial_rotary_factor is 1.5, not a number",
+            "partial_rotary_factor is 1.5: expected a number",
         ),
         (
             {
                 "architectures": ["Gemma3ForCausalLM"],
                 "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
             },
-            "of windowed layers are not supported: only rope_theta",
+            "of sliding_attention: only rope_theta is supported",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is not known here"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear lacks factor"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config says that another tool quantised the weights"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization says that another tool quantised the weights"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "heat": 2}}, "heat 2 is unknown and may change"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling of type linear needs factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: weights quantised by other tools are not"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantization: weights quantised by other tools are not"),
         (
             {"a": 2, "hidden_act": "gelu", "b": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "c": [3]}},
-            "hidden_act 'gelu' is not supported, only 'silu' or 'swish'; a 2, b True, c .3. is not known here",
+            "hidden_act 'gelu' is not supported, only 'silu' or 'swish'; a 2, b True, c .3. is unknown and may change",
         ),
         ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types other than full_attention are not"),
         ({"rope_type": "linear"}, "rope_type 'linear' is not supported, only 'default'"),
@@ -232,29 +237,29 @@ LONGROPE = {"rope_type": "longrope", "long_factor": [1.0, 2.0], "short_factor": 
             },
             "norm_topk_prob False is not supported, only True",
         ),
-        ({"residual_multiplier": 0.22}, "residual_multiplier 0.22 is not known here"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier 0.22 is unknown and may change"),
         (
             {
                 "architectures": ["Qwen2ForCausalLM"],
                 "layer_types": ["linear_attention"] * 3,
                 "use_sliding_window": True,
             },
-            "layer_types .* is not supported",
+            "layer_types is .*: expected full_attention or",
         ),
         ({"hidden_size": None}, "hidden_size"),
         ({"rope_scaling": {"factor": 4.0}}, "factor 4.0 is not supported, only 1.0"),
-        ({"rope_scaling": [4]}, "rope_scaling .* is not an object"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention .* is not known here"),
-        ({"rope_theta": 0}, "rope_theta is 0, not a number above 0"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4', not a number above 0"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
+        ({"rope_scaling": [4]}, "rope_scaling is .*: expected an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention .* is unknown and may change"),
+        ({"rope_theta": 0}, "rope_theta is 0: expected a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is '4': expected a number above 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': expected true or false"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window is -1"),
-        ({"vocab_size": ...}, "vocab_size is None, not a positive number"),
-        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four', not a positive number"),
-        ({"hidden_size": -192}, "hidden_size is -192, not a positive number"),
+        ({"vocab_size": ...}, "vocab_size is None: expected a positive integer"),
+        ({"num_hidden_layers": "four"}, "num_hidden_layers is 'four': expected a positive integer"),
+        ({"hidden_size": -192}, "hidden_size is -192: expected a positive integer"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
-            "scaling of type llama3 lacks low_freq_factor, high",
+            "scaling of type llama3 needs low_freq_factor, high",
         ),
     ],
 )
@@ -279,7 +284,7 @@ def test_weights_of_another_type_are_named(folder):
     state = random_model(GQA, torch.float32).state_dict()
     state["norm.weight"] = state["norm.weight"].to(torch.int8)
     torch.save(state, folder / "model.pth")
-    refused(folder, "1 of another type: norm.weight torch.int8")
+    refused(folder, "1 of the wrong dtype: norm.weight torch.int8")
 
 
 NEUTRAL = {
@@ -321,7 +326,7 @@ def test_limits_and_defaults_are_those_that_transformers_takes():
     assert args_from_config(CONFIG | limit | gemma).score_softcap == 50.0
 
 
-@pytest.mark.parametrize("text,match", [("{", "is not JSON"), ("[]", "holds a list")])
+@pytest.mark.parametrize("text,match", [("{", "is not valid JSON"), ("[]", "contains a list: expected a JSON object")])
 def test_a_broken_config_is_named(folder, text, match):
     (folder / "config.json").write_text(text)
     refused(folder, f"config.json {match}")
@@ -362,7 +367,7 @@ def test_converting_replaces_nothing_of_another_model(folder, tmp_path):
     (folder / "tokenizer.model").write_text("its own")
     for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "config.json"):
         (out / name).write_text('{"another": "model"}')
-        with pytest.raises(ValueError, match=f"{name} is of another model: give a folder of its own as --out"):
+        with pytest.raises(ValueError, match=f"{name} belongs to another model: pass another folder as --out"):
             convert(folder, out)
         assert [path.name for path in out.iterdir()] == [name]
         (out / name).unlink()
@@ -385,7 +390,9 @@ def test_converting_replaces_nothing_that_is_read(folder, tmp_path):
     (folder / "tokenizer.model").write_text("its own")
     for link in (os.symlink, os.link):
         link(read, out)
-        with pytest.raises(ValueError, match="model.pth is read, and would be replaced: give another file"):
+        with pytest.raises(
+            ValueError, match="model.pth is an input and would be overwritten: choose another output file"
+        ):
             convert(folder, out.parent)
         assert list(out.parent.iterdir()) == [out]
         out.unlink()
@@ -396,7 +403,7 @@ def test_converting_replaces_nothing_that_is_read(folder, tmp_path):
         convert(folder, place)
         assert (folder / "config.json").read_bytes() == before
     assert (out.parent / "config.json").is_symlink() and (out.parent / "tokenizer.model").is_symlink()
-    with pytest.raises(ValueError, match="model.pth is read"):
+    with pytest.raises(ValueError, match="model.pth is an input"):
         convert(out, out.parent)
 
 
@@ -451,17 +458,17 @@ def test_a_quantised_file_comes_back(quantised):
 @pytest.mark.parametrize(
     "changes,match",
     [
-        ({"recipe": {"version": 2}}, "model.pth: its recipe is of another version, 2: quantise the model again"),
-        ({"recipe": {"layers": {"output": "int3"}}}, "its recipe cannot be read .*'layers'"),
-        ({"recipe": {"layers": 3}}, "its recipe cannot be read .*'layers'"),
-        ({"recipe": {"layers": {"output": ["int8"]}}}, "its recipe cannot be read .*'layers'"),
-        ({"recipe": {"mode": ["int8"]}}, "its recipe cannot be read .*'mode'"),
-        ({"recipe": {"groupsize": 0}}, "its recipe cannot be read .*'groupsize'"),
-        ({"recipe": {"colour": 3}}, "its recipe cannot be read .*'colour'"),
-        ({"recipe": {"layers": {"layers.9.attention.wk": "int8"}}}, "layers that config.json does not: layers.9.att"),
+        ({"recipe": {"version": 2}}, "model.pth has a recipe of unsupported version 2: quantise the model again"),
+        ({"recipe": {"layers": {"output": "int3"}}}, "has an invalid recipe .*'layers'"),
+        ({"recipe": {"layers": 3}}, "has an invalid recipe .*'layers'"),
+        ({"recipe": {"layers": {"output": ["int8"]}}}, "has an invalid recipe .*'layers'"),
+        ({"recipe": {"mode": ["int8"]}}, "has an invalid recipe .*'mode'"),
+        ({"recipe": {"groupsize": 0}}, "has an invalid recipe .*'groupsize'"),
+        ({"recipe": {"colour": 3}}, "has an invalid recipe .*'colour'"),
+        ({"recipe": {"layers": {"layers.9.attention.wk": "int8"}}}, "layers that config.json lacks: layers.9.att"),
         ({"state": {"output.values": torch.zeros(96, 30, dtype=torch.int8)}}, r"output.values \(96, 30\) instead of"),
-        ({"state": {"output.values": torch.zeros(97, 30)}}, "1 of another type: output.values torch.float32"),
-        ({"state": {"output.weight": torch.zeros(97, 30)}}, "1 not in the model: output.weight"),
+        ({"state": {"output.values": torch.zeros(97, 30)}}, "1 of the wrong dtype: output.values torch.float32"),
+        ({"state": {"output.weight": torch.zeros(97, 30)}}, "1 unexpected: output.weight"),
     ],
     ids=str,
 )

@@ -81,7 +81,7 @@ def test_jsonl_and_report_carry_what_the_readme_promises(tmp_path):
         assert row["seed"] == 1
         assert len(row["tokens"]) == len(row["logprobs"]) <= 40 and row["finish_reason"] in ("eos", "length")
     report = json.loads(report_path.read_text())
-    assert report["num_samples"] == 8 and report["waves"] == 1 and report["attention"] == "bifurcated"
+    assert report["num_samples"] == 8 and report["rows"] == 8 and report["attention"] == "bifurcated"
     assert report["kv_unshared_bytes"] > report["kv_context_bytes"] + report["kv_decoded_bytes"]
     assert report["compile_s"] is None and report["compiled"] is False
     assert report["selfcheck_max_difference"] < 1e-4
@@ -106,12 +106,12 @@ def test_a_report_of_one_token_has_no_decode_numbers(tmp_path):
     assert report["decode_ms_per_step"] is report["tokens_per_s"] is report["bandwidth_gb_s"] is None
 
 
-def test_waves_and_layouts_draw_the_same_samples():
+def test_few_rows_and_layouts_draw_the_same_samples():
     base = [*PROMPT, "-n", 5, "--max_new_tokens", 15, "--format", "jsonl", "--dtype", "float32"]
     expected = [row["tokens"] for row in lines_of(run(*base))]
-    waves = run(*base, "--max_memory", "8.1MB", "--no-compile")
-    assert re.search(r"running in [2-5] waves", waves.stderr), waves.stderr
-    for result in (waves, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
+    few = run(*base, "--max_memory", "8.1MB", "--no-compile")
+    assert re.search(r"running [1-4] samples? at a time: not all fit into memory", few.stderr), few.stderr
+    for result in (few, run(*base, "--attention", "contiguous"), run(*base, "--attention", "expanded")):
         assert [row["tokens"] for row in lines_of(result)] == expected
 
 
@@ -127,7 +127,7 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path):
 def test_a_plan_runs_nothing():
     result = run("--plan", "-n", 2048, "--synthetic_prompt", 200000, "--max_memory", "100GB")
     assert result.returncode == 0
-    assert re.search(r"waves +[1-9]", result.stdout) and "an unshared K/V cache" in result.stdout
+    assert re.search(r"[1-9]\d* of 2048 samples at once", result.stdout) and "an unshared K/V cache" in result.stdout
 
 
 def test_several_runs_and_a_profile(tmp_path):
@@ -355,8 +355,8 @@ def without_tokenizer(folder):
     [
         (foreign, "the weights do not match config.json; 48 missing: layers.0.attention.wk.weight, "),
         (truncated, "is truncated or not a PyTorch checkpoint"),
-        (without_tokenizer, "no tokenizer.model or tokenizer.json in"),
-        (shutil.rmtree, "no checkpoint at"),
+        (without_tokenizer, "no tokenizer.model or tokenizer.json found in"),
+        (shutil.rmtree, "not found: pass a folder with config.json"),
     ],
 )
 def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
@@ -370,26 +370,26 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
     "arguments,message",
     [
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file are both given"),
-        (["--prompt", "a", "--synthetic_prompt", "9"], "--prompt and --synthetic_prompt are both given"),
-        (["--prompt_file", "-", "--synthetic_prompt", "9"], "--prompt_file and --synthetic_prompt are both given"),
+        (["--prompt", "a", "--prompt_file", "b"], "--prompt and --prompt_file cannot be combined"),
+        (["--prompt", "a", "--synthetic_prompt", "9"], "--prompt and --synthetic_prompt cannot be combined"),
+        (["--prompt_file", "-", "--synthetic_prompt", "9"], "--prompt_file and --synthetic_prompt cannot be combined"),
         (
             ["--prompt_file", "no/such/file"],
-            "--prompt_file no/such/file cannot be read (No such file or directory): give",
+            "--prompt_file no/such/file cannot be read (No such file or directory): pass",
         ),
         (
             ["--synthetic_prompt", "300"],
             "prompt of 300 tokens + max_new_tokens 200 = 500 is over the model's context limit of 320",
         ),
         (["--synthetic_prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
-        ([*PROMPT, "--pick"], "add --interactive"),
-        (["--interactive", "--kv_dtype", "int8"], "--kv_dtype int8 is for one prompt: leave it out of --interactive"),
+        ([*PROMPT, "--pick"], "--pick needs --interactive"),
+        (["--interactive", "--kv_dtype", "int8"], "--kv_dtype int8 cannot be combined with --interactive: remove it"),
         ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "give auto, or int8 with bifurcated"),
-        ([*PROMPT, "--echo", "--format", "jsonl"], "--echo is for a plain text"),
-        (["--interactive", "--echo"], "--echo is for a plain text"),
-        (["--synthetic_prompt", "9", "--echo"], "--echo is for a plain text"),
-        (["--synthetic_prompt", "9", "--chat"], "--synthetic_prompt is no message"),
-        (["--synthetic_prompt", "9", "--interactive"], "--synthetic_prompt is no message"),
+        ([*PROMPT, "--echo", "--format", "jsonl"], "--echo cannot be combined with --interactive"),
+        (["--interactive", "--echo"], "--echo cannot be combined with --interactive"),
+        (["--synthetic_prompt", "9", "--echo"], "--echo cannot be combined with --interactive"),
+        (["--synthetic_prompt", "9", "--chat"], "--synthetic_prompt cannot be combined with --chat"),
+        (["--synthetic_prompt", "9", "--interactive"], "--synthetic_prompt cannot be combined with --chat"),
         (["--synthetic_prompt", "0"], "synthetic_prompt 0 must be at least 1"),
         (["--synthetic_prompt", "x"], "invalid int value: 'x'"),
         ([*PROMPT, "--attention", "auto"], "invalid choice: 'auto'"),
@@ -408,14 +408,14 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ([*PROMPT, "--top_k", "-1"], "top_k -1 must be at least 1"),
         ([*PROMPT, "--temperature", "-1"], "temperature -1.0 must be 0"),
         ([*PROMPT, "--stop", ""], "a stop string is empty"),
-        ([*PROMPT, "--device", "cuda:99"], "device 'cuda:99' is not there"),
-        ([*PROMPT, "--device", "gpu"], "device 'gpu' is not known"),
+        ([*PROMPT, "--device", "cuda:99"], "device 'cuda:99' not found"),
+        ([*PROMPT, "--device", "gpu"], "unknown device 'gpu'"),
         ([*PROMPT, "--attention", "magic"], "invalid choice: 'magic'"),
         ([*PROMPT, "--max_memory", "4 bananas"], "'4 bananas' is not a size"),
         ([*PROMPT, "--max_memory", "1MB"], "one sample needs"),
         ([*PROMPT, "--report", "no/such/folder/r.json"], "cannot be written"),
         ([*PROMPT, "--num_runs", "0"], "num_runs 0 must be at least 1"),
-        (["--interactive", "--selfcheck"], "leave them out of --interactive"),
+        (["--interactive", "--selfcheck"], "cannot be combined with --interactive: remove them"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -426,7 +426,7 @@ def test_bad_input_gets_one_line(arguments, message):
 
 def test_a_prompt_file_that_is_not_utf8_gets_one_line(tmp_path):
     (tmp_path / "latin1.txt").write_bytes("é".encode("latin-1") * 3)
-    assert_refused(run("--prompt_file", tmp_path / "latin1.txt"), "latin1.txt is not UTF-8 (byte 0)")
+    assert_refused(run("--prompt_file", tmp_path / "latin1.txt"), "latin1.txt is not UTF-8 (invalid at byte 0)")
 
 
 def test_nothing_is_overwritten_by_a_refused_command(tmp_path):
@@ -436,9 +436,9 @@ def test_nothing_is_overwritten_by_a_refused_command(tmp_path):
     shutil.copytree(TINY, model)
     prompt.write_text("Once")
     base = ["--checkpoint_path", model, "--prompt_file", prompt]
-    assert_refused(run(*base, "--report", prompt), "prompt.txt is the prompt, or belongs to the model")
-    assert_refused(run(*base, "--profile", model / "model.pth"), "model.pth is the prompt, or belongs to the model")
-    assert_refused(run(*base, "--report", both, "--profile", both), "both: give two files")
+    assert_refused(run(*base, "--report", prompt), "prompt.txt is an input and would be overwritten")
+    assert_refused(run(*base, "--profile", model / "model.pth"), "model.pth is an input and would be overwritten")
+    assert_refused(run(*base, "--report", both, "--profile", both), "both: choose different files")
     assert prompt.read_text() == "Once" and (model / "model.pth").read_bytes() == (TINY / "model.pth").read_bytes()
     assert (tmp_path / "r.json").read_text() == "precious"
 
@@ -498,9 +498,9 @@ def test_a_chat_of_three_turns_keeps_what_was_said(talker):
 @pytest.mark.parametrize(
     "flags,match",
     [
-        (["--system", "Be kind."], "--system is a part of a chat: add --chat"),
-        (["--chat", "--checkpoint_path", "broken"], "the chat template cannot render user"),
-        (["--chat", "--checkpoint_path", "none"], "no chat template in .*none: leave out --chat"),
+        (["--system", "Be kind."], "--system needs a chat: pass --chat"),
+        (["--chat", "--checkpoint_path", "broken"], "the chat template failed on the messages user"),
+        (["--chat", "--checkpoint_path", "none"], "no chat template found in .*none: remove --chat"),
     ],
 )
 def test_a_chat_that_cannot_be_is_one_line(talker, tmp_path, flags, match):
@@ -518,10 +518,10 @@ def test_a_chat_that_cannot_be_is_one_line(talker, tmp_path, flags, match):
 @pytest.mark.parametrize(
     "flags,match",
     [
-        (["--prompt", b"caf\xe9"], r"the text is not UTF-8 \(character 3\): convert it"),
+        (["--prompt", b"caf\xe9"], r"the text is not UTF-8 \(invalid at character 3\): convert it"),
         (["--prompt", "x", "--seed", "-1"], "seed -1 must be at least 0"),
         (["--prompt", "x", "--seed", str(10**30)], "seed 10+ must be at least 0 and below"),
-        (["--prompt", "x", "--device", "cuda:200"], "device 'cuda:200' is not there"),
+        (["--prompt", "x", "--device", "cuda:200"], "device 'cuda:200' not found"),
     ],
     ids=str,
 )
@@ -606,7 +606,7 @@ def test_samples_can_be_had_as_they_finish():
     expected = {row["sample"]: (row["tokens"], row["seed"]) for row in ranked}
     assert {row["sample"]: (row["tokens"], row["seed"]) for row in rows} == expected
     for flags in ([], ["--format", "jsonl", "--top", 3]):
-        assert_refused(run(*PROMPT, "--unranked", *flags), "--unranked prints objects as they come")
+        assert_refused(run(*PROMPT, "--unranked", *flags), "--unranked needs --format jsonl")
 
 
 def test_the_lines_of_a_conversation_carry_their_turn():
@@ -719,7 +719,7 @@ runpy.run_path("generate.py", run_name="__main__")
         (["--help"], 0, "stdout", "--help"),
         (["--nonsense"], 2, "stderr", "--nonsense"),
         (["-n", "-3"], 2, "stderr", "num_samples -3 must be at least 1"),
-        (["--echo", "--interactive"], 2, "stderr", "--echo is for a plain text"),
+        (["--echo", "--interactive"], 2, "stderr", "--echo cannot be combined with --interactive"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -12,9 +12,9 @@ from torch._dynamo.testing import CompileCounter
 import sampling
 from cache import KVCache
 from cli.console import Stopwatch
-from engine import engine as road
-from engine.engine import SILENT, Engine, Run
-from engine.graphs import MAX_COMPILED_LINKS, StepInput, compiled, warn_once
+from engine import runner, scheduler
+from engine.engine import Engine
+from engine.graphs import StepInput, compiled, warn_once
 from engine.layouts import Int8Context
 from engine.request import Sampling
 from engine.speculate import DraftController, LayersDraft, Speculation
@@ -75,7 +75,7 @@ class Both:
     """The compiled step and the eager one."""
 
     def __init__(self, model: Transformer) -> None:
-        self.eager = partial(road.decode, model, no_numbers)
+        self.eager = partial(runner.decode, model, no_numbers)
         self.compiled = compiled(self.eager)
 
     def difference(self, cache: KVCache, position: int | None = None) -> float:
@@ -136,7 +136,7 @@ def test_one_compiled_step_reads_a_context_in_int8():
     both = Both(random_model(PLAIN, torch.float32))
 
     def difference(n: int, length: int) -> float:
-        return both.difference(KVCache.fork(Int8Context(root_of(PLAIN, length)), n, 4))
+        return both.difference(KVCache.fork(Int8Context.of(root_of(PLAIN, length)), n, 4))
 
     assert difference(5, 29) < 1e-4
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -148,7 +148,7 @@ def counter(monkeypatch) -> CompileCounter:
     """Counts graphs, without the C++ compiler. Simpler random numbers: Philox takes long to trace."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    for module in (road, sampling):
+    for module in (runner, scheduler, sampling):
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
     warn_once.cache_clear()
     return counter
@@ -162,28 +162,6 @@ def test_many_engines_of_one_process_compile_each_its_step(counter):
             compiling, eager = (Engine(model, compile=mode) for mode in (True, False))
             assert draws(compiling.generate(PROMPT, request(3, 5))) == draws(eager.generate(PROMPT, request(3, 5)))
     assert counter.frame_count == 2
-
-
-@slow
-def test_the_length_of_a_chain_does_not_multiply_graphs(counter):
-    """Contexts that each begin with the one before, as texts of a task may. Oracle: the eager engine."""
-    model, asked = random_model(PLAIN, torch.float32), request(3, 4)
-    compiling, eager = (Engine(model, compile=mode) for mode in (True, False))
-    above, history = None, list[int]()
-    with pytest.warns(Notice) as told:
-        for depth in range(5):
-            tokens = random_tokens(PLAIN, 9, seed=depth).tolist()
-            history += tokens
-            like = model.norm.weight
-            cache = KVCache.empty(PLAIN.kv_shape, 1, 9, like) if above is None else KVCache.fork(above, 1, 9)
-            logits = eager.prefill(cache, tokens, 512, SILENT)
-            runs = [Run(engine, asked, history) for engine in (compiling, eager)]
-            for run in runs:
-                list(run.draw(cache, logits))
-            assert draws(runs[0].samples) == draws(runs[1].samples)
-            above = cache
-    assert counter.frame_count == MAX_COMPILED_LINKS
-    assert [str(each.message) for each in told] == ["a context of more than 3 parts: its steps run uncompiled"]
 
 
 def test_more_layouts_than_graphs_are_kept_run_eagerly_with_one_note(counter):

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bifurcated_attention as ours
 import cache as caches
 from cache import KVCache, Prefill
-from engine.engine import Engine, decode
+from engine.engine import Engine
 from engine.graphs import RecordedStep, StepInput, compiled
 from engine.layouts import LAYOUTS, Int8Context
 from engine.request import Request, Sampling
+from engine.runner import decode
 from model import ModelArgs, Transformer, empty_model
 from sampling import uniform
 from tp import Shard
@@ -268,7 +269,7 @@ def test_recorded_steps_are_the_plain_steps_on_a_gpu(compile):
     plain = partial(decode, model, uniform)
     recorded = RecordedStep(compiled(plain) if compile else plain)
     for length in (40, 41, 300, 40):
-        for kind in (lambda cache: cache, Int8Context):
+        for kind in (lambda cache: cache, Int8Context.of):
             context = KVCache.empty(SHAPE.kv_shape, 1, length, model.norm.weight)
             for tensor in context.tensors:
                 tensor.normal_(generator=torch.Generator("cuda").manual_seed(length))

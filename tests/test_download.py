@@ -90,16 +90,16 @@ def test_one_set_of_weights_is_chosen(names, files, expected):
     [
         (GGUF, [], "it has llama.Q2_K_M.gguf, llama.Q3_K_M.gguf, llama.Q4_K_M.gguf and 2 more"),
         (TINYLLAMAS, [], "it has stories15M.bin, stories15M.pt, stories260K/stories260K.pt and 1 more"),
-        (ADAPTER, [], "a LoRA adapter (adapter_config.json), which is not applied here"),
-        ([*BOTH, "adapter_config.json"], [], "a LoRA adapter (adapter_config.json), which is not applied here"),
+        (ADAPTER, [], "a LoRA adapter (adapter_config.json), which is not supported"),
+        ([*BOTH, "adapter_config.json"], [], "a LoRA adapter (adapter_config.json), which is not supported"),
         (
             ["config.json", *shards("model", 3, ".safetensors")[1:]],
             [],
-            "2 of the 3 shards of its weights, but not model-00001-of-00003.safetensors",
+            "only 2 of 3 weight shards (model-00001-of-00003.safetensors is missing)",
         ),
         (["original/model.safetensors", "config.json"], [], "it has original/model.safetensors: "),
         (["consolidated.safetensors", "config.json"], [], "it has consolidated.safetensors: "),
-        (["README.md"], [], "it has no weights at all"),
+        (["README.md"], [], "it has no weight files"),
         (["model.safetensors"], [], "no config.json"),
         (TINYLLAMAS, ["stories15m.pt"], "no file stories15m.pt; it has stories15M.bin, "),
     ],
@@ -250,7 +250,7 @@ def interrupt(hub: Hub, command: list[str], name: str) -> subprocess.CompletedPr
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("fetching ")]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("downloading ")]
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], result.stderr
     assert result.returncode == 2 and result.stdout == ""
 
@@ -263,7 +263,7 @@ def test_what_is_needed_is_fetched_once(hub, tmp_path):
     first, second = (hub.run("own/model", "--revision", "v1.0", "--out", out) for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout == second.stdout == f"{out}\n"
-    assert "fetching 3 files of own/model, 0.0 MB\n" in first.stderr and f"already in {out}" in second.stderr
+    assert "downloading 3 files of own/model, 0.0 MB\n" in first.stderr and f"already in {out}" in second.stderr
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == CHOSEN == sorted(hub.fetched)
     assert all((out / name).read_bytes() == hub.repos["own/model"][name] for name in CHOSEN)
 
@@ -287,16 +287,16 @@ def test_single_files_are_fetched_by_name(hub, tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["model"], "'model' is not the name of a repository: give OWNER/NAME"),
-        (["https://huggingface.co/own/model"], "'https://huggingface.co/own/model' is not the name of a repository"),
-        (["../model"], "'../model' is not the name of a repository"),
+        (["model"], "'model' is not a repository name: use OWNER/NAME"),
+        (["https://huggingface.co/own/model"], "'https://huggingface.co/own/model' is not a repository name"),
+        (["../model"], "'../model' is not a repository name"),
         ([], "the following arguments are required: REPO"),
-        (["own/modle"], "/own/modle is not there, or private: check the name; if private, set HF_TOKEN"),
+        (["own/modle"], "/own/modle not found: check the name; if it is private, set HF_TOKEN"),
         (["own/gated"], "own/gated needs a token: accept the licence on http://127.0.0.1"),
         (["own/forbidden"], "own/forbidden needs a token: accept the licence on http://127.0.0.1"),
-        (["own/model", "--revision", "v2.0"], "own/model has no revision 'v2.0': give one of its branches"),
-        (["own/gguf"], "own/gguf has no *.safetensors and no pytorch_model*.bin of a model at its top"),
-        (["own/broken"], "/own/broken cannot be fetched (Server error '500"),
+        (["own/model", "--revision", "v2.0"], "own/model has no revision 'v2.0': pass one of its branches"),
+        (["own/gguf"], "own/gguf has no *.safetensors or pytorch_model*.bin in its top folder"),
+        (["own/broken"], "/own/broken cannot be downloaded (Server error '500"),
     ],
     ids=["no owner", "address", "path", "nothing", "unknown", "gated", "forbidden", "revision", "gguf", "server"],
 )
@@ -310,14 +310,14 @@ def test_bad_input_gets_one_line(hub, tmp_path, arguments, message):
 def test_a_token_is_taken_from_the_environment(hub, tmp_path):
     assert hub.run("own/model", "--out", tmp_path / "right", HF_TOKEN="hf_right").returncode == 0
     result = hub.run("own/model", "--out", tmp_path / "wrong", HF_TOKEN="hf_wrong")
-    assert_refused(result, "the hub does not accept the token: set HF_TOKEN to a valid one")
+    assert_refused(result, "the hub rejected the token for own/model: set HF_TOKEN to a valid one")
 
 
 @pytest.mark.parametrize(
     "environment,message",
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched ([Errno 111] Connection refused): check"),
-        ({"HF_HUB_OFFLINE": "1"}, "own/model cannot be fetched while HF_HUB_OFFLINE is set: unset it"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be downloaded ([Errno 111] Connection refused): check"),
+        ({"HF_HUB_OFFLINE": "1"}, "own/model cannot be downloaded while HF_HUB_OFFLINE is set: unset it"),
     ],
     ids=["refused", "offline"],
 )
@@ -330,7 +330,7 @@ def test_without_a_network_it_ends_at_once(tmp_path, environment, message):
 def test_a_disk_without_room_is_refused_before_the_download(hub, tmp_path):
     hub.listed["model.safetensors"] = 10**18
     result = hub.run("own/model", "--out", tmp_path / "out")
-    assert_refused(result, "1000000000.0 GB are to be fetched and the disk of")
+    assert_refused(result, "the download needs 1000000000.0 GB, but the disk of")
     assert hub.fetched == [] and not (tmp_path / "out").exists()
 
 
@@ -350,14 +350,14 @@ def test_what_is_already_there_needs_no_room(monkeypatch, tmp_path, free, fits):
     if fits:
         assert fetch("own/model", None, tmp_path) == tmp_path
     else:
-        with pytest.raises(ValueError, match="0.0 MB are to be fetched and the disk of"):
+        with pytest.raises(ValueError, match="the download needs 0.0 MB, but the disk of"):
             fetch("own/model", None, tmp_path)
 
 
 def test_a_file_of_another_size_than_listed_is_named(hub, tmp_path):
     hub.listed["model.safetensors"] = 7
     result = hub.run("own/model", "--out", tmp_path, HF_HUB_DISABLE_PROGRESS_BARS="1")
-    assert_refused(result, f"{tmp_path / 'model.safetensors'} is not of 7 bytes: remove it")
+    assert_refused(result, f"{tmp_path / 'model.safetensors'} does not have its 7 bytes: delete it")
 
 
 def test_sizes_may_be_unknown(hub, tmp_path):
@@ -369,7 +369,7 @@ def test_sizes_may_be_unknown(hub, tmp_path):
 def test_a_folder_that_cannot_be_used_is_named(hub, tmp_path):
     (tmp_path / "file").touch()
     result = hub.run("own/model", "--out", tmp_path / "file" / "out")
-    assert_refused(result, "cannot be used (Not a directory): give one that can as --out")
+    assert_refused(result, "cannot be used (Not a directory): choose another folder")
     assert str(tmp_path / "file" / "out") in result.stderr
 
 
@@ -389,7 +389,7 @@ def test_a_disk_that_fills_up_is_named(monkeypatch, capsys, error):
 def test_an_interrupt_keeps_whole_files(hub, tmp_path):
     result = interrupt(hub, command_of("own/model", "--out", tmp_path), "model.safetensors")
     assert result.returncode == 130 and result.stdout == "" and "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("interrupted: whole files are kept")
+    assert result.stderr.splitlines()[-1].startswith("interrupted: completed files are kept")
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "config.json").exists()
     assert hub.run("own/model", "--out", tmp_path).returncode == 0
     assert hub.fetched == ["model.safetensors"]
@@ -405,7 +405,7 @@ def no_hub(monkeypatch, tmp_path):
 def test_a_name_is_fetched_once_and_then_used_offline(hub, tmp_path, no_hub):
     result, folder = hub.locate("own/model", tmp_path / "store"), tmp_path / "store" / "own" / "model"
     assert result.returncode == 0 and result.stdout == f"{folder}\n", result.stderr
-    assert "fetching 3 files of own/model, 0.0 MB\n" in result.stderr and sorted(hub.fetched) == CHOSEN
+    assert "downloading 3 files of own/model, 0.0 MB\n" in result.stderr and sorted(hub.fetched) == CHOSEN
     assert locate("own/model", tmp_path / "store") == locate(Path("own/model"), tmp_path / "store") == folder
     (folder / "model.safetensors").unlink()
     with pytest.raises(ImportError):
@@ -453,16 +453,18 @@ def test_a_path_that_is_there_is_not_looked_up(tmp_path, no_hub):
 )
 def test_what_is_neither_path_nor_name_is_refused(tmp_path, no_hub, name):
     (tmp_path / "store" / "model").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=rf"^no checkpoint at {re.escape(name)}: .* or OWNER/NAME of the hub$"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"^checkpoint {re.escape(name)} not found: .* OWNER/NAME of the Hugging Face Hub$"
+    ):
         locate(name, tmp_path / "store" / "hub")
 
 
 @pytest.mark.parametrize(
     "name,environment,message",
     [
-        ("own/modle", {}, "own/modle is no folder here, and http://127.0.0.1"),
-        ("own/a..b", {}, "own/a..b is no folder here, and 'own/a..b' is not the name of a repository"),
-        ("own/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "/own/model cannot be fetched ([Errno 111] Connection"),
+        ("own/modle", {}, "own/modle is not a local folder, and http://127.0.0.1"),
+        ("own/a..b", {}, "own/a..b is not a local folder, and 'own/a..b' is not a repository name"),
+        ("own/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "/own/model cannot be downloaded ([Errno 111] Connection"),
     ],
     ids=["unknown", "bad", "refused"],
 )
@@ -531,7 +533,7 @@ def test_prepare_takes_the_python_of_the_repository(prepare, tmp_path):
     bare.chmod(0o755)
     result, asked = prepare("o/m", PYTHON=str(bare))
     assert (result.returncode, asked) == (2, FETCHED)
-    assert result.stderr.startswith(f"error: '{bare}' lacks what requirements.txt lists")
+    assert result.stderr.startswith(f"error: '{bare}' lacks packages of requirements.txt")
     assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
@@ -559,11 +561,11 @@ def test_prepare_stops_where_the_download_does(prepare):
         ([], {}, USAGE),
         (["--help"], {}, USAGE),
         (["o/m", "int4-gptq", "text", "more"], {}, USAGE),
-        (["o/m", "int2"], {}, "error: mode 'int2' is not known: give int8, int4 or int4-gptq, or nothing\n"),
-        (["o/m", "int4-gptq"], {}, "error: int4-gptq needs a calibration text, and there is none at '': give a file"),
-        (["o/m", "int4-gptq", "none"], {}, "error: int4-gptq needs a calibration text, and there is none at 'none'"),
-        (["o/m", "int8", "text"], {}, "error: 'int8' reads no calibration text: leave out text\n"),
-        (["o/m"], {"PYTHON": "no-such-python"}, "error: 'no-such-python' is not there: set PYTHON to"),
+        (["o/m", "int2"], {}, "error: unknown mode 'int2': pass int8, int4, int4-gptq or no mode\n"),
+        (["o/m", "int4-gptq"], {}, "error: calibration text '' not found: pass a text file"),
+        (["o/m", "int4-gptq", "none"], {}, "error: calibration text 'none' not found"),
+        (["o/m", "int8", "text"], {}, "error: mode 'int8' uses no calibration text: remove text\n"),
+        (["o/m"], {"PYTHON": "no-such-python"}, "error: 'no-such-python' not found: set PYTHON to"),
     ],
     ids=["nothing", "help", "four", "mode", "no text", "text not there", "text", "python"],
 )

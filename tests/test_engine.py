@@ -9,18 +9,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import GQA, PROMPT, TINY, Letters, draws, full, random_model, random_tokens, request
-from torch import Tensor
 
 from cache import KVCache
 from cli.console import Stopwatch
-from engine import engine as road
-from engine.batch import Prompt, generate_many
+from engine import contexts, scheduler
 from engine.chat import ChatEncoder, Conversation
-from engine.engine import Engine, Monitor, bucket, rows_to_keep
+from engine.engine import Engine
 from engine.graphs import StepInput
 from engine.layouts import LAYOUTS
 from engine.request import Request, Sampling
+from engine.runner import Monitor, bucket, decode, rows_to_keep
 from engine.samples import Piece, Sample, rank
+from engine.scheduler import PlainDecoder, Prompt, StepOutput
 from layers.rope import RopeScaling
 from sampling import draw, uniform
 
@@ -48,7 +48,7 @@ def test_all_layouts_draw_the_same_tokens(n):
 
 @pytest.mark.parametrize("look,length", [(1, 1), (1, 2), (1, 40), (1, 261), (8, 261)])
 def test_logprobs_equal_those_of_one_forward_pass(engine, monkeypatch, look, length):
-    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
+    monkeypatch.setitem(scheduler.SYNC_EVERY, "cpu", look)
     for each in engine.generate(PROMPT, request(5, length)):
         assert each.logprobs == pytest.approx(engine.score(PROMPT, [each.tokens])[0].logprobs, abs=1e-6)
 
@@ -76,8 +76,8 @@ def recompute_cache(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]
     (70, 3, "bifurcated", 1), (71, 3, "bifurcated", 1), (60, 7, "bifurcated", 3),
 ])  # fmt: skip
 def test_what_outgrows_the_original_context_of_longrope_is_read_anew(growing, monkeypatch, length, n, attention, look):
-    """Also where rows have ended before, and in waves."""
-    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
+    """Also where rows have ended before, and with fewer rows than samples."""
+    monkeypatch.setitem(scheduler.SYNC_EVERY, "cpu", look)
     prompt = random_tokens(TWO, length).tolist()
     ends = frozenset(range(3, 97, 40) if length > 13 else ())
     asked = request(n, 66, attention=attention, rows_at_once=4, eos_ids=ends)
@@ -113,7 +113,7 @@ def test_a_conversation_that_outgrows_the_original_context_is_read_anew(growing,
 def test_how_many_slots_a_step_reads_changes_nothing(engine, monkeypatch):
     expected = engine.generate(PROMPT, request(3, 90))
     for size in (1, 7, 1000):
-        monkeypatch.setattr(road, "bucket", lambda slots, size=size: -(-slots // size) * size)
+        monkeypatch.setattr(contexts, "bucket", lambda slots, size=size: -(-slots // size) * size)
         assert draws(engine.generate(PROMPT, request(3, 90))) == draws(expected)
 
 
@@ -123,20 +123,21 @@ def test_buckets_are_few_and_hold_what_is_needed():
     assert sizes == sorted(sizes) and len(set(sizes)) < 40
 
 
-class Watched(road.PlainDecoder):
+class Watched(PlainDecoder):
     """Notes of every step the cache that it sees: its slots, and where its buffers lie."""
 
     seen: list[tuple[KVCache, int, list[int]]] = []
 
-    def next(self, token: Tensor, input_pos: Tensor) -> road.StepOutput:
-        buffers = [buffer.data_ptr() for side in self.cache.buffers for buffer in side]
-        Watched.seen.append((self.cache, self.cache.slots, buffers))
-        return super().next(token, input_pos)
+    def next(self) -> StepOutput:
+        cache = self.contexts.cache
+        buffers = [buffer.data_ptr() for side in cache.buffers for buffer in side]
+        Watched.seen.append((cache, cache.slots, buffers))
+        return super().next()
 
 
 @pytest.fixture
 def watched(monkeypatch) -> list[tuple[KVCache, int, list[int]]]:
-    monkeypatch.setattr(road, "PlainDecoder", Watched)
+    monkeypatch.setattr(scheduler, "PlainDecoder", Watched)
     monkeypatch.setattr(Watched, "seen", [])
     return Watched.seen
 
@@ -156,26 +157,10 @@ def test_cost_follows_what_is_written_and_nothing_is_allocated_anew(engine, watc
 
     with pytest.raises(Enough):
         engine.generate(PROMPT, request(n, 2000, attention=attention), Stop())
-    before = len(PROMPT) if n == 1 or attention == "contiguous" else 0
+    before = len(PROMPT) if attention == "contiguous" else 0
     assert [slots for _, slots, _ in watched] == [before + bucket(step) for step in range(1, 151)]
     assert len({id(cache) for cache, _, _ in watched}) == 1 and len({tuple(at) for _, _, at in watched}) == 1
     assert all(buffer.shape[2] == before + 2001 for side in watched[0][0].buffers for buffer in side)
-
-
-@pytest.mark.parametrize("n,rows", [(1, None), (3, 1)])
-def test_a_single_row_forks_nothing(engine, watched, monkeypatch, n, rows):
-    """A step sees a chain of one, whose memory is that which the prompt was read into."""
-    contexts, prefill = [], Engine.prefill
-
-    def noted(engine: Engine, context: KVCache, *rest) -> Tensor:
-        contexts.append((context, [buffer.data_ptr() for side in context.buffers for buffer in side]))
-        return prefill(engine, context, *rest)
-
-    monkeypatch.setattr(Engine, "prefill", noted)
-    engine.generate(PROMPT, request(n, 90, rows_at_once=rows))
-    ((context, addresses),) = contexts
-    assert len(watched) == n * 89
-    assert all(cache is context and not cache.links and at == addresses for cache, _, at in watched)
 
 
 def test_prefill_chunks_change_nothing(engine):
@@ -202,12 +187,13 @@ def test_a_monitor_hears_of_all_that_is_read_and_drawn(engine, watched, length):
     assert stepped[0] == (0, 3) and len(watched) == length - 1
 
 
-def test_waves_change_nothing(engine):
-    expected = engine.generate(PROMPT, request(7))
+def test_fewer_rows_than_samples_change_nothing(engine, watched):
+    """Rows are taken again as soon as their samples end: with equal lengths, in as many rounds as are needed."""
+    expected = engine.generate(PROMPT, request(7, 12))
     for rows in (1, 2, 3, 6):
-        watch = Stopwatch()
-        assert draws(engine.generate(PROMPT, request(7, rows_at_once=rows), watch)) == draws(expected)
-        assert watch.waves == math.ceil(7 / rows)
+        del watched[:]
+        assert draws(engine.generate(PROMPT, request(7, 12, rows_at_once=rows))) == draws(expected)
+        assert len(watched) == 11 * math.ceil(7 / rows)
 
 
 @pytest.mark.parametrize("n", [1, 3, 17])
@@ -243,17 +229,18 @@ def test_a_sample_is_the_same_whatever_is_drawn_beside_it(speaking):
         assert draws(streamed) == expected[: other.num_samples], change
 
 
-def test_a_wave_holds_no_more_than_its_own_rows(engine):
-    """A million million samples: the first wave begins before the others are thought of."""
+def test_samples_are_made_as_rows_come_free(engine):
+    """A million million samples: the first decode before the others are thought of."""
 
-    class ResumeState(Exception):
+    class Begun(Exception):
         pass
 
     class Stop(Monitor):
-        def wave(self, rows) -> None:
-            raise ResumeState
+        def stepped(self, steps: int, tokens: int) -> None:
+            if steps:
+                raise Begun
 
-    with pytest.raises(ResumeState):
+    with pytest.raises(Begun):
         Engine(engine.model, compile=False).generate([1, 2], request(10**12, 30, rows_at_once=3), Stop())
 
 
@@ -273,7 +260,7 @@ def test_rows_stop_at_eos_and_compaction_leaves_the_others_unchanged(engine, wat
     rows, note = [], Watched.next
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watched, "next", lambda self, *at: rows.append(self.cache.rows) or note(self, *at))
+        patch.setattr(Watched, "next", lambda self, *at: rows.append(self.contexts.cache.rows) or note(self, *at))
         stopped = engine.generate(PROMPT, request(17, 60, eos_ids=eos))
     for whole, cut in zip(free, stopped, strict=True):
         end = next((at for at, token in enumerate(whole.tokens) if token in eos), 59)
@@ -373,7 +360,7 @@ def test_pieces_without_a_tokenizer_have_tokens_alone(engine):
     assert [token for piece in pieces for token in piece.tokens] == sample.tokens
 
 
-class Drafted(road.PlainDecoder):
+class Drafted(PlainDecoder):
     """Rows that move by themselves: a step gives each of them one to three of the tokens that plain decoding draws.
 
     Three plain steps run ahead, on the cache itself, as a draft that guesses right would have it; one step of three
@@ -384,32 +371,30 @@ class Drafted(road.PlainDecoder):
     width = 3
     counts: list[list[int]] = []
 
-    def __init__(self, run: road.Run, cache: KVCache, samples: Tensor) -> None:
-        super().__init__(run, cache, samples)
-        self.model = run.engine.model
-        self.step = partial(road.decode, self.model, uniform)
-
-    def next(self, token: Tensor, input_pos: Tensor) -> road.StepOutput:
-        run = [token]
+    def next(self) -> StepOutput:
+        self.input_pos = self.input_pos.minimum(self.last)
+        run, model, cache = [self.token], self.runner.model, self.contexts.cache
         for ahead in range(2):
-            logits, numbers = self.step(StepInput(run[-1], input_pos + ahead, self.samples, self.seed), self.cache)
-            run.append(draw(logits, numbers, self.sampling)[0][:, None])
-        where = input_pos + torch.arange(3)  # [N,3]
-        logits = self.model(torch.cat(run, 1), where, self.cache)  # [N,3,V]
+            inputs = StepInput(run[-1], self.input_pos + ahead, self.samples, self.seeds)
+            logits, numbers = decode(model, uniform, inputs, cache)
+            run.append(draw(logits, numbers, self.only)[0][:, None])
+        where = self.input_pos + torch.arange(3)  # [N,3]
+        logits = model(torch.cat(run, 1), where, cache)  # [N,3,V]
         drawn = [
-            draw(logits[:, ahead], uniform(self.seed, self.samples, where[:, ahead] + 1), self.sampling)
+            draw(logits[:, ahead], uniform(self.seeds, self.samples, where[:, ahead] + 1), self.only)
             for ahead in range(3)
         ]
         tokens, logprobs = (torch.stack(parts, 1) for parts in zip(*drawn, strict=True))  # [N,3] each
         count = 1 + (self.samples + where[:, 0]) % 3
         Drafted.counts.append(count.tolist())
+        self.token, self.input_pos = tokens.gather(1, count[:, None] - 1), self.input_pos + count[:, None]
         return torch.where(torch.arange(3) < count[:, None], tokens, -1), logprobs, count
 
 
 @pytest.fixture(params=[1, 8], ids=["looked at every step", "looked at every eight"])
 def stride(request, monkeypatch) -> int:
     """How often tokens are brought to the host, which on an accelerator is not every step."""
-    monkeypatch.setitem(road.SYNC_EVERY, "cpu", request.param)
+    monkeypatch.setitem(scheduler.SYNC_EVERY, "cpu", request.param)
     return request.param
 
 
@@ -417,18 +402,19 @@ ENDS = {
     "length": {},
     "eos": {"eos_ids": frozenset(range(3, 97, 9))},
     "stop strings": {"stop": ("a", "Q", "zz")},
-    "waves": {"eos_ids": frozenset(range(3, 97, 9)), "rows_at_once": 4},
+    "fewer rows": {"eos_ids": frozenset(range(3, 97, 9)), "rows_at_once": 4},
 }
 
 
 @pytest.mark.parametrize(
-    "n,length,ends", [(1, 67, "length"), (3, 66, "length"), (5, 66, "waves"), (17, 67, "eos"), (3, 67, "stop strings")]
+    "n,length,ends",
+    [(1, 67, "length"), (3, 66, "length"), (5, 66, "fewer rows"), (17, 67, "eos"), (3, 67, "stop strings")],
 )
 def test_rows_that_move_by_themselves_draw_what_plain_decoding_draws(speaking, monkeypatch, stride, n, length, ends):
     """Also through compaction, over the border of a bucket, to the last slot. Oracle: plain decoding."""
     asked = request(n, length, **ENDS[ends])
     expected = speaking.generate(PROMPT, asked)
-    monkeypatch.setattr(road, "PlainDecoder", Drafted)
+    monkeypatch.setattr(scheduler, "PlainDecoder", Drafted)
     monkeypatch.setattr(Drafted, "counts", [])
     found = speaking.generate(PROMPT, asked)
     assert draws(found) == draws(expected)
@@ -501,7 +487,7 @@ def test_without_a_seed_every_call_draws_anew_and_says_by_which(speaking):
     ways = (
         partial(speaking.generate, PROMPT),
         lambda each: [*Conversation(speaking, each).turn(PROMPT)],
-        lambda each: next(iter(generate_many(speaking, many[:1], each))).samples,
+        lambda each: next(iter(speaking.generate_many(many[:1], each))).samples,
     )
     for draw_all in ways:
         first, second = draw_all(asked), draw_all(asked)
@@ -509,7 +495,7 @@ def test_without_a_seed_every_call_draws_anew_and_says_by_which(speaking):
         assert [each.tokens for each in first] != [each.tokens for each in second]
         again = speaking.generate(PROMPT, replace(asked, seed=first[0].seed))
         assert again == first
-    seeds = [outcome.samples[0].seed for outcome in generate_many(speaking, many, request(2, 3, seed=None))]
+    seeds = [outcome.samples[0].seed for outcome in speaking.generate_many(many, request(2, 3, seed=None))]
     assert len(set(seeds)) == 2, "each prompt has its own"
     assert {each.seed for each in speaking.generate(PROMPT, replace(asked, seed=7))} == {7}
 
@@ -525,7 +511,7 @@ def test_a_text_is_a_prompt_and_what_is_neither_is_refused(speaking):
     for wrong in ([tokens], [1.5], [text], None, 5):
         with pytest.raises(ValueError, match="is not a list of tokens: tokenizer.encode gives those of a text"):
             speaking.generate(wrong, asked)
-    calls = (lambda: speaking.score(tokens, [text]), lambda: generate_many(speaking, [Prompt("a", text)], asked))
+    calls = (lambda: speaking.score(tokens, [text]), lambda: speaking.generate_many([Prompt("a", text)], asked))
     for call in calls:
         with pytest.raises(ValueError, match="'Once upon' is not a list of tokens"):
             call()

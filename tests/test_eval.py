@@ -27,11 +27,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PA
 import eval as evaluation
 import quantize
 from cli.system import Stream
-from engine import engine as road
-from engine import scoring
-from engine.batch import seed_of
+from engine import prefixes, scheduler, scoring
 from engine.engine import Engine
 from engine.request import Request, Sampling
+from engine.scheduler import seed_of
 from engine.scoring import Scored, Scorer
 from eval import Evaluator, GenerationArgs, HarnessTokenizer, main, pass_at, windows
 from layers.rope import RopeScaling
@@ -275,7 +274,7 @@ def test_generated_texts_equal_those_of_hf(ours, theirs):
     requests = [(prompt, given) for given in GENERATION for prompt in prompts]
     copies = [(prompt, json.loads(json.dumps(given))) for prompt, given in requests]  # hf adds to `until`
     expected = theirs.generate_until(instances(copies), disable_tqdm=True)
-    with mock.patch.object(evaluation, "SHARED_PROMPT", 4):
+    with mock.patch.object(prefixes, "ROOT", 4), mock.patch.object(prefixes, "GROUP", 4):
         read = ours.read
         assert ours.generate_until(requests) == expected
     assert len(set(expected)) > 8 and any(len(text) > 4 for text in expected)
@@ -295,8 +294,8 @@ def test_several_requests_for_one_prompt_are_its_samples(ours):
 @pytest.mark.parametrize("look", [1, 8])
 def test_long_texts_are_those_of_each_prompt_alone(monkeypatch, look):
     """Past 256 tokens, in fp64, with what prompts share read once. Oracle: the engine's own sample of each."""
-    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
-    monkeypatch.setattr(evaluation, "SHARED_PROMPT", 4)
+    monkeypatch.setitem(scheduler.SYNC_EVERY, "cpu", look)
+    monkeypatch.setattr(prefixes, "GROUP", 4)
     letters = Letters()
     letters.specials = {}
     engine = Engine(random_model(replace(GQA, n_layer=1)), letters, compile=False)
@@ -309,8 +308,9 @@ def test_long_texts_are_those_of_each_prompt_alone(monkeypatch, look):
 
 
 def test_texts_after_prompts_that_each_extend_the_last(shallow, monkeypatch):
-    """A tree of 200 levels. Oracle: the likeliest token by one pass of the longest prompt."""
-    monkeypatch.setattr(evaluation, "SHARED_PROMPT", 1)
+    """A tree of 200 levels, of which a root and one group are shared. Oracle: the likeliest token by one pass of the
+    longest prompt."""
+    monkeypatch.setattr(prefixes, "GROUP", 1)
     letters = Letters()
     letters.specials = {}
     engine = Engine(random_model(replace(GQA, n_layer=1)), letters, compile=False)
@@ -320,7 +320,7 @@ def test_texts_after_prompts_that_each_extend_the_last(shallow, monkeypatch):
     found = evaluator.generate_until([(story[:end], {"max_gen_toks": 1}) for end in range(3, 603, 3)])
     likeliest = full(engine.model, torch.tensor([letters.encode(story)]))[0].argmax(-1).tolist()
     assert found == [letters.decode(likeliest[end - 1 : end]) for end in range(3, 603, 3)]
-    assert evaluator.read < 900, "what is shared is read once"
+    assert evaluator.read < 0.6 * evaluator.asked, "what is shared is read once"
 
 
 def test_the_name_of_a_control_token_ends_a_text(ours):
@@ -638,7 +638,9 @@ def test_problems_of_one_prompt_have_samples_of_their_own(tmp_path):
         found.append([(each["task_id"], each["completion"], each["mean_logprob"]) for each in lines])
     whole, part = found
     assert len({text for _, text, _ in whole}) == len(whole) == 24
-    assert part == whole[21:] + whole[3:6]
+    assert [each[:2] for each in part] == [each[:2] for each in whole[21:] + whole[3:6]]
+    for (*_, one), (*_, other) in zip(part, whole[21:] + whole[3:6], strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -745,8 +747,8 @@ def test_samples_that_are_there_are_not_replaced(drawing, tmp_path):
     """Of another command, a file of the user, the default's name too."""
     (tmp_path / "samples.jsonl").write_text("mine\n")
     for flags, words in (
-        ([], "samples.jsonl exists: add --resume"),
-        (["--output", tmp_path / "samples.jsonl"], "samples.jsonl exists: add --resume"),
+        ([], "samples.jsonl already exists: pass --resume"),
+        (["--output", tmp_path / "samples.jsonl"], "samples.jsonl already exists: pass --resume"),
         (["--resume"], "samples.jsonl has no header of a batch"),
     ):
         status, _, err = run(*drawing, *flags)
@@ -869,9 +871,9 @@ def scored(**fields) -> str:
         (["--perplexity", "bytes"], "is not UTF-8"),
         (["--perplexity", "text", "--stride", "0"], "stride 0"),
         (["--perplexity", "text", "--stride", "999"], "stride 999"),
-        (["--perplexity", "text", "--output", "text"], "text is read, and would be replaced"),
+        (["--perplexity", "text", "--output", "text"], "text is an input and would be overwritten"),
         (["--perplexity", "text", "--output", "no/out"], "cannot be written"),
-        (["--perplexity", "text", "--checkpoint_path", "missing"], "no checkpoint at missing"),
+        (["--perplexity", "text", "--checkpoint_path", "missing"], "checkpoint missing not found"),
         (["--samples", "text"], "text, line 1: not JSON"),
         (["--samples", "problems", "-n", "0"], "num_samples 0"),
         (["--samples", "problems", "--max_new_tokens", "9999"], "A: prompt of"),

@@ -33,9 +33,9 @@ import eval as evaluation
 import generate
 import quantize
 from cli.system import finish, start
-from engine.batch import Prompt, generate_many, seed_of
 from engine.engine import Engine
 from engine.request import Request, Sampling
+from engine.scheduler import Prompt, seed_of
 from loading.families import FAMILIES
 
 HANG = 120  # seconds, of a case that takes a tenth of one
@@ -112,8 +112,8 @@ def run(main: Main, arguments: list[str], folder: Path, stdin: bytes | None = b"
 
 
 NOTES = re.compile(
-    r"(note: .* is text here|warning: (the draft is larger|.*: skipped$)|running in \d+ waves|kept in 16 bits|"
-    r"seed \d+$|rounded, since)"
+    r"(note: .* is text here|warning: (the draft is larger|.*: skipped$)|running \d+ samples? at a time|"
+    r"kept in 16 bits|seed \d+$|rounded to nearest)"
 )
 
 # What an exception says that nobody has put into words: it names no value, and no remedy.
@@ -605,7 +605,7 @@ def test_prompts_that_are_drawn_together_are_each_alone(engine, texts, n, length
     """Samples of any length, by fewer rows than there are samples. fp32. Oracle: the prompt alone."""
     prompts = [Prompt(number, engine.encode(text)) for number, text in enumerate(texts)]
     asked = Request(n, length, Sampling(1.2), seed, eos_ids=frozenset(), rows_at_once=rows)
-    for outcome in generate_many(engine, prompts, asked):
+    for outcome in engine.generate_many(prompts, asked):
         alone = replace(asked, seed=seed_of(seed, outcome.prompt.id))
         expected = engine.generate(outcome.prompt.tokens, alone)
         assert [each.tokens for each in outcome.samples] == [each.tokens for each in expected]

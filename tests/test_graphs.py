@@ -8,7 +8,7 @@ from conftest import GQA, PROMPT, draws, random_model, random_tokens, request
 from torch import Tensor
 
 from cache import KVCache
-from engine import engine as road
+from engine import runner
 from engine.engine import Engine
 from engine.graphs import RecordedStep, Recording, Step, StepInput
 from engine.layouts import SDPACache
@@ -22,7 +22,7 @@ def step_of(model, sampling: Sampling) -> Step:
     """A decode step and its draw, without what the host keeps between two calls."""
 
     def step(inputs: StepInput, cache: KVCache) -> StepOutput:
-        return draw(*road.decode(model, uniform, inputs, cache), sampling)
+        return draw(*runner.decode(model, uniform, inputs, cache), sampling)
 
     return step
 
@@ -55,7 +55,7 @@ def test_a_step_is_recorded_when_the_cache_changes(model, monkeypatch, n):
         return replay, outputs
 
     monkeypatch.setattr(
-        Engine, "step", lambda self, sampling, plan: RecordedStep(step_of(self.model, sampling), record)
+        Engine, "step", lambda self, plan, filters: RecordedStep(step_of(self.model, filters()), record)
     )
     assert draws(engine.generate(PROMPT, asked)) == draws(expected)
     counted, steps = len(recordings), max(len(each.tokens) for each in expected)

@@ -14,13 +14,14 @@ import pytest
 from conftest import GQA, ROOT, TINY
 from test_cli import ENVIRONMENT, lines_of, run
 
-import generate
 from cli import jobs
 from cli.jobs import Output, ResumeState, encode, fingerprint, output_lines, read_begun, read_records
 from cli.system import check_new, replica_file, replica_files
-from engine.batch import Outcome, Prompt, generate_many
 from engine.chat import Chat, ChatEncoder
+from engine.engine import Engine
+from engine.request import Request
 from engine.samples import Sample
+from engine.scheduler import Outcome, Prompt
 from loading.checkpoint import Checkpoint
 from loading.tokenizer import load_tokenizer
 
@@ -78,6 +79,48 @@ def test_lines_are_those_of_each_prompt_alone(prompts, tmp_path):
         assert alone[0].keys() - {"settings"} | {"id", "of", "seed"} == block[0].keys()
 
 
+def test_a_line_may_have_settings_of_its_own(tmp_path):
+    """Which replace the flags for that prompt, beside others in one batch, with a draft and an int8 context. Oracle:
+    each prompt alone with those flags."""
+    lines = [
+        ({}, []),
+        ({"temperature": 0, "n": 1, "max_new_tokens": 30}, ["--temperature", 0, "-n", 1, "--max_new_tokens", 30]),
+        ({"top_k": 5, "top_p": 0.9, "n": 5}, ["--top_k", 5, "--top_p", 0.9, "-n", 5]),
+        ({"repetition_penalty": 1.5, "stop": "."}, ["--repetition_penalty", 1.5, "--stop", "."]),
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps({"id": at, "prompt": TEXTS[at]} | own) + "\n" for at, (own, _) in enumerate(lines))
+    )
+    for more in (["-n", 3], ["-n", 2, "--draft", "prompt"], ["-n", 2, "--kv_dtype", "int8"]):
+        found = lines_of(batch(path, *more))
+        for at, (own, flags) in enumerate(lines):
+            block = [line for line in found if line["id"] == at]
+            assert all(line[name] == value for line in block for name, value in own.items())
+            seed = ["--format", "jsonl", *FLAGS, "--seed", block[0]["seed"]]
+            alone = lines_of(run("--prompt", TEXTS[at], *seed, *more, *flags))
+            assert_same(block, [line | {"id": at, "of": len(alone)} for line in alone])
+
+
+@pytest.mark.parametrize(
+    "own,told",
+    [
+        ({"temperature": "warm"}, "temperature 'warm' is not a number"),
+        ({"temperature": -1}, "temperature -1.0 must be 0"),
+        ({"n": 0}, "n 0 is not a whole number from 1 on"),
+        ({"stop": 3}, "stop 3 is not a text or a list of texts"),
+        ({"presence_penalty": 1}, "the setting presence_penalty is not known"),
+        ({"seed": 3}, "the field seed is a sample's own"),
+    ],
+)
+def test_settings_of_a_line_that_cannot_be_are_refused(tmp_path, own, told):
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": "a"} | own) + '\n"b"\n')
+    refused = batch(path)
+    assert (refused.returncode, refused.stdout) == (2, "") and "line 1: " in refused.stderr and told in refused.stderr
+    assert {line["id"] for line in lines_of(batch(path, "--skip_bad"))} == {2}
+
+
 def test_without_an_output_lines_go_to_stdout(prompts):
     lines = lines_of(batch(prompts, "-n", 2, "--temperature", 1.5))
     assert len(lines) == 2 * len(TEXTS) and all(line["id"] for line in lines)
@@ -121,9 +164,9 @@ def test_a_file_without_a_prompt_is_refused(tmp_path, content):
 
 BAD = [
     (b'{"prompt": "a"', "not JSON"), (b"[1]", "a whole array"), (b'{"text": "a"}', "neither a text"),
-    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages are not a list"),
+    (b'{"prompt": 3}', "the prompt is not a text"), (b'{"messages": "a"}', "messages must be a list"),
     (b'{"messages": [{"role": "user"}]}', "message 1 (user) has no content"),
-    (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages are not a list"),
+    (b'{"messages": [{"role": "user", "content": "a"}], "tools": "f"}', "the tools beside messages must be a list"),
     (b'""', "the prompt is empty"), (b'{"messages": []}', "the prompt is empty"),
     (b'{"prompt": "a", "messages": []}', "with one of prompt and messages"),
     (b'{"id": 1.5, "prompt": "a"}', "id 1.5 is neither"), (b'{"id": true, "prompt": "a"}', "id true is neither"),
@@ -157,23 +200,24 @@ def test_messages_are_put_into_the_chat_template():
     chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     spoken, plain = (ChatEncoder(tokenizer, 2048, each, None) for each in (chat, None))
     data = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}\n"hello"'
-    (first, second), bad = encode(read_records(data, None)[0], spoken, plain)
+    (first, second), bad = encode(read_records(data, None)[0], spoken, plain, Request())
     assert not bad and tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
     assert second.tokens == plain.encode_turn("hello")
-    assert encode(read_records(data, None)[0], plain, plain)[1][0].startswith("line 1: messages need a chat template")
+    assert encode(read_records(data, None)[0], plain, plain, Request())[1][0].startswith(
+        "line 1: messages need a chat template"
+    )
 
 
 @pytest.mark.parametrize(
     "flags,words",
     [
-        (["--resume"], "--resume continues a file"),
-        (["--echo"], "--echo is for one prompt"),
-        (["--attention", "expanded"], "--attention is for one prompt"),
-        (["--draft", "prompt"], "--draft is for one prompt"),
-        (["--prompt", "a"], "--prompt and --prompts are both given"),
+        (["--resume"], "--resume needs --output"),
+        (["--echo"], "--echo cannot be combined with --prompts"),
+        (["--num_runs", 2], "--num_runs cannot be combined"),
+        (["--prompt", "a"], "--prompt and --prompts cannot be combined"),
         (["--prompt_separator", ""], "--prompt_separator is empty"),
-        (["--format", "text"], "--format text is for one prompt"),
-        (["--output", ROOT / "README.md"], "exists: add --resume"),
+        (["--format", "text"], "--format text cannot be combined"),
+        (["--output", ROOT / "README.md"], "already exists: pass --resume"),
         (["--output", ROOT / "README.md", "--resume"], "no header of a batch"),
         (["--output", ROOT / "none" / "o.jsonl"], "cannot be written"),
     ],
@@ -210,7 +254,7 @@ def test_a_file_of_another_form_is_told_what_it_lacks(tmp_path, content, told):
 def test_flags_of_a_batch_ask_for_one(tmp_path):
     for flags in (["--output", tmp_path / "o"], ["--skip_bad"], ["--resume"], ["--prompt_separator", "x"]):
         result = run("--prompt", "a", *flags)
-        assert result.returncode == 2 and "is for many prompts: give --prompts" in result.stderr
+        assert result.returncode == 2 and "needs --prompts" in result.stderr
 
 
 def test_another_command_is_refused(prompts, tmp_path):
@@ -239,7 +283,9 @@ def test_another_command_is_refused(prompts, tmp_path):
 
 def block(id: str) -> bytes:
     samples = [Sample(at, [1, at], [-1.0, -float(at)], f"text {at}", "length", 3) for at in range(2)]
-    return output_lines(Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None)).encode()
+    return output_lines(
+        Outcome(Prompt(id, [1]), samples), {}, SimpleNamespace(rank="ended", top=None, unranked=False)
+    ).encode()
 
 
 def closed(output: Output) -> bytes:
@@ -336,7 +382,7 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
             output.append(block(id))
         output.append(more)
         output.close()
-    with pytest.raises(ValueError, match=r"o.jsonl.replica-1 exists: add --resume"):
+    with pytest.raises(ValueError, match=r"o.jsonl.replica-1 already exists: pass --resume"):
         path.rename(tmp_path / "other")
         check_new(path)
     (tmp_path / "other").rename(path)
@@ -358,12 +404,14 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
 def test_a_stopped_batch_says_how_it_goes_on(prompts, tmp_path):
     """Ctrl-C after the first prompt."""
 
-    def stopped(*given) -> Iterator[Outcome]:
-        yield next(generate_many(*given))
+    many = Engine.generate_many
+
+    def stopped(*given, **named) -> Iterator[Outcome]:
+        yield next(many(*given, **named))
         raise KeyboardInterrupt
 
     output = tmp_path / "o.jsonl"
-    with mock.patch.object(generate, "generate_many", stopped):
+    with mock.patch.object(Engine, "generate_many", stopped):
         result = run("--prompts", prompts, *FLAGS[:-1], "--output", output)
     assert result.returncode == 130
     assert f"stopped: {output} holds what is finished: the same command with --resume continues" in result.stderr

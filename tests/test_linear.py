@@ -11,8 +11,8 @@ import torch
 from conftest import GQA, random_model, random_tokens, slow
 
 from cache import KVCache, NoCache
-from engine.engine import decode
 from engine.graphs import StepInput, compiled
+from engine.runner import decode
 from layers import linear as packed
 from layers.kernels import multiplies
 from layers.linear import (

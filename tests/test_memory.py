@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {scripts!r})
 from benchmark import SHAPES, random_model
-from engine.engine import Engine, Monitor
+from engine.engine import Engine
+from engine.runner import Monitor
 from engine.plan import release_freed_memory
 from engine.request import Request, Sampling
 
@@ -67,8 +68,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from layers import kernels
-from cache import KVCache
-from engine.engine import Engine, Monitor, Run
+from engine.engine import Engine
+from engine.runner import Monitor
+from engine.scheduler import Given
 from model import ModelArgs, Transformer
 from engine.plan import peak_memory, release_freed_memory
 from engine.request import Request, Sampling
@@ -83,20 +85,18 @@ def reset():
 class Phases(Monitor):
     def prefilled(self):
         release_freed_memory(CPU)
-    def wave(self, rows):
         self.read = peak_memory(CPU)[0]
         Path("/proc/self/clear_refs").write_text("5")
 
 def run(engine, request, length, is_read):
     prompt, phases = [token % engine.args.vocab_size for token in range(length)], Phases()
-    before, run = reset(), Run(engine, request, prompt, phases)
+    before, run = reset(), engine.single(prompt, request, phases)
     if is_read:
-        list(run.pieces())
+        list(run.run())
     else:
-        reserve = length + run.own_slots if run.extends else 0
-        context = KVCache.empty(engine.args.kv_shape, 1, length, engine.model.norm.weight, reserve)
+        context = engine.empty_cache(length)
         [tensor.fill_(0.01) for tensor in context.tensors]
-        list(run.draw(context, torch.zeros(1, engine.args.vocab_size, dtype=engine.dtype)))
+        list(run.run(given=Given(context, torch.zeros(1, engine.args.dim, dtype=engine.dtype))))
     return run.plan, phases.read - before, peak_memory(CPU)[0] - before
 
 for name, by_kernel, length, n, shape, fields in json.loads(sys.argv[1]):

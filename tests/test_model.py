@@ -29,7 +29,7 @@ def test_impossible_shapes_are_refused(n_head, n_kv_head, head_dim):
     type(GQA)(**args, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim)
     with pytest.raises(ValueError, match="not a multiple"):
         type(GQA)(**args, n_head=n_head + 1, n_kv_head=n_kv_head, head_dim=head_dim)
-    with pytest.raises(ValueError, match="odd"):
+    with pytest.raises(ValueError, match="expected an even number"):
         type(GQA)(**args, n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim + 1)
 
 

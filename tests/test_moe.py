@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 import quantize
 from cache import KVCache, NoCache
-from engine.engine import Engine, decode
+from engine.engine import Engine
 from engine.graphs import RecordedStep, StepInput
 from engine.plan import plan_run, weigh
 from engine.request import Workload
+from engine.runner import decode
 from layers import linear as packed
 from layers.gptq import gptq, quantise_int4
 from layers.linear import can_pack, dequantise, kernels, pack_linears, swap_linears
@@ -173,7 +174,7 @@ def test_the_plan_counts_the_experts_that_a_step_is_expected_to_read():
         plan = plan_run(ARGS, weights, Workload(50, rows, 16), CPU, torch.bfloat16, 10**9)
         unread = weights.experts * (1 - ARGS.mixture.expected(rows) / 5)
         assert plan.per_step == pytest.approx(weights.per_step - unread + plan.context + plan.decoded // 2, abs=1)
-        assert f"of {ARGS.mixture.expected(rows):.1f} of 5 experts a layer" in str(plan)
+        assert f", {ARGS.mixture.expected(rows):.1f} of 5 experts per layer" in str(plan)
 
 
 def test_a_copy_has_experts_of_its_own():
@@ -258,8 +259,8 @@ def test_samples_are_the_same_in_every_layout():
         draws(Engine(model, compile=False).generate(prompt, request(3, 20, attention=layout))) for layout in layouts
     )
     assert shared == copied == expanded and len({each[0][0] for each in map(list, shared)}) >= 1
-    waves = Engine(model, compile=False).generate(prompt, request(3, 20, rows_at_once=2))
-    assert draws(waves) == shared
+    few = Engine(model, compile=False).generate(prompt, request(3, 20, rows_at_once=2))
+    assert draws(few) == shared
 
 
 @slow
@@ -368,7 +369,7 @@ def test_gptq_has_a_hessian_for_each_expert(folder, capsys, monkeypatch):
     path, err = quantised(capsys, *command)
     checkpoint = read_checkpoint(path)
     model, rounded = load_model(checkpoint, "cpu", torch.float32), checkpoint.recipe.rounded
-    assert f"than they have inputs (more --calibration_sequences may help): {', '.join(rounded)}\n" in err
+    assert f"than they have inputs (raise --calibration_sequences): {', '.join(rounded)}\n" in err
     names = {id(module): name for name, module in model.named_modules()}
     seen: dict[str, Tensor] = {name: torch.zeros(0) for name in checkpoint.recipe.layers if ".w" in name}
     for name in seen:

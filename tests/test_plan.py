@@ -59,7 +59,7 @@ def test_planned_bytes_are_those_of_the_tensors(args):
     assert planned.decoded == nbytes(KVCache.fork(root, 6, 16))
     assert planned.unshared == nbytes(copied(root, 6, 16))
     assert planned.per_step == planned.weights.per_step + planned.context + planned.decoded // 2
-    assert planned.waves == 1
+    assert planned.rows_at_once == 6
 
 
 def test_a_step_reads_no_embedding_table_that_is_not_the_output_too():
@@ -72,13 +72,13 @@ def test_a_step_reads_no_embedding_table_that_is_not_the_output_too():
     assert weigh(random_model(GQA)).total - weigh(random_model(GQA)).per_step == 97 * 30 * 8
 
 
-def test_waves_fit_what_is_available():
+def test_rows_fit_what_is_available():
     work = Workload(50, 100, 16, prefill_chunk=1)
     one = plan(GQA, work)
     fixed = one.weights.total + one.context
-    for fit, rows, waves in ((1, 1, 100), (3, 3, 34), (64, 50, 2), (100, 100, 1)):
+    for fit in (1, 3, 64, 100):
         planned = plan(GQA, work, fixed + fit * one.decoded_per_sample + one.space.decoding(fit))
-        assert (planned.rows_at_once, planned.waves) == (rows, waves)
+        assert planned.rows_at_once == fit
 
 
 def test_an_unshared_layout_plans_its_copies():
@@ -120,8 +120,8 @@ def test_what_is_needed_is_enough_to_the_byte():
     for layout in ("bifurcated", "contiguous", "expanded"):
         work = Workload(50, 4, 16, layout, prefill_chunk=1)
         needed = plan(GQA, work).needed
-        assert plan(GQA, work, needed).waves == 1
-        assert plan(GQA, work, needed - 1).waves == 2
+        assert plan(GQA, work, needed).rows_at_once == 4
+        assert plan(GQA, work, needed - 1).rows_at_once == 3
 
 
 def test_on_a_gpu_the_pool_of_a_recorded_step_counts(by_torch):
@@ -138,11 +138,11 @@ def test_human(size, text):
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="'nonsense' is not known"):
+    with pytest.raises(ValueError, match="unknown device 'nonsense'"):
         choose_device("nonsense")
     with pytest.raises(ValueError, match="'meta' is not supported"):
         choose_device("meta")
-    with pytest.raises(ValueError, match="cuda:77' is not there"):
+    with pytest.raises(ValueError, match="cuda:77' not found"):
         choose_device("cuda:77")
     assert choose_device("cpu") == CPU
 
@@ -295,8 +295,8 @@ def test_packing_follows_the_rows_and_steps_that_run(streaming, monkeypatch):
     assert not plan(large, Workload(50, 2, 200)).packed
     assert plan(large, Workload(50, 3, 200)).packed and plan(large, Workload(50, 1, 200, drafted=2)).packed
     two, four = (Workload(50, rows, 200, prefill_chunk=1) for rows in (2, 4))
-    waves = plan(large, four, plan(large, two).needed)
-    assert (waves.rows_at_once, waves.packed) == (2, False)
+    few = plan(large, four, plan(large, two).needed)
+    assert (few.rows_at_once, few.packed) == (2, False)
     assert not plan(large, Workload(50, 4, 1, runs=19)).packed
     assert plan(large, Workload(50, 4, 1, runs=20)).packed
     monkeypatch.setattr("layers.linear.streams", lambda *_: False)
@@ -308,7 +308,7 @@ def test_a_tied_output_is_packed_where_its_copy_fits(streaming):
     large = replace(GQA, dim=512, hidden_dim=512, tied_output=True)
     twice = plan(large, Workload(50, 4, 200))
     embedding = 4 * large.vocab_size * large.dim
-    assert twice.packed_tied == embedding and "of the tied output, packed" in str(twice)
+    assert twice.packed_tied == embedding and "packed copy of the tied output" in str(twice)
     once = plan(large, Workload(50, 4, 200), twice.needed - 1)
     assert once.packed and once.packed_tied == 0 and once.needed == twice.needed - embedding
     assert plan(large, Workload(50, 2, 200)).packed_tied == 0

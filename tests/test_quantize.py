@@ -278,7 +278,7 @@ def test_gptq_resumes_to_what_it_would_have_been(calibrated, folder, capsys, mon
     monkeypatch.setattr(quantize.Calibration, "quantise", interrupted)
     output = ("--output", folder / "parts.pth")
     assert main([str(each) for each in (*calibrated, *output)]) == 130
-    assert "goes on after the last finished block" in capsys.readouterr().err and not output[1].exists()
+    assert "to continue after the last block" in capsys.readouterr().err and not output[1].exists()
     path, _ = quantised(capsys, *calibrated, *output)
     assert len(blocks) == 4
     expected, found = (read_weights(read_checkpoint(each)) for each in (whole, path))
@@ -319,38 +319,38 @@ def test_gptq_tells_its_text_and_sees_quantised_inputs(calibrated, folder, capsy
 
 REFUSED = {
     "mode": (("--mode", "int3"), "argument --mode: invalid choice: 'int3'"),
-    "group": (("--mode", "int4", "--groupsize", "128"), "groups of 128 fit no layer, whose inputs are 52, 64: give"),
+    "group": (("--mode", "int4", "--groupsize", "128"), "groups of 128 divide the inputs of no layer (52, 64): choose"),
     "group size": (("--mode", "int4", "--groupsize", "48"), "argument --groupsize: invalid choice: 48"),
-    "no text": (("--mode", "int4-gptq"), "--mode int4-gptq: int4-gptq needs --calibration_file TEXT"),
+    "no text": (("--mode", "int4-gptq"), "--mode int4-gptq: --calibration_file is required"),
     "text for nothing": (
         ("--mode", "int8", "--calibration_file", "text"),
-        "--mode int8: int4-gptq needs --calibration_file TEXT, no other",
+        "--mode int8: --calibration_file is required with int4-gptq",
     ),
-    "order": (("--mode", "int8", "--act_order"), "--mode int8: int4-gptq needs --calibration_file TEXT, no other"),
-    "no UTF-8": (("--mode", "int4-gptq", "--calibration_file", "latin"), "latin is not UTF-8 (byte "),
+    "order": (("--mode", "int8", "--act_order"), "--mode int8: --calibration_file is required with int4-gptq"),
+    "no UTF-8": (("--mode", "int4-gptq", "--calibration_file", "latin"), "latin is not UTF-8 (invalid at byte "),
     "short": (
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "50"),
-        "64 sequences of 50 tokens need 3136, text has 90: give a longer text, or fewer with --calibration_seq",
+        "64 sequences of 50 tokens need 3136, text has 90: use a longer text, or lower --calibration_seq",
     ),
     "length": (
         ("--mode", "int4-gptq", "--calibration_file", "text", "--calibration_seq_length", "4097"),
-        "64 sequences of 4097 tokens cannot be: give at least one, of 2 to 4096 tokens",
+        "64 sequences of 4097 tokens: expected at least 1 sequence, of 2 to 4096 tokens",
     ),
     "no file": (
         ("--mode", "int4-gptq", "--calibration_file", "none"),
-        "none cannot be read (No such file or directory): give a text",
+        "none cannot be read (No such file or directory): pass a text file",
     ),
     "itself": (
         ("--mode", "int8", "--output", "model.pth"),
-        "model.pth is read, and would be replaced: give another file",
+        "model.pth is an input and would be overwritten: choose another output file",
     ),
     "name": (("--mode", "int8", "--output", "config.json"), "--output config.json must end in .pth"),
-    "a folder": (("--mode", "int8", "--output", "folder.pth"), "--output folder.pth cannot be written: give a file"),
+    "a folder": (("--mode", "int8", "--output", "folder.pth"), "--output folder.pth cannot be written: choose a file"),
     "below a file": (
         ("--mode", "int8", "--output", "text/x.pth"),
-        "--output text/x.pth cannot be written: give a file",
+        "--output text/x.pth cannot be written: choose a file",
     ),
-    "beside another": (("--mode", "int8", "--output", "other/x.pth"), "other/config.json is of another model"),
+    "beside another": (("--mode", "int8", "--output", "other/x.pth"), "other/config.json belongs to another model"),
 }
 
 
@@ -383,7 +383,10 @@ def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, s
         for link in (os.symlink, os.link):
             link(read, output)
             assert main([*flags, "--output", str(output)]) == 2
-            assert capsys.readouterr().err == f"error: {output} is read, and would be replaced: give another file\n"
+            assert (
+                capsys.readouterr().err
+                == f"error: {output} is an input and would be overwritten: choose another output file\n"
+            )
             output.unlink()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("its own")
@@ -391,7 +394,7 @@ def test_what_is_read_is_not_replaced_under_any_name(folder, tmp_path, capsys, s
         (folder / name).write_text("its own")
         (output.parent / name).write_text("another")
         assert main(["--checkpoint_path", str(folder), "--mode", "int8", "--output", str(output)]) == 2
-        assert f"{name} is of another model: give --output in a folder of its own\n" in capsys.readouterr().err
+        assert f"{name} belongs to another model: choose --output in another folder\n" in capsys.readouterr().err
         assert [path.name for path in output.parent.iterdir()] == [name]
         (output.parent / name).unlink()
         os.link(folder / name, output.parent / name)
@@ -442,7 +445,7 @@ def test_ids_beyond_the_embedding_are_one_line(folder, calibrated, capsys, monke
         (["--seed", 2**64], "seed 18446744073709551616 must be 0 to"),
         (["--seed", -1], "seed -1 must be 0 to"),
         (["--tokens", -3], "tokens -3 at least 1"),
-        (["--tokens", 511], "text has 511 tokens: give at least 512"),
+        (["--tokens", 511], "text has 511 tokens: use a text of at least 512"),
         (["--checkpoint_path", "damaged"], "damaged"),
     ],
 )
@@ -465,7 +468,7 @@ def test_medusa_heads_that_cannot_be_trained_are_one_line(
 def test_a_quantised_model_is_not_quantised_again(folder, capsys):
     path, _ = quantised(capsys, "--checkpoint_path", folder, "--mode", "int8")
     assert main(["--checkpoint_path", str(path), "--mode", "int4"]) == 2
-    assert capsys.readouterr().err == f"error: {path} is quantised already (int8): give its source\n"
+    assert capsys.readouterr().err == f"error: {path} is already quantised (int8): pass the original model\n"
 
 
 @slow

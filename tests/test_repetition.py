@@ -55,11 +55,11 @@ def test_logits_are_those_of_transformers(penalty):
 
 
 def test_what_is_seen_at_each_of_several_positions():
-    seen, tokens = seen_in([4, 2, 4], torch.arange(2), PENALTY, 9), torch.tensor([[1, 2, 7], [8, 8, 0]])
+    seen, tokens = seen_in([[4, 2, 4]] * 2, 9, torch.device("cpu")), torch.tensor([[1, 2, 7], [8, 8, 0]])
     each = seen_prefixes(seen, tokens)
     ids = [[place.nonzero().flatten().tolist() for place in row] for row in each]
     assert ids == [[[1, 2, 4], [1, 2, 4], [1, 2, 4, 7]], [[2, 4, 8], [2, 4, 8], [0, 2, 4, 8]]]
-    assert seen_in([4, 2], torch.arange(2), 1.0, 9).shape == (2, 0)
+    assert seen_in([[4, 2]] * 2, 0, torch.device("cpu")).shape == (2, 0)
 
 
 def found(engine: Engine, sampling: Sampling, n: int = 3, **fields) -> list[tuple[list[int], list[float]]]:
@@ -76,7 +76,7 @@ def same(ours: list, theirs: list) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_samples_are_those_of_the_plain_loop(model, expected, layout):
-    """In waves and at N = 1 too. Log-probabilities are the model's own, without the penalty."""
+    """With fewer rows and at N = 1 too. Log-probabilities are the model's own, without the penalty."""
     sampling, samples = expected
     engine = Engine(model, compile=False)
     for fields in ({}, {"rows_at_once": 1}, {"rows_at_once": 2}):

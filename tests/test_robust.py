@@ -40,7 +40,7 @@ from cli.console import Console
 from cli.options import build_parser
 from cli.repl import COMMANDS as COMMANDS_OF_TALK
 from cli.system import SafeStderr, cache_folder, finish, start
-from engine import engine as road
+from engine import scheduler
 from engine.engine import Engine
 from engine.request import Request
 from engine.samples import Row, StopConditions
@@ -155,7 +155,7 @@ def test_what_stderr_cannot_take_is_lost_and_nothing_else(tmp_path, spoil, n):
 def test_a_stdout_that_is_full_is_named(n):
     status, _, err = forked(*SHORT, "-n", n, "--quiet", prepare=partial(fill, 1))
     assert status == 2 and err == (
-        "error: stdout cannot be written (No space left on device): make room, or send it elsewhere\n"
+        "error: stdout cannot be written (No space left on device): free up disk space, or redirect it elsewhere\n"
     )
 
 
@@ -239,7 +239,9 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path, flag, name):
     path.write_text("precious")
     status, out, err = forked(*SHORT, "--quiet", flag, path, prepare=limit_files)
     assert status == 2 and out
-    assert re.fullmatch(rf"error: {path} cannot be written \(.*\): make room, or give another file\n", err), err
+    assert re.fullmatch(
+        rf"error: {path} cannot be written \(.*\): free up disk space, or choose another file\n", err
+    ), err
     assert path.read_text() == "precious" and [path] == list(path.parent.iterdir())
 
 
@@ -270,7 +272,9 @@ def test_an_output_that_is_no_file_is_refused_before_the_run(tmp_path, flag, kin
     with mock.patch("generate.load_model", side_effect=AssertionError("it runs")):
         result = run(*SHORT, flag, path)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert "cannot be written: give a plain file in a folder that exists" in result.stderr and len(result.stderr) <= 301
+    assert (
+        "cannot be written: choose a regular file in an existing folder" in result.stderr and len(result.stderr) <= 301
+    )
 
 
 def test_an_output_may_be_a_link_to_a_file_and_stays_one(tmp_path):
@@ -301,7 +305,7 @@ def test_what_the_run_reads_is_not_replaced_under_any_name(model, tmp_path):
             link(read, tmp_path / name)
             for flag in ("--report", "--profile"):
                 result = run(*base, *drafts.get(read, []), flag, tmp_path / name)
-                assert_refused(result, f"{name} is the prompt, or belongs to the model: it would be replaced")
+                assert_refused(result, f"{name} is an input and would be overwritten")
             os.remove(tmp_path / name)
         assert read.read_bytes() == before
 
@@ -314,8 +318,8 @@ def test_what_an_evaluation_reads_is_not_replaced_under_any_name(model, tmp_path
         os.link(read, output)
         before = read.read_bytes()
         for more, words in (
-            ([], "exists: add --resume"),
-            (["--resume"], "is read, and would|has no header of a batch"),
+            ([], "already exists: pass --resume"),
+            (["--resume"], "is an input and would|has no header of a batch"),
         ):
             assert evaluate.main([*flags, "-n", "1", "--max_new_tokens", "1", *more]) == 2
             assert re.match(rf"error: {output} (?:{words})", capsys.readouterr().err)
@@ -337,7 +341,10 @@ def test_a_pipe_of_calibration_is_refused(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     flags = ["--checkpoint_path", str(TINY), "--mode", "int4-gptq", "--output", str(tmp_path / "a" / "m.pth")]
     assert quantize.main([*flags, "--calibration_file", str(tmp_path / "pipe")]) == 2
-    assert "pipe is not a plain file" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert (
+        "pipe must be a regular file, not a folder or a pipe" in capsys.readouterr().err
+        and not (tmp_path / "a").exists()
+    )
 
 
 @pytest.mark.parametrize("command", ["generate.py", "scripts/download.py"])
@@ -395,13 +402,13 @@ def test_a_user_without_a_home_keeps_what_was_compiled_elsewhere(tmp_path, monke
 
 def slowly(seconds: float = 0.05) -> None:
     """Every step takes so long that there is time to interrupt it, on any machine."""
-    plain = road.PlainDecoder.next
+    plain = scheduler.PlainDecoder.next
 
     def next(*arguments):
         time.sleep(seconds)
         return plain(*arguments)
 
-    mock.patch.object(road.PlainDecoder, "next", next).start()
+    mock.patch.object(scheduler.PlainDecoder, "next", next).start()
 
 
 class Terminal:
@@ -511,7 +518,8 @@ def test_of_an_interrupted_run_the_finished_are_shown_and_then_the_best_of_the_o
     rows = [row_of(0, [-3.0], "eos"), row_of(1, [-0.5, -0.1]), row_of(2, [-2.0]), row_of(3, []), row_of(4, [-1], "eos")]
     rows[1].sample.tokens.append(77)
     with pytest.raises(KeyboardInterrupt), Console(options, None, torch.device("cpu"), None) as console:
-        console.wave(rows)
+        for row in rows:
+            console.started(row)
         for row in rows[::4]:
             console.done(row.sample)
         raise KeyboardInterrupt
@@ -583,7 +591,10 @@ def test_a_conversation_is_planned_for_all_that_it_may_hold():
 def test_a_line_that_is_not_utf8_is_refused_and_the_conversation_goes_on():
     with mock.patch("cli.repl.ask", side_effect=[os.fsdecode(b"caf\xe9"), "Once", None]):
         result = run(*TALK)
-    assert len(lines_of(result)) == 1 and "error: the text is not UTF-8 (character 3): convert it" in result.stderr
+    assert (
+        len(lines_of(result)) == 1
+        and "error: the text is not UTF-8 (invalid at character 3): convert it" in result.stderr
+    )
 
 
 def edit(model: Path, **fields: object) -> None:
@@ -594,19 +605,19 @@ def edit(model: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     "fields,message",
     [
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, more than 1024"),
-        ({"head_dim": 1 << 40}, "head_dim is 1099511627776, more than 65536"),
-        ({"hidden_size": 10**4000}, "hidden_size is a number of 13288 bits, more than 16777216"),
-        ({"vocab_size": 1 << 63}, "vocab_size is 9223372036854775808, more than"),
-        ({"max_position_embeddings": 10**30}, "max_position_embeddings is a number of 100 bits, more than"),
-        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, not a number above 0 and at most 1e15"),
-        ({"rope_theta": 10**400}, "rope_theta is a number of 1329 bits, not a number above 0"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor is inf, not a number above 0"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "factor is 1e+308, not a number above 0"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: expected at most 1024"),
+        ({"head_dim": 1 << 40}, "head_dim is 1099511627776: expected at most 65536"),
+        ({"hidden_size": 10**4000}, "hidden_size is a 13288-bit integer: expected at most 16777216"),
+        ({"vocab_size": 1 << 63}, "vocab_size is 9223372036854775808: expected at most"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings is a 100-bit integer: expected at most"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf: expected a number above 0, at most 1e15"),
+        ({"rope_theta": 10**400}, "rope_theta is a 1329-bit integer: expected a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor is inf: expected a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "factor is 1e+308: expected a number above 0"),
         (
             {"architectures": ["MixtralForCausalLM"], "num_local_experts": 1000, "num_experts_per_tok": 2,
              "num_hidden_layers": 1000},
-            "num_experts 1000 in each of 1000 layers are more than",
+            "num_experts is 1000 in 1000 layers: expected at most 131072 in all",
         ),
     ],
     ids=lambda value: value.split(" is ")[0] if isinstance(value, str) else "",
@@ -639,17 +650,17 @@ def test_files_that_are_none_are_named_and_not_waited_for(model):
                 (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
             result = run(*SHORT, "--checkpoint_path", model, "--chat")
             assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-            assert re.search(f"{name} is not a plain file: put one there|no \\*.safetensors or", result.stderr)
+            assert re.search(f"{name} must be a regular file|no \\*.safetensors or", result.stderr)
             path.unlink() if path.is_fifo() else path.rmdir()
         if aside.exists():
             aside.rename(weights if name == "model.safetensors" else path)
 
 
 def test_a_config_that_nests_too_deeply_is_named(model):
-    for name in ("config.json", "tokenizer_config.json"):
+    for name, why in (("config.json", "not valid JSON"), ("tokenizer_config.json", "invalid")):
         before = (model / name).read_text() if (model / name).exists() else "{}"
         (model / name).write_text('{"a":' * 10**5)
-        assert_refused(run(*SHORT, "--checkpoint_path", model), f"{name} is not ")
+        assert_refused(run(*SHORT, "--checkpoint_path", model), f"{name} is {why}")
         (model / name).write_text(before)
 
 
@@ -677,14 +688,14 @@ def test_what_is_no_dense_tensor_is_named(model, kind):
     state = torch.load(model / "model.pth")
     torch.save(state | {name: ODD[kind](state[name])}, model / "model.pth")
     result = run(*SHORT, "--checkpoint_path", model)
-    assert_refused(result, f"model.pth does not hold a plain state dict: '{name}' is ")
+    assert_refused(result, f"model.pth is not a plain state dict ('{name}' is ")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_would_run_code_is_refused_as_such(model, tmp_path, zipped):
     torch.save({"norm.weight": Harmful()}, model / "model.pth", _use_new_zipfile_serialization=zipped)
     result = run(*SHORT, "--checkpoint_path", model, cwd=tmp_path)
-    assert_refused(result, "model.pth would run code on loading (posix.system): refused")
+    assert_refused(result, "model.pth would run code when loaded (posix.system): save plain tensors")
     assert not (tmp_path / "harmed").exists()
 
 
@@ -716,7 +727,9 @@ def test_a_tokenizer_whose_library_fails_is_one_line(model, parts):
     (model / "tokenizer.json").write_text(json.dumps(content | parts))
     status, out, err = forked(*SHORT, "--prompt", "a", "--format", "jsonl", "--quiet", "--checkpoint_path", model)
     assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert re.fullmatch(f"error: {model}/tokenizer.json (is not|cannot be) .*: fetch it again\n", err)
+    assert re.fullmatch(
+        f"error: (the tokenizer library failed on )?{model}/tokenizer.json .*: download it again\n", err
+    )
 
 
 def test_what_guards_a_library_lets_all_else_through(capfd):
@@ -730,7 +743,7 @@ def test_what_guards_a_library_lets_all_else_through(capfd):
     for error in kinds:
         with pytest.raises(error):
             Guarded(path, fail, error())
-    with pytest.raises(ValueError, match="file cannot be used, its library fails: why: fetch it again"):
+    with pytest.raises(ValueError, match=r"the tokenizer library failed on file \(why\): download it again"):
         Guarded(path, fail, type("PanicException", (BaseException,), {})("why"))
     assert capfd.readouterr().err == "told" * 4
     with mock.patch.object(sys, "stderr", SafeStderr(sys.stderr)), pytest.raises(ValueError):
@@ -768,17 +781,17 @@ def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():
     "fail,told",
     [
         (lambda *_: torch.empty(1 << 50), "can't allocate memory: you tried to allocate"),
-        (lambda *_: bytearray(1 << 60), "no memory is left: "),
+        (lambda *_: bytearray(1 << 60), "out of memory: "),
         (mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.\nMore")), "CUDA out of memory.: "),
     ],
     ids=["CPU", "Python", "CUDA"],
 )
-@pytest.mark.parametrize("where", ["generate.load_model", "engine.engine.KVCache.empty"])
+@pytest.mark.parametrize("where", ["generate.load_model", "engine.contexts.KVCache.empty"])
 def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
     with mock.patch(where, side_effect=fail):
         result = run(*SHORT, "-n", 3)
     assert_refused(result, told)
-    assert "give a lower --max_memory, -n or --prefill_chunk" in result.stderr
+    assert "lower --max_memory, -n or --prefill_chunk" in result.stderr
 
 
 def test_a_system_that_lacks_what_linux_has_runs_all_the_same(tmp_path, monkeypatch):

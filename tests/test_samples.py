@@ -9,11 +9,11 @@ import shutil
 import pytest
 from conftest import TINY, request
 
-from engine.batch import Prompt, generate_many
 from engine.chat import Conversation
 from engine.engine import Engine
 from engine.request import Sampling
 from engine.samples import Row, StopConditions
+from engine.scheduler import Prompt
 from loading.tokenizer import Tokenizer, load_tokenizer
 
 NAMES = {"<|turn|>": 2048, "<|call|>": 2049, "<|end|>": 2050}
@@ -122,5 +122,5 @@ def test_every_way_to_draw_stops_at_the_name_of_a_control_token(talking):
             assert one.tokens == other.tokens[: 1 + other.tokens.index(dot)] and one.finish_reason == "eos"
         assert samples == Conversation(talking, asked).turn(prompt)
         assert "".join(piece.text for piece in talking.stream(prompt, asked) if piece.sample == 0) == samples[0].text
-    many = list(generate_many(talking, [Prompt(n, prompt) for n, prompt in enumerate(prompts)], asked))
+    many = list(talking.generate_many([Prompt(n, prompt) for n, prompt in enumerate(prompts)], asked))
     assert all(sample.tokens.index(dot) == len(sample.tokens) - 1 for each in many for sample in each.samples)

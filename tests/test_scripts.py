@@ -14,6 +14,7 @@ import warm
 from conftest import ROOT, TINY, slow
 
 import benchmark
+import common
 
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]
@@ -35,6 +36,8 @@ def test_benchmark_of_every_eager_column(tmp_path):
     assert len(refused) == 2 and all((cell["ms"], cell["note"]) == (None, "no such kernel") for cell in refused)
     assert all(cell["ms"] > 0 for cell in cells if cell not in refused)
     assert len(re.findall(r"^\| 33 \| [13] \|", result.stdout, re.MULTILINE)) == 2
+    left = re.findall(r"^tiny, .*, N [13], T 33: .*; about (\d+) s left$", result.stderr, re.MULTILINE)
+    assert len(left) == len(cells) and left[-1] == "0"
     (chart,) = (tmp_path / "charts").iterdir()
     assert chart.name == "tiny-num_samples.png" and chart.read_bytes().startswith(b"\x89PNG")
 
@@ -43,7 +46,7 @@ def test_benchmark_of_every_eager_column(tmp_path):
 def in_this_process(monkeypatch):
     """What benchmark.py sets for its process is put back. How fast the machine is, is not measured: where the CPU has
     no instructions for bfloat16 that alone takes minutes."""
-    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(common, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(benchmark, "machine_rates", lambda device, dtype: benchmark.Rates(1e10, 1e12))
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
         yield
@@ -93,13 +96,14 @@ def test_a_step_with_quantised_weights_is_compared_with_a_plain_one(in_this_proc
 
 
 @slow
-def test_ranks_are_compared_with_one_process():
+def test_ranks_are_compared_with_one_process(tmp_path):
     flags = ["--preset", "tp", "--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "3", "--steps", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    files = [str(ROOT / "scripts" / "benchmark.py"), *flags]
+    files = [str(ROOT / "scripts" / "benchmark.py"), *flags, "--out", str(tmp_path / "rows.jsonl")]
     result = subprocess.run([*command, *files], capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r"^\| 33 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \|$", result.stdout, re.MULTILINE)) == 1
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1  # one rank writes
 
 
 @slow
@@ -127,7 +131,7 @@ def test_a_cell_that_cannot_fit_says_what_it_needs():
         ["--preset", "load", "--dtype", "float32"],
         ["--preset", "tp", "--shape", "tiny"],
         ["--preset", "nonsense"],
-        ["--preset", "prefill", "--out", "cells.jsonl"],
+        ["--preset", "prefill", "--charts", "charts"],
     ],
 )
 def test_benchmark_refuses_bad_input_in_one_line(arguments, in_this_process, monkeypatch, capsys):
@@ -148,7 +152,7 @@ def test_a_measurement_of_one_point_is_no_chart(tmp_path):
 
 def test_conversion_refuses_bad_input_in_one_line(tmp_path):
     result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "nothing")
-    assert result.returncode == 2 and result.stderr.startswith("error: no checkpoint at")
+    assert result.returncode == 2 and result.stderr.startswith("error: checkpoint ")
 
 
 def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
@@ -157,19 +161,67 @@ def test_conversion_says_that_a_tokenizer_is_missing(tmp_path):
         shutil.copyfile(TINY / name, tmp_path / name)
     result = run("convert_hf_checkpoint.py", "--checkpoint_dir", tmp_path / "model.pth", "--out", tmp_path / "out")
     assert result.returncode == 0 and result.stdout == f"{tmp_path}/out/model.pth\n"
-    assert result.stderr == f"{tmp_path} has no tokenizer: {tmp_path}/out needs that of this model\n"
+    assert result.stderr == f"no tokenizer found in {tmp_path}: copy the model's tokenizer to {tmp_path}/out\n"
 
 
-def test_a_batch_is_compared_with_its_prompts_one_by_one():
+def test_a_batch_is_compared_with_its_prompts_one_by_one(tmp_path):
     """The commands of the tables, with smaller sizes."""
     commands = re.findall(r"^`python scripts/benchmark_batch\.py ([^`]*)`", BENCHMARKS, re.MULTILINE)
     assert len(commands) == 3 and sum("--flat" in command for command in commands) == 1
     small = ["--shape", "tiny", "--prompts", 3, "--prompt_tokens", 6, "-n", 2, "--max_new_tokens", 4, "--preamble", 5]
+    small += ["--vary", 3, "--dtype", "float32", "--out", tmp_path / "rows.jsonl"]
     for command in commands[1:]:  # the first is the second with other sizes
         flat = ["--flat", 20] if "--flat" in command else []
         result = run("benchmark_batch.py", *shlex.split(command), *small, *flat)
         assert result.returncode == 0, result.stderr
-        assert "| 5 | " in result.stdout or flat and "MB" in result.stdout, result.stdout
+        assert result.stdout.startswith("`python scripts/benchmark_batch.py ")
+    compared, *memory = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert compared["preamble"] == 5 and compared["samples that differ"] == "0 of 6"
+    assert compared["ratio"] == pytest.approx(compared["one by one, s"] / compared["batch, s"])
+    assert [row["prompts done"] for row in memory] == [2, 20] and all("MB" in row["resident"] for row in memory)
+
+
+def test_a_draft_is_compared_with_plain_decoding_and_priced(tmp_path):
+    """Both draw the same samples. The price is of two layers of five: most of their proposals are not accepted."""
+    flags = ["--checkpoint_path", TINY, "--out", tmp_path / "rows.jsonl", "--length", 9, "--runs", 1]
+    for more in (["--only", "copy"], ["--price"]):
+        result = run("benchmark_drafts.py", *flags, *more)
+        assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    names = ["copy, prompt look-up", "copy, prompt look-up, auto"]
+    assert [(row["what"], row["N"]) for row in rows[:4]] == [(name, n) for n in (1, 8) for name in names]
+    assert 0 < rows[4]["by the same numbers"] < rows[4]["standard rule"] < 0.5 < rows[6]["standard rule"] < 1
+    refused = run("benchmark_drafts.py", "--checkpoint_path", tmp_path / "nothing")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: no checkpoint at")
+
+
+@pytest.mark.parametrize("more, columns", [([], 7), (["--logprobs", "--length", 3], 8)])
+def test_sharing_is_compared_with_transformers(more, columns, tmp_path):
+    small = ["-n", 2, 3, "--context", 20, "--steps", 2, "--layers", 1, "--vocabulary", 99]
+    result = run("benchmark_transformers.py", *small, *more, "--out", tmp_path / "rows.jsonl")
+    assert result.returncode == 0, result.stderr
+    rows = [list(json.loads(line).values()) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row[0] for row in rows] == [2, 3] and all(len(row) == columns for row in rows)
+    for _, plain, shared, ratio, *_ in rows:
+        assert ratio == pytest.approx(plain / shared)
+    assert not more or all(row[-1] < 1e-4 for row in rows)
+
+
+def test_a_table_prints_a_row_at_once_and_writes_it_unrounded(tmp_path, capsys):
+    table = common.Table("what", "ms:.1f", "share:.0%", out=tmp_path / "rows.jsonl", shape="tiny")
+    assert capsys.readouterr().out == "\n| what | ms | share |\n|---|---|---|\n"
+    table.row("step", 1.25, None)
+    assert capsys.readouterr().out == "| step | 1.2 | - |\n"
+    written = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert written == {"shape": "tiny", "what": "step", "ms": 1.25, "share": None}
+    with pytest.raises(ValueError):
+        table.row("step", 1.25)
+
+
+def test_sides_take_turns_and_the_warm_up_does_not_count():
+    calls = []
+    sides = [lambda name=name: calls.append(name) or len(calls) for name in "ab"]
+    assert common.alternate(sides, 2, warm_up=1) == [(3, 5), (4, 6)] and calls == list("ababab")
 
 
 @slow

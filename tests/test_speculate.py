@@ -19,11 +19,13 @@ from test_sampling import chi_square
 from torch import Tensor
 
 import sampling
-from engine import engine as road
+from engine import runner, scheduler
 from engine.chat import Conversation
+from engine.contexts import Place
 from engine.engine import Engine
 from engine.request import Sampling
-from engine.samples import Sample
+from engine.samples import Row, Sample, StopConditions
+from engine.scheduler import ActivePrompt, Prompt, Seat
 from engine.speculate import (
     Draft,
     DraftController,
@@ -113,7 +115,7 @@ CASES = {
     "eos": (17, DRAWN, {"eos_ids": EOS}),
     "one row": (1, DRAWN, {}),
     "stop strings": (3, GREEDY, {"stop": ("a", "Q", "zz")}),
-    "waves": (5, DRAWN, {"eos_ids": EOS, "rows_at_once": 2}),
+    "fewer rows": (5, DRAWN, {"eos_ids": EOS, "rows_at_once": 2}),
     "rows one by one": (2, DRAWN, {"rows_at_once": 1}),
     "contiguous": (3, DRAWN, {"attention": "contiguous"}),
     "expanded": (3, GREEDY, {"attention": "expanded"}),
@@ -128,9 +130,10 @@ def expected(model) -> dict[str, list[Sample]]:
 
 @every_draft
 def test_samples_are_those_of_plain_decoding(always, model, draft, expected):
-    """Token by token, to the last slot, through compaction, over the border of a bucket, in waves and layouts."""
+    """Token by token, to the last slot, through compaction, over the border of a bucket, with fewer rows
+    than samples, and in all layouts."""
     engine = speculating(model, draft, tokenizer=Letters())
-    some = CASES if draft.name == "model" else ("eos", "one row", "stop strings", "waves")
+    some = CASES if draft.name == "model" else ("eos", "one row", "stop strings", "fewer rows")
     for name in some:
         n, how, fields = CASES[name]
         found = engine.generate(PROMPT, request(n, 67, how, **fields))
@@ -144,9 +147,10 @@ def test_samples_are_those_of_plain_decoding(always, model, draft, expected):
 @pytest.mark.parametrize("draft,look", [("model", 1), ("layers", 8)], indirect=["draft"])
 def test_long_samples_are_those_of_plain_decoding(always, model, draft, monkeypatch, look):
     """Past 64, 128 and 256 tokens, with rows that end early and stay."""
-    monkeypatch.setitem(road.SYNC_EVERY, "cpu", look)
-    row, asked = road.Row, request(3, 261, DRAWN)
-    monkeypatch.setattr(road, "Row", lambda at, end, *rest: row(at, replace(end, length=(30, 131, 261)[at]), *rest))
+    monkeypatch.setitem(scheduler.SYNC_EVERY, "cpu", look)
+    row, asked = scheduler.Row, request(3, 261, DRAWN)
+    lengths = 30, 131, 261
+    monkeypatch.setattr(scheduler, "Row", lambda at, end, *rest: row(at, replace(end, length=lengths[at]), *rest))
     expected = Engine(model).generate(PROMPT, asked)
     assert [len(each.tokens) for each in expected] == [30, 131, 261]
     assert draws(speculating(model, draft).generate(PROMPT, asked)) == draws(expected)
@@ -241,7 +245,8 @@ def test_each_row_takes_the_proposals_that_are_right(always, model, sampling, ri
     known = Known(plain, right)
     assert draws(speculating(model, known).generate(PROMPT, request(3, 41, sampling))) == draws(plain)
     for row in range(3):
-        steps = [step[row] for step in known.seen if step[row][0] < 41]
+        last = next(at for at, step in enumerate(known.seen) if sum(step[row]) + 1 >= 41)
+        steps = [step[row] for step in known.seen[: last + 1]]
         assert len(steps) > 9 and steps[0][0] == 1, "one from the prompt"
         for (at, each), (then, _) in itertools.pairwise(steps):
             assert then == at + each + 1
@@ -281,7 +286,7 @@ class Certain(ModelDraft):
     """Proposes a model's most likely tokens, whatever the target draws by."""
 
     def propose(self, rows: SpeculativeDecoder, k: int) -> Tensor | None:
-        with mock.patch.object(rows, "sampling", GREEDY):
+        with mock.patch.object(rows, "only", GREEDY):
             return super().propose(rows, k)
 
 
@@ -294,17 +299,19 @@ def looked_up(history: list[int], n: int) -> int | None:
 def test_prompt_look_up_proposes_what_followed():
     """Over random texts of few tokens, so that runs repeat in the context, in the row's own text and across the border.
     Oracle: plain search."""
-    generator, engine, found = torch.Generator().manual_seed(3), Engine(random_model(TWO)), 0
+    generator, found = torch.Generator().manual_seed(3), 0
     for trial in range(60):
         T, own = 1 + trial % 23, 1 + trial % 7
         tokens = torch.randint(4, (3, T + own), generator=generator)
         tokens[:, :T] = tokens[:1, :T]
-        run = SimpleNamespace(engine=engine, history=tokens[0, :T].tolist())
-        rows = SimpleNamespace(
-            samples=torch.arange(3), input_pos=torch.full((3, 1), T + own - 1), view=own, arange=torch.arange,
-            text=torch.nn.functional.pad(tokens[:, T:], (0, 9)),
-        )  # fmt: skip
-        proposed = PromptDraft().read(run).begin(rows).propose(rows, 4)
+        ended = StopConditions(frozenset(), (), own + 1)
+        held = ActivePrompt(0, Prompt(0, tokens[0, :T].tolist()), request(), 0, ended, Place(0))
+        seats = [Seat(held, Row(index, ended, None, (), False), held.place) for index in range(3)]
+        for seat, text in zip(seats, tokens[:, T:].tolist(), strict=True):
+            for token in text:
+                seat.row.record(token, 0.0)
+        rows = SimpleNamespace(seats=seats, token=tokens[:, -1:])
+        proposed = PromptDraft().begin(rows).propose(rows, 4)
         for row, history in enumerate(tokens.tolist()):
             place = next((at for n in (3, 2) if (at := looked_up(history, n)) is not None), None)
             if place is not None:
@@ -412,7 +419,7 @@ def test_steps_compile_once(monkeypatch):
     """The draft's, the verifying and the plain one; for other rows, contexts and lengths. Traced and guarded as ever,
     without the C++ compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for module in (road, sampling):  # Philox takes most of the time
+    for module in (runner, scheduler, sampling):  # Philox takes most of the time
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
     model = random_model(replace(TWO, n_layer=1))
     plain, engine = Engine(model), Engine(model, compile=True)
@@ -477,7 +484,7 @@ PLACE = (torch.device("cpu"), torch.float32, 1)
         (["prompt"], None, "x", "speculate_k 'x' is not a number"),
         (["prompt"], "somewhere", None, "--draft and --draft_checkpoint_path are both given"),
         ([], None, "4", "--speculate_k is for a draft"),
-        ([], "scripts/nothing/here", None, "no checkpoint at scripts/nothing/here"),
+        ([], "scripts/nothing/here", None, "checkpoint scripts/nothing/here not found"),
         (["layers:0"], None, None, "--draft layers:0: give prompt, layers:K with K from 1 to 4"),
         (["layers:5"], None, None, "K from 1 to 4"),
         (["layers"], None, None, "--draft layers: give"),

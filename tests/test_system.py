@@ -123,7 +123,9 @@ def test_a_command_tells_that_it_loads_and_builds(tmp_path):
         while piece := read(master):
             text += piece
     os.close(master)
-    assert re.match(r"\r\x1b\[Kloading \.\.\.\r\x1b\[Kbuilding kernels, once \.\.\.\r\x1b\[Kloading", text.decode())
+    assert re.match(
+        r"\r\x1b\[Kloading \.\.\.\r\x1b\[Kbuilding the CPU kernels \(once\) \.\.\.\r\x1b\[Kloading", text.decode()
+    )
     assert re.search(r"\r +\r\[1\] mean log-probability", text.decode())
 
 

@@ -54,7 +54,7 @@ def test_other_encodings_are_refused(encoding, said):
 
 def test_what_is_no_utf8_is_named_with_its_place(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"latin is not UTF-8 \(byte 3\): convert it"):
+    with pytest.raises(ValueError, match=r"latin is not UTF-8 \(invalid at byte 3\): convert it"):
         read_text(tmp_path / "latin")
 
 
@@ -86,7 +86,7 @@ def test_a_prompt_in_utf16_is_refused_with_its_name(tmp_path, monkeypatch, name)
     path = tmp_path / "p.txt" if name != "-" else "-"
     (tmp_path / "p.txt").write_bytes("a cat".encode("utf-16-le"))
     piped(monkeypatch, "a cat".encode("utf-16-le"))
-    with pytest.raises(ValueError, match=r"the prompt in (.*p.txt|stdin) is not UTF-8 \(a NUL at byte 1"):
+    with pytest.raises(ValueError, match=r"the prompt in (.*p.txt|stdin) is not UTF-8 \(NUL at byte 1"):
         read_prompt(build_parser().parse_args(["--prompt_file", str(path)]))
 
 
@@ -140,7 +140,7 @@ def test_the_files_of_a_model_may_begin_with_a_mark(tmp_path):
     assert load_tokenizer(tmp_path / "json").encode("a cat") == load_tokenizer(TINY).encode("a cat")
     assert read_chat(tmp_path).template == "{{ messages[0].content }}"
     (tmp_path / "config.json").write_bytes('{"a": 1}'.encode("utf-16"))
-    with pytest.raises(ValueError, match="config.json is not JSON: .*UTF-16"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON: .*UTF-16"):
         read_json(tmp_path / "config.json")
 
 
@@ -175,13 +175,13 @@ class Endless(io.RawIOBase):
 def test_what_does_not_end_is_told_to_be_shorter(monkeypatch, flags, reads):
     monkeypatch.setattr(system, "LONGEST_INPUT", 5 << 20)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless(reads), isatty=lambda: False))
-    with pytest.raises(ValueError, match=r"stdin has not ended after \d+ bytes: give a shorter prompt"):
+    with pytest.raises(ValueError, match=r"stdin is longer than \d+ bytes: pass a shorter prompt"):
         (read_prompts if flags else read_prompt)(build_parser().parse_args(flags))
 
 
 def test_a_file_that_does_not_end_is_named(monkeypatch):
     monkeypatch.setattr(system, "LONGEST_INPUT", 5 << 20)
-    with pytest.raises(ValueError, match=r"/dev/zero has not ended after \d+ bytes"):
+    with pytest.raises(ValueError, match=r"/dev/zero is longer than \d+ bytes"):
         read_bytes(Path("/dev/zero"))
 
 

@@ -622,7 +622,7 @@ def test_the_kind_is_chosen_by_content_not_by_name(tmp_path):
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model or tokenizer.json in"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.model or tokenizer.json found in"):
         load_tokenizer(tmp_path)
 
 
@@ -630,7 +630,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\x00\x01\x02", b"{}", b"YQ== 0\nnonsense"])
 def test_a_broken_tokenizer_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is not a tokenizer that can be read"):
+    with pytest.raises(ValueError, match=f"{name} is not a valid tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -643,7 +643,7 @@ BROKEN += [b'{"added_tokens_decoder": [1]}', b'{"added_tokens_decoder": {"x": {"
 def test_broken_metadata_is_named(tmp_path, name, content):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} is not what it must be"):
+    with pytest.raises(ValueError, match=f"{name} is invalid"):
         load_tokenizer(tmp_path)
 
 

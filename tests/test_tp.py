@@ -70,7 +70,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Checkpoint]:
 
 
 def requests(name: str) -> list[Request]:
-    """Drawn with other random numbers each, in waves, with other layouts: all of them by one kind of network."""
+    """Drawn with other random numbers each, with fewer rows, with other layouts: all of them by one kind of network."""
     sampling = Sampling(0.9, top_k=20)
     every = [
         Request(3, 12, sampling, seed=2, prefill_chunk=4),
@@ -116,11 +116,11 @@ def own_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("error: ")]
 
 
-TURNS = replace(GQA, turning=RopeConfig(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
+ROPE = replace(GQA, rope=RopeConfig(0.6, ("local", "none", "global"), 100.0, 1.2), logit_scale=0.3, norm_offset=1.0)
 EXPERTS = replace(GQA, mixture=MoEConfig(5, 2, 48, True, shared=24, dense=(1,)))
 
 
-@pytest.mark.parametrize("args", [ALIBI, TURNS, EXPERTS], ids=["ALiBi", "rotary", "experts"])
+@pytest.mark.parametrize("args", [ALIBI, ROPE, EXPERTS], ids=["ALiBi", "rotary", "experts"])
 def test_parts_sum_to_the_whole_in_fp64(args):
     """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
     and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
@@ -313,7 +313,7 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
     go.touch()
     ended = other.end(100)
     assert refused.returncode == 2 and "another run writes to" in refused.stderr
-    assert ended.returncode == 2 and "rank 1 lost another" in ended.stderr
+    assert ended.returncode == 2 and "rank 1 lost the connection to another rank" in ended.stderr
     result = run(*arguments[1:], output, "--resume")
     assert result.returncode == 0 and "3 done before" in result.stderr, result.stderr
     assert run(*arguments[1:], tmp_path / "1").returncode == 0
@@ -339,8 +339,8 @@ def test_two_machines_with_different_memory(tmp_path):
         agents.append(subprocess.Popen(list(map(str, command)), stdout=-1, stderr=-1, text=True, cwd=ROOT))
     (out, err), (other, _) = (agent.communicate(timeout=200) for agent in agents)
     assert [agent.returncode for agent in agents] == [0, 0], err
-    waves = re.search(r"running in (\d+) waves", err)
-    assert waves and int(waves[1]) > 1 and other == ""
+    rows = re.search(r"running (\d+) samples? at a time", err)
+    assert rows and 1 <= int(rows[1]) < 5 and other == ""
     assert out == run(*tiny("-n", 5)[1:]).stdout
 
 
@@ -364,7 +364,7 @@ def test_the_death_of_a_rank_ends_all():
     first, other = (rank.end(100) for rank in ranks)
     assert (other.returncode, first.returncode, first.stdout) == (-signal.SIGKILL, 2, "")
     (line,) = own_lines(first.stderr)
-    assert "rank 0 lost another" in line
+    assert "rank 0 lost the connection to another rank" in line
 
 
 def test_a_rank_of_a_conversation_without_memory_ends_all():
@@ -372,7 +372,10 @@ def test_a_rank_of_a_conversation_without_memory_ends_all():
     ranks = started(2, "tests/tp_worker.py", "memory", *tiny("--interactive", "-n", 3)[1:], input="hello\nand then\n")
     first, other = (rank.end(60) for rank in ranks)
     assert (first.returncode, other.returncode, first.stdout) == (2, 2, "")
-    assert "error: rank 0 lost another" in first.stderr and "error: CUDA out of memory" in other.stderr
+    assert (
+        "error: rank 0 lost the connection to another rank" in first.stderr
+        and "error: CUDA out of memory" in other.stderr
+    )
 
 
 def test_each_wait_has_its_group(monkeypatch):
@@ -411,7 +414,7 @@ def test_what_cannot_be_run_is_refused_once(tmp_path):
     config = json.loads((TINY / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"intermediate_size": 390}))
     for arguments, words in (
-        (["--tp", 3], "2 processes cannot be divided into groups of 3: give --tp 1 or 2 (1 makes replicas)"),
+        (["--tp", 3], "2 processes cannot be divided into groups of 3: pass --tp 1 or 2 (1: one replica per process)"),
         (["--checkpoint_path", tmp_path / "other"], "the weights do not match config.json"),
     ):
         result = torchrun(2, *tiny(*arguments))
@@ -424,7 +427,7 @@ def test_samples_are_divided_and_none_is_lost():
     for total in (2, 5, 64):
         parts = [Ranks(replica=replica, replicas=2).samples(total) for replica in range(2)]
         assert [*parts[0], *parts[1]] == list(range(total)) and len(parts[0]) >= len(parts[1])
-    with pytest.raises(ValueError, match="-n 1 is less than one for each of 2 replicas"):
+    with pytest.raises(ValueError, match="-n 1 is less than one sample for each of 2 replicas"):
         Ranks(replicas=2).samples(1)
 
 
@@ -432,8 +435,8 @@ def test_samples_are_divided_and_none_is_lost():
 def test_heads_that_cannot_be_divided_are_refused_with_what_divides_them(world, fits):
     """4 heads among 3 ranks and among 8 and 12; a width of 97 among 4."""
     args = replace(BASE, n_kv_head=4, hidden_dim=97 if world == 4 else 96)
-    told = f"cannot be divided among {world} processes: give --tp {fits} \\(1 makes replicas\\)"
-    with pytest.raises(ValueError, match=f"4 heads, 4 for keys, .* {told}"):
+    told = f"do not divide among {world} processes: pass --tp {fits} \\(1: one replica per process\\)"
+    with pytest.raises(ValueError, match=f"4 heads, 4 key/value heads .* {told}"):
         Shard(0, world).local(args)
 
 

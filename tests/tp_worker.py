@@ -30,12 +30,11 @@ import generate
 from cache import KVCache
 from cli.jobs import Output
 from cli.ranks import join, leave
-from engine import engine as engine_module
-from engine import speculate
-from engine.batch import Prompt, generate_many
+from engine import runner
 from engine.chat import Conversation
-from engine.engine import Engine, Run
+from engine.engine import Engine
 from engine.request import Request
+from engine.scheduler import Prompt, Scheduler
 from engine.speculate import (
     Draft,
     DraftController,
@@ -51,7 +50,7 @@ from loading.checkpoint import load_model
 def die_while_decoding(flags: list[str]) -> int:
     """generate.py, of which all ranks but the first end in the middle."""
     if os.environ["RANK"] != "0":
-        Run.collect = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        Scheduler.record = lambda self, *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     return generate.main(flags)
 
 
@@ -106,7 +105,7 @@ def tokens_of(engine: Engine, prompt: list[int], requests: list[Request]) -> lis
     """The samples of each request, and where there are several, of the prompt and its beginning in one batch."""
     tokens = [[each.tokens for each in engine.generate(prompt, request)] for request in requests]
     prompts = [Prompt("whole", prompt), Prompt("part", prompt[:5])] if len(requests) > 1 else []
-    for outcome in generate_many(engine, prompts, replace(requests[0], num_samples=3, rows_at_once=4)):
+    for outcome in engine.generate_many(prompts, replace(requests[0], num_samples=3, rows_at_once=4)):
         tokens.append([each.tokens for each in outcome.samples])
     return tokens
 
@@ -150,12 +149,12 @@ def draw_with_drafts(checkpoint: str, out: str) -> None:
     ranks = join(None, torch.device("cpu"))
     saved, prompt, request = pickle.loads(Path(checkpoint).read_bytes())
     if not ranks.leads:
-        draw, generator = engine_module.draw, torch.Generator().manual_seed(0)
+        draw, generator = runner.draw, torch.Generator().manual_seed(0)
 
         def moved(logits: Tensor, *rest: object, **more: object) -> tuple[Tensor, Tensor]:
             return draw(logits + 2 * torch.randn(logits.shape, generator=generator), *rest, **more)
 
-        engine_module.draw = speculate.draw = moved  # type: ignore[attr-defined]
+        runner.draw = moved  # type: ignore[attr-defined]
     DraftController.SETTLE, DraftController.PATIENCE = 1, math.inf
     load = partial(load_model, saved)
     drafts = [LayersDraft(1), ModelDraft(saved.args, load), PromptDraft(), Apart(ranks.rank)]
