@@ -54,7 +54,7 @@ from cli.jobs import (
     skip_bad,
 )
 from cli.jobs import summary as summarise
-from cli.ranks import Listener, Ranks, join, lost_rank
+from cli.ranks import Listener, Ranks, join, lost_rank, restarted
 from cli.repl import Repl
 from engine.chat import ChatEncoder, choose_chat
 from engine.engine import Engine
@@ -300,9 +300,10 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     """Run --prompts: write the lines of each prompt when its last sample finishes."""
     options, ranks, job, tally = session.options, session.ranks, session.job, BatchStats()
     assert job is not None
-    progress = Progress(options.quiet, len(job.prompts), tally)
+    progress = Progress(options.quiet, len(job.prompts), tally, ranks)
     try:
-        for outcome in engine.generate_many(job.prompts, session.request, stats=tally, plan=session.plan):
+        queue = ranks.queue("prompts")
+        for outcome in engine.generate_many(job.prompts, session.request, stats=tally, plan=session.plan, queue=queue):
             fields = job.fields.get(json.dumps(outcome.prompt.id), {})
             block = output_lines(outcome, fields, options)
             if output is None:
@@ -364,6 +365,8 @@ def interact(session: Session, engine: Engine) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the command from parsed flags to its end. Raises ValueError or OSError."""
+    if restarted() and options.output is not None:
+        options = changed(options, resume=True)
     ranks = join(options.tp, choose_device(options.device))
     if ranks.control is not None:
         sys.stdout = Listener(sys.stdout)
@@ -378,7 +381,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{plan}\nthe model's context limit   {args.context_limit:>10}  tokens of prompt and new ones{stretched}")
         return
     output = open_output(session)
-    if session.job is not None and not session.job.left:
+    if session.job is not None and not session.job.prompts:
         if not options.quiet:
             print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)
         return

@@ -347,11 +347,10 @@ def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None
 
 @dataclass(frozen=True)
 class Job:
-    """One replica's share of a batch. prompts: those that this replica draws; left: how many all replicas draw. fields:
-    copied to the output, by id as JSON. begun: what an earlier run finished."""
+    """A batch. prompts: those that are left, for all replicas. fields: copied to the output, by id as JSON. begun: what
+    an earlier run finished."""
 
     prompts: list[Prompt]
-    left: int
     fields: dict[str, dict[str, Any]]
     header: dict[str, Any]
     begun: ResumeState
@@ -374,7 +373,7 @@ def set_up_job(
     dialogue: ChatEncoder,
     request: Request,
 ) -> Job:
-    """Collect this replica's share of the remaining prompts. Raises ValueError if a line is invalid or another command
+    """Collect the remaining prompts. Raises ValueError if a line is invalid or another command
     started the output."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
@@ -390,7 +389,7 @@ def set_up_job(
     if not prompts and not begun.done:
         raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
     fields = {json.dumps(record.id): record.fields for record in records if record.fields}
-    return Job(prompts[ranks.replica :: ranks.replicas], len(prompts), fields, header, begun)
+    return Job(prompts, fields, header, begun)
 
 
 class Output:
@@ -499,14 +498,16 @@ def end_output(output: Output, ranks: Ranks) -> None:
 class Progress:
     """Progress bar of a batch while it runs, and its report at the end."""
 
-    def __init__(self, quiet: bool, total: int, tally: BatchStats) -> None:
-        self.bar, self.total, self.tally = Bar(quiet), total, tally
+    def __init__(self, quiet: bool, total: int, tally: BatchStats, ranks: Ranks) -> None:
+        self.bar, self.total, self.tally, self.ranks = Bar(quiet), total, tally, ranks
         self.bar.show(0.0, f"0/{total} prompts")
         self.begin, self.done, self.errors = time.perf_counter(), 0, 0
         self.difference: float | None = None  # of a log-probability, by --selfcheck
 
     def show(self, outcome: Outcome) -> None:
-        self.done, self.errors = self.done + 1, self.errors + (outcome.error is not None)
+        self.errors += outcome.error is not None
+        several = self.ranks.replicas > 1
+        self.done = (self.ranks.count("done", self.ranks.shard.rank == 0) if several else self.done) + 1
         seconds = time.perf_counter() - self.begin
         note = f"{self.done}/{self.total} prompts, {self.tally.drawn / seconds:.0f} tokens/s"
         self.bar.show(self.done / self.total, note)

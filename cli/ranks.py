@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from cli.system import Stream
+from engine.scheduler import Queue
 from tp import WHOLE, Shard
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 class Ranks:
     """This process among all. shard: its part of the network. local: its rank on its machine; local_world_size: the
     processes there. control: process group for Python objects with a short timeout; patient: the same with a long one;
-    None for a single process."""
+    store: torch.distributed's, for counters; None for a single process."""
 
     rank: int = 0
     replica: int = 0
@@ -45,6 +46,7 @@ class Ranks:
     local_world_size: int = 1
     control: dist.ProcessGroup | None = None
     patient: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def leads(self) -> bool:
@@ -112,6 +114,23 @@ class Ranks:
         begin, end = (-(-replica * total // self.replicas) for replica in (self.replica, self.replica + 1))
         return range(begin, end)
 
+    def count(self, name: str, more: int = 1) -> int:
+        """Add to a counter of all ranks, and return its value before."""
+        assert self.store is not None, "a single process counts by itself"
+        return self.store.add(name, more) - more
+
+    def queue(self, name: str) -> Queue | None:
+        """Return a queue of numbers that all replicas share; all ranks of a network take the same. None: there is only
+        one replica."""
+        if self.replicas == 1:
+            return None
+
+        def take() -> int:
+            number = self.count(name) if self.shard.rank == 0 else 0
+            return int(self.shard.broadcast(torch.tensor([number])))
+
+        return Queue(take, self.replicas, self.replica == 0)
+
     def describe(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return the report's fields that cover all ranks, given that of rank 0."""
         counts, rates = (self.gather(report[name]) for name in ("num_samples", "tokens_per_s"))
@@ -138,7 +157,11 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     rank, world, local, local_world_size = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=SHORT)
+    store, *_ = next(dist.rendezvous("env://", timeout=SHORT))
+    if local_world_size == world:  # on one machine torchrun's store outlives a restart, with its old addresses
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=SHORT)
     atexit.register(leave)
     control, patient = (dist.new_group(backend="gloo", timeout=each) for each in (SHORT, LONG))
     alone = Ranks(rank, control=control)
@@ -148,7 +171,7 @@ def join(tp: int | None, device: torch.device) -> Ranks:
     group, _ = dist.new_subgroups(each, timeout=SHORT)
     # A whole network needs no all-reduce; a single process runs it all the same, as a check.
     shard = Shard(rank % each, each, group.group_name if each > 1 or world == 1 else "")
-    return Ranks(rank, rank // each, world // each, shard, local, local_world_size, control, patient)
+    return Ranks(rank, rank // each, world // each, shard, local, local_world_size, control, patient, store)
 
 
 def group_size(tp: int | None, world: int, machines: Sequence[int]) -> int:
@@ -172,6 +195,11 @@ def take_device(device: torch.device, local: int) -> None:
             "start at most one process per GPU"
         )
     torch.cuda.set_device(local)
+
+
+def restarted() -> bool:
+    """Whether torchrun --max-restarts has started this process again after the death of one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def lost_rank(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from engine.plan import Plan, choose_device, choose_dtype
 from engine.request import Request, as_tokens
 from engine.runner import SILENT, ModelRunner, Monitor
 from engine.samples import Piece, Sample
-from engine.scheduler import BatchStats, Outcome, Prompt, Scheduler, check_ids, pieces_of, rejection, samples_of
+from engine.scheduler import BatchStats, Outcome, Prompt, Queue, Scheduler, check_ids, pieces_of, rejection, samples_of
 from engine.scoring import Scored, Scorer
 from loading.checkpoint import load_model, read_checkpoint
 from loading.hub import locate
@@ -78,16 +78,17 @@ class Engine(ModelRunner):
         monitor: Monitor = SILENT,
         stats: BatchStats | None = None,
         plan: Plan | None = None,
+        queue: Queue | None = None,
     ) -> Iterator[Outcome]:
         """Generate request.num_samples continuations of each prompt, and yield each prompt when it is finished; first
         those that cannot be run, with the reason. A text is a prompt whose id is its number. A sample is a function of
         (request.seed, the prompt's id, its index), and in fp32 equals that of the prompt run alone with the seed
         `seed_of`. A prompt fails while running if its logits are not finite. stats: updated in place. plan: for
-        `workload`, if already made.
+        `workload`, if already made. queue: that of several replicas, each of which yields the prompts that it takes.
 
         Raises ValueError, before any kernel runs, if ids repeat or the request does not fit.
         """
-        events = self.stream_many(prompts, request, monitor, stats, plan, live=False)
+        events = self.stream_many(prompts, request, monitor, stats, plan, queue, live=False)
         return (each for each in events if isinstance(each, Outcome))
 
     def stream_many(
@@ -97,6 +98,7 @@ class Engine(ModelRunner):
         monitor: Monitor = SILENT,
         stats: BatchStats | None = None,
         plan: Plan | None = None,
+        queue: Queue | None = None,
         live: bool = True,
     ) -> Iterator[Piece | Outcome]:
         """Like `generate_many`, but also yield pieces of text as they come, each with its prompt's id."""
@@ -107,11 +109,11 @@ class Engine(ModelRunner):
         check_ids(asked)
         refused = [rejection(self.args, request, prompt) for prompt in asked]
         sound = [prompt for prompt, reason in zip(asked, refused, strict=True) if reason is None]
-        batch = Scheduler(self, sound, request, monitor, stats, plan) if sound else None
+        batch = Scheduler(self, sound, request, monitor, stats, plan, queue) if sound else None
 
         def run() -> Iterator[Piece | Outcome]:
             for prompt, reason in zip(asked, refused, strict=True):
-                if reason is not None:
+                if reason is not None and (queue is None or queue.leads):
                     yield Outcome(prompt, [], reason)
             if batch is not None:
                 yield from batch.run(live)

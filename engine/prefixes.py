@@ -73,6 +73,23 @@ class Sharing:
                 first[member] = group.members[0]
         return sorted(range(len(first)), key=first.__getitem__)
 
+    def units(self, replicas: int) -> list[list[int]]:
+        """Divide the prompts, in order, into units that replicas take in turn: small ones, of which each takes several;
+        a group stays together unless it is more than a replica's share."""
+        count, places = len(self.lengths), self.places()
+        if replicas == 1:
+            return [self.order()]
+        few, share = max(1, count // (8 * replicas)), -(-count // replicas)
+        units: list[list[int]] = []
+        for number in self.order():
+            group = places[number][0]
+            together = bool(units) and group > 0 and group == places[units[-1][-1]][0]
+            if units and len(units[-1]) < (share if together else few):
+                units[-1].append(number)
+            else:
+                units.append([number])
+        return units
+
 
 def choose_groups(roots: Sequence[Node], above: int) -> list[Group]:
     """Choose the groups that save the most tokens, each prompt in at most one: for each subtree its top node, or the

@@ -11,9 +11,10 @@ Shapes: C rows that decode together, S positions, k tokens per row and step (at 
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import NamedTuple
@@ -315,6 +316,15 @@ class PlainDecoder:
         return token[:, None], logprob[:, None], self.one
 
 
+class Queue(NamedTuple):
+    """What replicas share: `take` returns the next number, of all replicas together. leads: whether this replica
+    reports what cannot be run."""
+
+    take: Callable[[], int]
+    replicas: int
+    leads: bool
+
+
 class Given(NamedTuple):
     """The context of a single prompt that is prefilled already, and the last layer's output at its end [1,dim]."""
 
@@ -325,7 +335,8 @@ class Given(NamedTuple):
 class Scheduler:
     """Generation of the samples of prompts.
 
-    seats: the sample of each row; None: idle. waiting: prompts not yet prefilled, by number. starting: prompts with
+    seats: the sample of each row; None: idle. units: prompts, by number, that are taken together. waiting: those taken
+    and not yet prefilled. starting: prompts with
     samples that have no first token. ready: samples that have one and wait for a row. moved: whether rows have become
     idle since the last assignment.
     """
@@ -338,9 +349,10 @@ class Scheduler:
         monitor: Monitor = SILENT,
         stats: BatchStats | None = None,
         plan: Plan | None = None,
+        queue: Queue | None = None,
     ) -> None:
-        """plan: for `workload`, if already made. Raises ValueError, before any kernel runs, if a prompt does not fit
-        the model, or the batch the memory."""
+        """plan: for `workload`, if already made. queue: takes units of prompts; None: all are this process's. Raises
+        ValueError, before any kernel runs, if a prompt does not fit the model, or the batch the memory."""
         self.runner, self.request, self.monitor = runner, runner.seeded(request), monitor
         self.stats = BatchStats() if stats is None else stats
         self.prompts = [(prompt, prompt.request or self.request) for prompt in prompts]
@@ -363,11 +375,13 @@ class Scheduler:
         self.drafts = runner.decoder is not None
         self.stats.rows = self.sizes.rows
         self.seats: list[Seat | None] = [None] * self.sizes.rows
-        self.waiting, self.at = deque(self.sharing.order()), self.sharing.places()
+        self.units, self.at = self.sharing.units(1 if queue is None else queue.replicas), self.sharing.places()
+        self.take = itertools.count().__next__ if queue is None else queue.take
+        self.waiting: deque[int] = deque()
         self.starting: deque[ActivePrompt] = deque()
         self.ready: deque[Seat] = deque()
         self.resident: dict[int, int] = {0: 0}  # the row of each group in memory
-        self.remaining = [0, *(len(group.members) for group in self.sharing.groups)]  # unfinished members
+        self.users = [0] * (len(self.sharing.groups) + 1)  # prompts of each group that wait or are in memory
         self.events: list[Piece | Outcome] = []
         self.active: set[ActivePrompt] = set()
         self.steps, self.moved = 0, True
@@ -409,7 +423,7 @@ class Scheduler:
                 self.compact()
                 self.advance()
                 yield from self.hand_out()
-            elif not (self.moved or self.waiting or self.starting or self.ready):
+            elif not (self.moved or self.waiting or self.starting or self.ready or self.take_unit()):
                 break
 
     def hand_out(self) -> Iterator[Piece | Outcome]:
@@ -448,10 +462,21 @@ class Scheduler:
             self.ready.extend(seat for seat in seats if not seat.done)
         return bool(seats)
 
+    def take_unit(self) -> bool:
+        """Take the next prompts of the queue. Return whether there were any."""
+        number = self.take() if self.units else 0
+        if number >= len(self.units):
+            self.units = []
+            return False
+        self.waiting.extend(self.units[number])
+        for each in self.units[number]:
+            self.users[self.at[each][0]] += 1
+        return True
+
     def next_prompts(self) -> list[ActivePrompt]:
         """Take the waiting prompts that fit, in order, prefilling groups that are not in memory."""
         found: list[ActivePrompt] = []
-        while self.waiting and self.has_room():
+        while self.has_room() and (self.waiting or self.take_unit()):
             number = self.waiting[0]
             group, behind = self.at[number]
             if group not in self.resident:
@@ -549,14 +574,14 @@ class Scheduler:
         """Queue a prompt's outcome; free its rows, and its group's after the last member."""
         self.active.remove(held)
         group = self.at[held.number][0]
-        self.remaining[group] -= 1
+        self.users[group] -= 1
         for each in self.decoder.tables if self.given is None else ():
             for place in (held.place, held.longer):
                 if place is not None:
                     each.prompts.give_back(place.row)
-            if group and not self.remaining[group]:
+            if group and not self.users[group]:
                 each.groups.give_back(self.resident[group])
-        if group and not self.remaining[group]:
+        if group and not self.users[group]:
             del self.resident[group]
         held.samples.sort(key=lambda sample: sample.index)
         self.events.append(Outcome(held.prompt, held.samples, held.error))
@@ -567,7 +592,7 @@ class Scheduler:
         if self.waiting or self.starting or self.ready:
             return
         kept = rows_to_keep([seat is not None for seat in self.seats])
-        if len(kept) < len(self.seats):
+        if len(kept) < len(self.seats) and not self.take_unit():
             self.seats[:] = [self.seats[at] for at in kept]
             self.decoder.keep(kept)
 

@@ -315,7 +315,7 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
     assert refused.returncode == 2 and "another run writes to" in refused.stderr
     assert ended.returncode == 2 and "rank 1 lost the connection to another rank" in ended.stderr
     result = run(*arguments[1:], output, "--resume")
-    assert result.returncode == 0 and "3 done before" in result.stderr, result.stderr
+    assert result.returncode == 0 and "2 done before" in result.stderr, result.stderr
     assert run(*arguments[1:], tmp_path / "1").returncode == 0
     names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
     found = [[json.loads(line) for line in file.read_text().splitlines()[1:]] for file in (output, tmp_path / "1")]
@@ -325,6 +325,33 @@ def test_a_batch_whose_first_process_died_is_drawn_once(tmp_path):
         and len(one) == 15
         and sorted(each.name for each in tmp_path.iterdir()) == ["1", "go", "o", "p.jsonl"]
     )
+
+
+@slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_job_that_torchrun_starts_again_goes_on(tmp_path, rank):
+    """A rank dies in the middle of a prompt's lines: no line is lost, none is there twice. Oracle: one process."""
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "dog", "bird", "man", "cow") * 3))
+    arguments = tiny("-n", 3, "--max_new_tokens", 9, "--temperature", 1.5, "--prompts", path, "--output")
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=3"]
+    agent += [
+        f"--master_port={free_port()}",
+        "tests/tp_worker.py",
+        "once",
+        rank,
+        *arguments[1:],
+        tmp_path / "2",
+        "--tp",
+        1,
+    ]
+    result = subprocess.run(list(map(str, agent)), capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert result.returncode == 0 and "done before" in result.stderr, result.stderr
+    assert run(*arguments[1:], tmp_path / "1").returncode == 0
+    names = ("id", "rank", "of", "sample", "text", "tokens", "seed")
+    found = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()[1:]] for name in "12"]
+    one, two = (sorted([line.get(name) for name in names] for line in lines) for lines in found)
+    assert one == two and len(one) == 45 and sorted(each.name for each in tmp_path.iterdir()) == ["1", "2", "p.jsonl"]
 
 
 @slow

@@ -69,6 +69,23 @@ def leave_a_batch(go: str, flags: list[str]) -> int:
     return generate.main(flags)
 
 
+def die_once(rank: str, flags: list[str]) -> int:
+    """generate.py --prompts, of which one rank dies in the middle of its second prompt's lines, unless torchrun has
+    started it again. The other waits until then, so that each has drawn some."""
+    append, appended = Output.append, 0
+
+    def dying(output: Output, block: bytes) -> None:
+        nonlocal appended
+        appended += 1
+        if appended == 2 and os.environ["RANK"] == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            append(output, block[: len(block) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(output, block)
+
+    Output.append = dying  # type: ignore[method-assign]
+    return generate.main(flags)
+
+
 def run_out_of_memory(flags: list[str]) -> int:
     """generate.py --interactive, of which all ranks but the first have no memory for a turn."""
     if os.environ["RANK"] != "0":
@@ -175,6 +192,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "drafts":
         draw_with_drafts(*sys.argv[2:])
         sys.exit()
+    if sys.argv[1] == "once":
+        sys.exit(die_once(sys.argv[2], sys.argv[3:]))
     if sys.argv[1] == "leave":
         sys.exit(leave_a_batch(sys.argv[2], sys.argv[3:]))
     if sys.argv[1] == "memory":
