@@ -22,8 +22,7 @@ import hashlib
 import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
 from cache import NoCache
 from cli.options import OneLineParser
@@ -102,14 +102,6 @@ def inputs_of(run: Callable[[], object], layer: nn.Module) -> list[Inputs]:
     return found
 
 
-@dataclass
-class Block:
-    """Int4 layers of a block, by name, and the names of those that were only rounded."""
-
-    layers: dict[str, Int4Weight]
-    rounded: list[str]
-
-
 class Calibration:
     """Activations of a calibration text as it passes through a network, block by block."""
 
@@ -128,11 +120,12 @@ class Calibration:
                 if keep:
                     part.copy_(output)
 
-    def quantise(self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool) -> Block:
+    def quantise(
+        self, block: nn.Module, layers: list[str], groupsize: int, act_order: bool
+    ) -> tuple[dict[str, Int4Weight], list[str]]:
         """Quantise `layers` of the block, each on the activations of the quantised layers before it. An expert that saw
-        fewer tokens than it has inputs is rounded, since its Hessian is singular."""
-        found: dict[str, Int4Weight] = {}
-        rounded: list[str] = []
+        fewer tokens than it has inputs is rounded, since its Hessian is singular; also returns the names of those."""
+        found, rounded = dict[str, Int4Weight](), list[str]()
         for stage in STAGES:
             names = [name for name in layers if name in stage or name.rpartition(".")[0] in stage]
             inputs = inputs_of(lambda: self.run(block), block.get_submodule(stage[0])) if names else []
@@ -146,7 +139,7 @@ class Calibration:
                     found[name] = gptq(weight, seen.hessian, groupsize, act_order)
             hold(block, {name: found[name] for name in names})
         assert found.keys() == set(layers), "a layer belongs to no stage"
-        return Block(found, rounded)
+        return found, rounded
 
 
 def hold(block: nn.Module, weights: dict[str, Int4Weight]) -> None:
@@ -170,15 +163,15 @@ def calibrated(
         block = deepcopy(layer).float()
         if path.exists():
             saved = unpickle(path)
-            done = Block({name: Int4Weight(**each) for name, each in saved["layers"].items()}, saved["rounded"])
-            hold(block, done.layers)
+            found, few = {name: Int4Weight(**each) for name, each in saved["layers"].items()}, saved["rounded"]
+            hold(block, found)
         else:
-            done = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
-            tensors = {name: tensors_of(weight) for name, weight in done.layers.items()}
-            save_atomically({"layers": tensors, "rounded": done.rounded}, path)
+            found, few = calibration.quantise(block, names, recipe.groupsize, recipe.act_order)
+            tensors = {name: tensors_of(weight) for name, weight in found.items()}
+            save_atomically({"layers": tensors, "rounded": few}, path)
         calibration.run(block, keep=True)
-        rounded += [prefix + name for name in done.rounded]
-        yield {prefix + name: weight for name, weight in done.layers.items()}
+        rounded += [prefix + name for name in few]
+        yield {prefix + name: weight for name, weight in found.items()}
 
 
 def choose_layers(model: Transformer, mode: str, groupsize: int) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -228,18 +221,6 @@ def plain_layers(recipe: Recipe, state: dict[str, Tensor]) -> Iterator[dict[str,
             yield {name: quantise_int8(state[f"{name}.weight"])}
         elif recipe.calibration_file is None:
             yield {name: quantise_int4(state[f"{name}.weight"], recipe.groupsize)}
-
-
-def with_progress(steps: Iterable[dict[str, Quantised]], layers: int) -> Iterator[dict[str, Quantised]]:
-    """Pass the steps through, showing on stderr, if it is a terminal, the layers done and the time left."""
-    begin, done = time.perf_counter(), 0
-    for step in steps:
-        yield step
-        done += len(step)
-        left = (time.perf_counter() - begin) * (layers - done) / done
-        if sys.stderr.isatty():
-            note = f"\r[{'#' * (20 * done // layers):<20}] {done}/{layers} layers, {left:.0f} s left \033[K"
-            print(note, end="\n" if done == layers else "", file=sys.stderr, flush=True)
 
 
 def quantised_state(state: dict[str, Tensor], found: dict[str, Quantised]) -> dict[str, Tensor]:
@@ -294,7 +275,14 @@ def quantise(options: argparse.Namespace) -> Path:
         steps = chain(plain_layers(recipe, state), calibrated(model, recipe, ids, folder, rounded))
     if kept:
         print(f"kept in 16 bits, since {groupsize} does not divide their inputs: {', '.join(kept)}", file=sys.stderr)
-    found = {name: w for step in with_progress(steps, len(layers)) for name, w in step.items()}
+    found: dict[str, Quantised] = {}
+    # As the bar of generate.py: only on a terminal, also on one of 0 columns or rows.
+    form = "[{bar:20}] {n_fmt}/{total_fmt} layers, {remaining} left"
+    columns = shutil.get_terminal_size().columns
+    with tqdm(total=len(layers), bar_format=form, ascii=" #", disable=None, ncols=columns, nrows=20) as bar:
+        for step in steps:
+            found |= step
+            bar.update(len(step))
     if rounded:
         why = "rounded to nearest, since they saw fewer tokens than they have inputs (raise --calibration_sequences)"
         print(f"{why}: {', '.join(rounded)}", file=sys.stderr)

@@ -26,8 +26,8 @@ import torch
 
 from bifurcated_attention import SCORES_AT_ONCE, has_fused
 from engine.request import Workload
-from layers.kernels import STREAMED_ROWS, takes
-from layers.linear import MIN_PACK_ELEMENTS, can_pack, multiplies_bfloat16, streams
+from layers.kernels import compiler_name, takes
+from layers.linear import multiplies_bfloat16, pays_to_pack
 from layers.moe import MoEConfig
 from loading.files import counted
 from model import ModelArgs, Transformer
@@ -189,11 +189,8 @@ def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
     total = sum(sizes.values())
     experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
-    return (
-        WeightSizes(total, total, experts, embedding)
-        if args.tied_output
-        else WeightSizes(total, total - embedding, experts)
-    )
+    unread, tied = (0, embedding) if args.tied_output else (embedding, 0)
+    return WeightSizes(total, total - unread, experts, tied)
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,6 @@ class Plan:
 
     workload: Workload
     weights: WeightSizes
-    mixture: MoEConfig | None
     context: int
     context_while_read: int
     decoded_per_sample: int
@@ -231,25 +227,22 @@ class Plan:
     @property
     def per_step(self) -> int:
         """Bytes read by a decode step halfway: weights, the context's keys and values once, half of the decoded."""
-        return self.weights.read(self.mixture, self.rows_at_once) + self.context + self.decoded // 2
+        return self.weights.read(self.space.args.mixture, self.rows_at_once) + self.context + self.decoded // 2
 
     @property
     def experts_read(self) -> str:
         """Expected number of experts read per layer, as text."""
-        if self.mixture is None:
+        if (mixture := self.space.args.mixture) is None:
             return ""
-        number = self.mixture.expected(self.rows_at_once)
-        return f", {number:.1f} of {self.mixture.experts} experts per layer, assuming uniform routing"
-
-    @property
-    def packed_twice(self) -> str:
-        return f"  and {human(self.packed_tied)} for a packed copy of the tied output" if self.packed_tied else ""
+        number = mixture.expected(self.rows_at_once)
+        return f", {number:.1f} of {mixture.experts} experts per layer, assuming uniform routing"
 
     def __str__(self) -> str:
         rows = f"{self.rows_at_once} of {counted(self.workload.num_samples, 'sample')}"
+        twice = f"  and {human(self.packed_tied)} for a packed copy of the tied output" if self.packed_tied else ""
         return "\n".join(
             (
-                f"weights                     {human(self.weights.total):>10}{self.packed_twice}",
+                f"weights                     {human(self.weights.total):>10}{twice}",
                 f"context K/V, held once      {human(self.context):>10}  {human(self.context_while_read)} in prefill",
                 f"decoded K/V                 {human(self.decoded):>10}  {rows} at once",
                 f"scores, logits, copies      {human(self.workspace):>10}  {human(self.space.reading())} in prefill",
@@ -313,7 +306,6 @@ def plan_run(
     return Plan(
         workload=work,
         weights=weights,
-        mixture=args.mixture,
         context=held,
         context_while_read=read,
         decoded_per_sample=decoded,
@@ -469,18 +461,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
-# Decode steps that amortise packing, which costs some 0.5 ns a byte; each step saves 0.02 to 0.03 ns a byte.
-MIN_STEPS_TO_PACK = 20
-
-
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
-    """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row): if the
-    feed-forward weights are large enough, the cost is amortised, and the rows are too many to stream plain weights. In
-    a mixture the rows per expert count, since most weights are the experts'."""
-    large = args.dim * args.hidden_dim >= MIN_PACK_ELEMENTS
+    """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row), as it pays
+    for the feed-forward weights. In a mixture the rows per expert count, since most weights are the experts'."""
     seen = rows if args.mixture is None else rows * args.mixture.used // args.mixture.experts
-    few = seen <= STREAMED_ROWS and streams(device, dtype, args.dim)
-    return can_pack(device, dtype) and large and steps >= MIN_STEPS_TO_PACK and not few
+    return pays_to_pack((args.hidden_dim, args.dim), device, dtype, seen, steps)
 
 
 # Seconds, measured on 2 cores of an AVX-512 CPU with a cold compile cache; rough values suffice. An operation is a
@@ -510,8 +495,7 @@ def estimate_step(
 
 def has_compiler() -> bool:
     """Return whether torch.compile would find a C++ compiler and Python.h."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch.compile chooses
-    return bool(shutil.which(compiler)) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return bool(shutil.which(compiler_name())) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:

@@ -17,7 +17,7 @@ from engine.plan import Plan, WeightSizes, available_memory, plan_run, weigh
 from engine.request import Request, Workload, new_seed
 from engine.samples import Row, Sample
 from layers import kernels
-from layers.linear import pack_linears, stream_linears
+from layers.linear import hold_linears
 from layers.moe import can_capture_graph
 from loading.tokenizer import Tokenizer
 from model import ModelArgs, Transformer
@@ -74,7 +74,7 @@ class ModelRunner:
         # A model trained on texts that only BOS separates ends a text by generating BOS.
         ends = [] if tokenizer is None else [*tokenizer.eos_ids, tokenizer.bos_id]
         self.eos_ids = frozenset(id for id in ends if id is not None)
-        stream_linears(model)
+        hold_linears(model)
         self.weighed = plan is not None
         self.weights = weigh(model) if plan is None else plan.weights
         self.available = available_memory(self.device) + self.weights.total if plan is None else plan.available
@@ -110,7 +110,7 @@ class ModelRunner:
     def prepare(self, plan: Plan) -> None:
         """Pack the weights and compile the decode step, if the plan says so and it is not done yet."""
         if plan.packed and not self.packed:
-            pack_linears(self.model, plan.packed_tied > 0)
+            hold_linears(self.model, pack=True, tied_output=plan.packed_tied > 0)
             self.packed, self.weights = True, self.weights.with_packed(plan.packed_tied)
         if plan.compiled and self.compiled is None:
             self.compiled = compiled(partial(decode, self.model, uniform))

@@ -89,10 +89,15 @@ def build(compiler: str, target: Path, *flags: str) -> None:
         made.replace(target)  # atomic: another process may be building too
 
 
+def compiler_name() -> str:
+    """The C++ compiler that torch.compile would choose."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 @functools.cache
 def library() -> Library:
     """Load the library, building it on first use."""
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # torch.compile's choice
+    compiler = compiler_name()
     try:
         key = "\0".join((SOURCE.read_text("utf-8"), compiler, *FLAGS, cpu_flags()))
         target = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
@@ -134,10 +139,8 @@ def load(path: Path) -> Library:
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the attention op supports such queries and is available. The first call may build it."""
-    fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM
-    return (
-        device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and fits and library().functions is not None
-    )
+    fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM and dtype in (torch.float32, torch.bfloat16)
+    return device.type == "cpu" and fits and library().functions is not None
 
 
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -217,8 +220,10 @@ def check_gradients(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(f"{name} has no gradients: call it under torch.no_grad()")
 
 
-def check(name: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Raises ValueError if a tensor is not as kernels.cpp expects it."""
+def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
+    """Raises ValueError if a tensor, unless it is left out, is not as kernels.cpp expects it."""
+    if tensor is None:
+        return
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
         found = f"{tensor.dtype} {list(tensor.shape)}" + ", not contiguous" * (not tensor.is_contiguous())
         raise ValueError(f"{name} is {found}: expected {dtype} {list(shape)}, contiguous")
@@ -241,12 +246,9 @@ def check_part(part: Part, q: Tensor) -> None:
         if scale is None or scale.dtype != q.dtype or scale.shape != (R, G, L, 1):
             raise ValueError(f"int8 needs scales {[R, G, L, 1]} in {q.dtype}")
     check("start", start, torch.long, R)
-    if rows is not None:
-        check("rows", rows, torch.long, N)
-    if length is not None:
-        check("length", length, torch.long, R)
-    if k_channel is not None:
-        check("k_channel", k_channel, q.dtype, R, G, 1, D)
+    check("rows", rows, torch.long, N)
+    check("length", length, torch.long, R)
+    check("k_channel", k_channel, q.dtype, R, G, 1, D)
 
 
 def run_attend(
@@ -266,8 +268,7 @@ def run_attend(
         raise ValueError(f"queries are {q.dtype} [..., {D}]: expected float32 or bfloat16 {most}")
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
     check("input_pos", input_pos, torch.long, N, S)
-    if slopes is not None:
-        check("slopes", slopes, torch.float32, H)
+    check("slopes", slopes, torch.float32, H)
     call = [q.data_ptr(), *q.stride()[:3], out.data_ptr(), lse.data_ptr(), input_pos.data_ptr(), address(slopes)]
     call += [N, H, S, D, parts[0].k.shape[1], window, TYPES[q.dtype], torch.get_num_threads(), len(parts)]
     of_parts = len(call)
@@ -325,13 +326,11 @@ def run_linear(x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor |
         )
     if scales is None:
         check("weight", values, x.dtype, outputs, inputs)
-    elif zeros is None:
-        check("values", values, torch.int8, outputs, inputs)
-        check("scales", scales, torch.bfloat16, outputs)
     else:
-        check("values", values, torch.uint8, outputs, inputs // 2)
-        check("scales", scales, torch.bfloat16, outputs, inputs // group)
-        check("zeros", zeros, torch.bfloat16, outputs, inputs // group)
+        kind, width, *groups = (torch.int8, inputs) if zeros is None else (torch.uint8, inputs // 2, inputs // group)
+        check("values", values, kind, outputs, width)
+        check("scales", scales, torch.bfloat16, outputs, *groups)
+        check("zeros", zeros, torch.bfloat16, outputs, *groups)
     product, x = linear_shape(x, values), x.contiguous()
     tensors = [x.data_ptr(), product.data_ptr(), values.data_ptr(), address(scales), address(zeros)]
     sizes = [x.numel() // inputs, outputs, inputs, group, TYPES[x.dtype], torch.get_num_threads()]
@@ -347,17 +346,11 @@ def linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
 
 def token_uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
     """sampling.token_uniforms, by the C++ kernel if it is available."""
-    if rows.device.type != "cpu" or library().functions is None:
+    if rows.device.type != "cpu" or (functions := library().functions) is None:
         return sampling.token_uniforms(rows, tokens)
-    return numbers(sampling.token_keys(rows), tokens)
-
-
-def numbers(keys: Tensor, tokens: Tensor) -> Tensor:
-    """C++ version of sampling.token_uniforms: row keys int64 [N], tokens int64 [N,K] -> fp64 [N,K]."""
-    functions = library().functions
-    assert functions is not None, "called without the library"
+    keys = sampling.token_keys(rows)  # [N]
+    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()  # [N,K]
     assert keys.dtype == tokens.dtype == torch.int64 and keys.is_contiguous() and keys.shape == tokens.shape[:1]
-    tokens = tokens if tokens.stride(1) == 1 else tokens.contiguous()
     made = torch.empty(tokens.shape, dtype=torch.float64)
     threads = torch.get_num_threads() if made.numel() > NUMBERS_PER_THREAD else 1
     call = [keys.data_ptr(), tokens.data_ptr(), made.data_ptr(), *tokens.shape, tokens.stride(0), threads]

@@ -1,11 +1,12 @@
-"""Linear layers with prepacked (oneDNN) or quantised (int8, int4) weights.
+"""Linear layers: how a weight is held, and by which kernel it is multiplied.
 
-`swap_linears` inserts them into a network; `make_linear` chooses a quantised layer's kernel once, at construction.
-oneDNN reorders a plain bfloat16 weight at every product, a packed one only once. Plain fp32 products do not use oneDNN;
-packed ones do, and are faster above some number of rows. A packed weight is opaque to torch.compile, so a graph holds
-its number, and a custom op looks the weight up.
+`choose_way` alone decides, and names each way as the report does. `make_linear` makes the layer of an int8 or int4
+weight; `hold_linears` replaces plain layers, or dequantised ones, by streamed or packed ones. oneDNN reorders a plain
+bfloat16 weight at every product, a packed one only once. Plain fp32 products do not use oneDNN; packed ones do, and are
+faster above some number of rows. A packed weight is opaque to torch.compile, so a graph holds its number, and a custom
+op looks the weight up.
 
-No other file depends on these kernels: if choose_kernel always returned "dequantised", everything would still work.
+No other file depends on these kernels: if choose_way returned "plain" or "dequantised", everything would still work.
 
 Shapes: N rows, S positions; out, in: a layer's features; groups: runs of `in` that share a scale.
 """
@@ -17,8 +18,9 @@ import mmap
 import platform
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bifurcated_attention import differentiated
-from layers.kernels import check_gradients, multiplies
+from layers.kernels import STREAMED_ROWS, check_gradients, multiplies
 from layers.moe import GroupedLinear
 
 # Elements below which packing gains nothing (2 cores): the op call itself costs some 5 us.
@@ -57,18 +59,18 @@ class HeldLinear(nn.Module):
     kernel: str
 
 
-def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
+def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None], shared: bool = False) -> None:
     """Replace every nn.Linear by make(name, linear), unless that is None; one at a time, so that at most one weight is
     held twice.
 
-    A weight shared with another module, such as a tied embedding, is left as it is: it would stay in memory twice.
+    shared: also those whose weight another module has, such as a tied embedding: a copy would be in memory twice.
     """
     used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     parents = [(name, module) for name, module in model.named_modules() if not isinstance(module, nn.Linear)]
     for prefix, parent in parents:
         for name in list(parent._modules):
             child = parent._modules[name]
-            if isinstance(child, nn.Linear) and used[id(child.weight)] == 1:
+            if isinstance(child, nn.Linear) and (shared or used[id(child.weight)] == 1):
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
                     replace_module(parent, name, made)
@@ -81,9 +83,18 @@ def replace_module(parent: nn.Module, name: str, made: nn.Module) -> None:
 
 
 def kernels(model: nn.Module) -> dict[str, int]:
-    """Count linear layers by kernel name."""
+    """Count linear layers by the way that they are held."""
     linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear | GroupedLinear))
-    return dict(Counter(getattr(linear, "kernel", "plain") for linear in linears))
+    return dict(Counter(map(kernel_of, linears)))
+
+
+def kernel_of(linear: nn.Module) -> str:
+    return getattr(linear, "kernel", "plain")
+
+
+def form_of(linear: nn.Module) -> str:
+    """Return "plain" or "dequantised", however the layer multiplies."""
+    return kernel_of(linear).partition(", ")[0]
 
 
 class MappedFiles:
@@ -136,7 +147,7 @@ class StreamedLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.kernel = f"{getattr(linear, 'kernel', 'plain')}, streamed"
+        self.kernel = f"{form_of(linear)}, streamed"
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
@@ -146,28 +157,12 @@ class StreamedLinear(nn.Linear):
         return torch.ops.bifurcated.streamed_linear(x, self.weight, self.bias)
 
 
-def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
-    """Whether the GEMV is faster for a plain weight: on a CPU, except in bfloat16 if oneDNN has instructions for it."""
-    fast = dtype == torch.bfloat16 and multiplies_bfloat16()
-    return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
-
-
-def stream_linears(model: nn.Module) -> None:
-    """Replace every plain linear layer that is large enough by a StreamedLinear, shared weights too."""
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward:
-                large = child.weight.numel() >= MIN_PACK_ELEMENTS and not child.weight.requires_grad  # not in training
-                if large and streams(child.weight.device, child.weight.dtype, child.in_features):
-                    replace_module(parent, name, StreamedLinear(child))
-
-
 class PackedLinear(HeldLinear):
     """Linear layer with a weight prepacked by oneDNN."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.kernel = f"{getattr(linear, 'kernel', 'plain').removesuffix(', streamed')}, packed"
+        self.kernel = f"{form_of(linear)}, packed"
         self.bias, self.features, self.number = linear.bias, linear.out_features, next(NUMBERS)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         WEIGHTS[self.number] = self.packed
@@ -178,28 +173,7 @@ class PackedLinear(HeldLinear):
         return torch.ops.bifurcated.packed_linear(x, self.bias, self.number, self.features)
 
 
-def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing may pay off: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN supports there."""
-    if device.type != "cpu" or not IS_X86:
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def pack_linears(model: nn.Module, tied_output: bool = False) -> None:
-    """Pack every plain or dequantised linear layer that is large enough. tied_output: also pack an output that is tied
-    to the embedding, which then is held twice."""
-    files = MappedFiles()
-
-    def pack(name: str, linear: nn.Linear) -> nn.Module | None:
-        if linear.weight.numel() < MIN_PACK_ELEMENTS:
-            return None
-        packed = PackedLinear(linear)
-        files.release(linear.weight)
-        return packed
-
-    swap_linears(model, pack)
-    if tied_output:
-        replace_module(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
+meta = partial(torch.empty, device="meta")
 
 
 @dataclass(frozen=True)
@@ -213,11 +187,15 @@ class Int8Weight:
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int = 0) -> "Int8Weight":
         """Make a weight on the meta device, for its shapes and sizes."""
-        return cls(*empty_tensors((outputs, inputs), torch.int8, (outputs,), 1))
+        return cls(meta(outputs, inputs, dtype=torch.int8), meta(outputs, dtype=torch.bfloat16))
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1]
+
+    @property
+    def groupsize(self) -> int:
+        return self.shape[1]
 
     def expand(self, dtype: torch.dtype) -> Tensor:
         """Dequantise to [out,in] in dtype, rounded from fp32."""
@@ -245,7 +223,8 @@ class Int4Weight:
     @classmethod
     def empty(cls, outputs: int, inputs: int, groupsize: int) -> "Int4Weight":
         """Make a weight on the meta device, for its shapes and sizes."""
-        return cls(*empty_tensors((outputs, inputs // 2), torch.uint8, (outputs, inputs // groupsize), 2))
+        scales, zeros = (meta(outputs, inputs // groupsize, dtype=torch.bfloat16) for _ in range(2))
+        return cls(meta(outputs, inputs // 2, dtype=torch.uint8), scales, zeros)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor) -> "Int4Weight":
@@ -287,30 +266,18 @@ Quantised = Int8Weight | Int4Weight
 KINDS: dict[str, type[Quantised]] = {"int8": Int8Weight, "int4": Int4Weight}
 
 
-def empty_tensors(values: tuple[int, int], dtype: torch.dtype, scales: tuple[int, ...], count: int) -> list[Tensor]:
-    meta = [torch.empty(scales, dtype=torch.bfloat16, device="meta") for _ in range(count)]
-    return [torch.empty(values, dtype=dtype, device="meta"), *meta]
-
-
 def tensors_of(weight: Quantised) -> dict[str, Tensor]:
     """Tensors of a weight by field name; a checkpoint stores them as "layer.field"."""
     return {field.name: getattr(weight, field.name) for field in fields(weight)}
 
 
-def blocks(weight: Quantised) -> Iterator[tuple[int, int, Quantised]]:
-    """Yield (begin, end, the outputs from begin to end), about BLOCK elements each."""
-    outputs, inputs = weight.shape
-    step = max(1, BLOCK // inputs)
-    for begin in range(0, outputs, step):
-        end = min(outputs, begin + step)
-        yield begin, end, type(weight)(*(tensor[begin:end] for tensor in tensors_of(weight).values()))
-
-
 def dequantise(weight: Quantised, dtype: torch.dtype) -> Tensor:
-    """Dequantise to [out,in] in dtype, a block at a time, rounded from fp32."""
+    """Dequantise to [out,in] in dtype, about BLOCK elements at a time, rounded from fp32."""
     whole = torch.empty(weight.shape, dtype=dtype, device=weight.values.device)
-    for begin, end, part in blocks(weight):
-        whole[begin:end] = part.expand(dtype)
+    rows = max(1, BLOCK // weight.shape[1])
+    parts = zip(*(tensor.split(rows) for tensor in tensors_of(weight).values()), strict=True)
+    for mine, theirs in zip(whole.split(rows), parts, strict=True):
+        mine.copy_(type(weight)(*theirs).expand(dtype))
     return whole
 
 
@@ -387,8 +354,9 @@ class TinygemmLinear(HeldLinear):
         return product if self.bias is None else product + self.bias
 
 
-LINEARS: dict[str, Callable[..., nn.Module]] = {
-    linear.kernel: linear for linear in (DequantisedLinear, QuantisedLinear, WidenedLinear, TinygemmLinear)
+# Of the ways to hold a weight those in int8 or int4, by name. All others hold the network's dtype.
+QUANTISED_LINEARS: dict[str, Callable[..., nn.Module]] = {
+    linear.kernel: linear for linear in (QuantisedLinear, WidenedLinear, TinygemmLinear)
 }
 
 TINYGEMM_GROUPS = (32, 64, 128, 256)
@@ -397,18 +365,54 @@ TINYGEMM_GROUPS = (32, 64, 128, 256)
 # instructions. With them it has not been measured: 16 is an estimate.
 WIDEN_ROWS = {True: 16, False: math.inf}
 
+# Decode steps that amortise packing, which costs some 0.5 ns a byte; each step saves 0.02 to 0.03 ns a byte.
+MIN_STEPS_TO_PACK = 20
 
-def choose_kernel(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """Choose the fastest kernel, a key of LINEARS, for decode steps of `rows` rows."""
-    outputs, inputs = weight.shape
-    groupsize = weight.groupsize if isinstance(weight, Int4Weight) else inputs
-    if device.type == "cpu":
-        widened = rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, groupsize)
-        return "widened" if widened else "dequantised"
-    fits = groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
-    if weight.kind == "int4" and fits and has_tinygemm(device, dtype):
-        return "tinygemm"
-    return "dequantised at each product"
+
+def choose_way(
+    weight: Quantised | nn.Linear, device: torch.device, dtype: torch.dtype, rows: int = 1, pack: bool = False
+) -> str:
+    """Choose the fastest way to hold a weight and to multiply by it in decode steps of `rows` rows, correct for any.
+
+    "widened", "tinygemm" and "dequantised at each product" hold int8 or int4. All others hold `dtype`: "plain" or
+    "dequantised" are multiplied by PyTorch, either with ", streamed" by our GEMV if there are one or two rows, with
+    ", packed" by oneDNN. weight: a quantised one, or a layer that holds `dtype`. pack: as pays_to_pack.
+    """
+    if isinstance(weight, nn.Linear):
+        form, (outputs, inputs), is_trained = form_of(weight), weight.weight.shape, weight.weight.requires_grad
+    else:
+        form, (outputs, inputs), is_trained = "dequantised", weight.shape, False
+        if device.type != "cpu":
+            fits = weight.kind == "int4" and weight.groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
+            return "tinygemm" if fits and has_tinygemm(device, dtype) else "dequantised at each product"
+        if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, weight.groupsize):
+            return "widened"
+    if outputs * inputs < MIN_PACK_ELEMENTS:
+        return form
+    if pack:
+        return f"{form}, packed"
+    return f"{form}, streamed" if streams(device, dtype, inputs) and not is_trained else form
+
+
+def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
+    """Whether the GEMV is faster for a plain weight: on a CPU, except in bfloat16 if oneDNN has instructions for it."""
+    fast = dtype == torch.bfloat16 and multiplies_bfloat16()
+    return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packing may pay off: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN supports there."""
+    if device.type != "cpu" or not IS_X86:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pays_to_pack(shape: tuple[int, int], device: torch.device, dtype: torch.dtype, rows: int, steps: int) -> bool:
+    """Whether to pack a network for `steps` decode steps, most of whose weights have this shape [out,in] and multiply
+    `rows` rows: if they are large enough, the cost is amortised, and the rows are too many to stream plain weights."""
+    few = rows <= STREAMED_ROWS and streams(device, dtype, shape[1])
+    large = math.prod(shape) >= MIN_PACK_ELEMENTS
+    return can_pack(device, dtype) and large and steps >= MIN_STEPS_TO_PACK and not few
 
 
 def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
@@ -416,18 +420,49 @@ def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
+    """Bytes that a decode step reads of the layer that make_linear would make."""
+    if choose_way(weight, device, dtype, rows) in QUANTISED_LINEARS:
+        return sum(tensor.nbytes for tensor in tensors_of(weight).values())
+    return math.prod(weight.shape) * dtype.itemsize
+
+
 def make_linear(
     weight: Quantised, bias: Tensor | None, device: torch.device, dtype: torch.dtype, rows: int
 ) -> nn.Module:
-    """Make the layer that is fastest in decode steps of `rows` rows, and correct for any. x [N,S,in] -> [N,S,out]
+    """Make the layer of a quantised weight. x [N,S,in] -> [N,S,out]
 
     device: where the weight and the bias already are.
     """
-    return LINEARS[choose_kernel(weight, device, dtype, rows)](weight, bias, dtype)
+    way = choose_way(weight, device, dtype, rows)
+    if way in QUANTISED_LINEARS:
+        return QUANTISED_LINEARS[way](weight, bias, dtype)
+    return held(DequantisedLinear(weight, bias, dtype), way)
 
 
-def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
-    """Bytes that a decode step reads of the layer that make_linear would make."""
-    if choose_kernel(weight, device, dtype, rows) == "dequantised":
-        return math.prod(weight.shape) * dtype.itemsize
-    return sum(tensor.nbytes for tensor in tensors_of(weight).values())
+def held(linear: nn.Linear, way: str) -> nn.Module:
+    """Return a layer that holds the same weight in this way, plain, streamed or packed."""
+    if way == kernel_of(linear):
+        return linear
+    return PackedLinear(linear) if way.endswith("packed") else StreamedLinear(linear)
+
+
+def hold_linears(model: nn.Module, pack: bool = False, tied_output: bool = False) -> None:
+    """Replace every plain or dequantised layer by one that holds its weight in the way that choose_way finds. Packing
+    copies weights, so shared ones are left as they are; tied_output: pack the output that is tied to the embedding."""
+    files = MappedFiles()
+
+    def make(name: str, linear: nn.Linear) -> nn.Module | None:
+        if type(linear).forward not in (nn.Linear.forward, StreamedLinear.forward):  # a subclass of the user's
+            return None
+        made = held(linear, choose_way(linear, linear.weight.device, linear.weight.dtype, pack=pack))
+        if isinstance(made, PackedLinear):
+            files.release(linear.weight)
+        return made
+
+    swap_linears(model, make, shared=not pack)
+    if tied_output:
+        replace_module(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
+
+
+pack_linears = partial(hold_linears, pack=True)

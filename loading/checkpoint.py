@@ -11,8 +11,10 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import GenericAlias
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, swap_linears, tensors_of
+from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, replace_module, tensors_of
 from layers.moe import group_experts
 from loading.families import (
     args_from_config,
@@ -41,9 +43,9 @@ from loading.files import (
     companions,
     kind_of,
     read_json,
-    replace_file,
     snapshot,
     weight_files,
+    write_file,
 )
 from model import ModelArgs, Transformer, empty_model
 from tp import WHOLE, Shard
@@ -103,29 +105,32 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
     pickled = weights[0].name == "model.pth" or path.is_file() and path.suffix != ".safetensors"
     found: Any = unpickle(weights[0]) if pickled else None
     if is_tinyllamas(found):
-        try:
+        with naming(path):
             config, source = tinyllamas_config(found), path
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     elif not (folder / "config.json").exists():
         raise FileNotFoundError(f"no config.json found beside {weights[0]}: put the model's config.json there")
     else:
         source = folder / "config.json"
         config = read_json(source)
-    try:
+    with naming(source):
         args = args_from_config(config)
         eos_ids = as_ids(config.get("eos_token_id"))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field has the wrong type or size
-        raise ValueError(f"{source}: {error}") from error
     generation = folder / "generation_config.json"
     if generation.exists():
-        try:
+        with naming(generation):
             eos_ids |= as_ids(read_json(generation).get("eos_token_id"))
-        except ValueError as error:
-            raise ValueError(f"{generation}: {error}") from error
     recipe = read_recipe(found["recipe"], weights[0]) if is_quantised(found) else None
     checkpoint = Checkpoint(folder, weights, config, args, eos_ids, recipe)
     return replace(checkpoint, args=replace(args, tied_output=args.tied_output and is_tied(checkpoint)))
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise what is wrong with a value that a file holds as a ValueError that begins with the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field has the wrong type or size
+        raise ValueError(f"{path}: {error}") from error
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
@@ -163,9 +168,8 @@ def has_type(value: object, kind: Any) -> bool:
     """Whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
-    if not isinstance(value, dict | tuple) or type(value) is not kind.__origin__:
-        return False
-    return all(isinstance(part, str) for part in ([*value, *value.values()] if isinstance(value, dict) else value))
+    parts: Any = [*value, *value.values()] if isinstance(value, dict) else value
+    return type(value) is kind.__origin__ and all(isinstance(part, str) for part in parts)
 
 
 def as_ids(value: int | list[int] | None) -> frozenset[int]:
@@ -272,41 +276,31 @@ def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Qu
     }
 
 
-def expected_tensors(model: Transformer, recipe: Recipe | None) -> dict[str, Tensor]:
-    """Expected tensors by name: shapes, and for quantised layers dtypes."""
-    expected = dict(model.state_dict())
-    for layer, weight in quantised_weights(model, recipe).items():
-        del expected[f"{layer}.weight"]
-        expected |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
-    return expected
-
-
 def check_weights(checkpoint: Checkpoint, state: Mapping[str, StoredTensor]) -> None:
     """Raises ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
     their names in the files."""
     model, paths = empty_model(checkpoint.args), checkpoint.weights
-    expected = expected_tensors(model, checkpoint.recipe)
-    exact = expected.keys() - model.state_dict().keys()
+    expected, exact = dict(model.state_dict()), dict[str, Tensor]()  # exact: dtypes matter too
+    for layer, weight in quantised_weights(model, checkpoint.recipe).items():
+        del expected[f"{layer}.weight"]
+        exact |= {f"{layer}.{name}": tensor for name, tensor in tensors_of(weight).items()}
+    expected |= exact
 
-    def named(names: Iterable[str]) -> list[str]:
-        """The tensors' names in their files, with the file if there are several."""
-        return [state[name].name + f" of {state[name].path.name}" * (len(paths) > 1) for name in sorted(names)]
+    def named(name: str) -> str:
+        """The tensor's name in its file, with the file if there are several."""
+        return state[name].name + f" of {state[name].path.name}" * (len(paths) > 1)
 
     missing = sorted(expected.keys() - state.keys())
     if has_their_names(paths[0]):
         missing = [their_name(name, checkpoint.config) for name in missing]
-    unknown = named(state.keys() - expected.keys())
-    both = {name: (state[name].tensor, expected[name]) for name in sorted(expected.keys() & state.keys())}
-    wrong = [
-        f"{named([name])[0]} {tuple(found.shape)} instead of {tuple(tensor.shape)}"
-        for name, (found, tensor) in both.items()
-        if found.shape != tensor.shape
-    ]
-    kinds = [
-        f"{named([name])[0]} {found.dtype}"
-        for name, (found, tensor) in both.items()
-        if found.dtype not in ((tensor.dtype,) if name in exact else DTYPES)
-    ]
+    unknown = [named(name) for name in sorted(state.keys() - expected.keys())]
+    wrong, kinds = list[str](), list[str]()
+    for name in sorted(expected.keys() & state.keys()):
+        tensor, wanted = state[name].tensor, expected[name]
+        if tensor.shape != wanted.shape:
+            wrong.append(f"{named(name)} {tuple(tensor.shape)} instead of {tuple(wanted.shape)}")
+        if tensor.dtype not in ((wanted.dtype,) if name in exact else DTYPES):
+            kinds.append(f"{named(name)} {tensor.dtype}")
     found = {"missing": missing, "unexpected": unknown, "of the wrong shape": wrong, "of the wrong dtype": kinds}
     problems = [f"{len(names)} {kind}: {', '.join(dict.fromkeys(names[:3]))}" for kind, names in found.items() if names]
     where = paths[0] if len(paths) == 1 else checkpoint.folder
@@ -337,25 +331,26 @@ def load_model(
                     files.release(state[key])
                 module._parameters[name] = Parameter(files.convert(part, device, dtype), requires_grad=False)
 
-    def make(name: str, linear: torch.nn.Linear) -> torch.nn.Module | None:
-        if name not in quantised:
-            return None
-        key = f"{name}.bias"
-        bias = None if linear.bias is None else shard.part(key, state[key], args).to(device, dtype)
-        empty = quantised[name]
-        weight = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
-        if (cut := shard.cut(name, args)) is not None:
-            weight = weight.narrow(*cut)
-        weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
-        seen = rows if args.mixture is None else args.mixture.rows_of(name, rows)
-        return make_linear(weight, bias, torch.device(device), dtype, seen).eval()
-
     model.tie_output()
-    swap_linears(model, make)
+    for name, empty in quantised.items():
+        key, (parent, _, child) = f"{name}.bias", name.rpartition(".")
+        bias = shard.part(key, state[key], args).to(device, dtype) if key in state else None
+        whole = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
+        weight, seen = held_part(whole, name, args, rows, shard)
+        weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
+        made = make_linear(weight, bias, torch.device(device), dtype, seen).eval()
+        replace_module(model.get_submodule(parent), child, made)
     group_experts(model)
     model.place_constants()
     shard.attach(model)
     return model
+
+
+def held_part(weight: Quantised, name: str, args: ModelArgs, rows: int, shard: Shard) -> tuple[Quantised, int]:
+    """Return this rank's part of a layer's weight, and the rows that it multiplies in a step of `rows` rows."""
+    cut = shard.cut(name, args)
+    seen = rows if args.mixture is None else args.mixture.rows_of(name, rows)
+    return weight if cut is None else weight.narrow(*cut), seen
 
 
 def weight_sizes(
@@ -368,37 +363,32 @@ def weight_sizes(
     model, args = empty_model(checkpoint.args), checkpoint.args
     sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
-        cut = shard.cut(layer, args)
-        held = weight if cut is None else weight.narrow(*cut)
-        seen = rows if args.mixture is None else args.mixture.rows_of(layer, rows)
-        sizes[f"{layer}.weight"] = bytes_read(held, torch.device(device), dtype, seen)
+        part, seen = held_part(weight, layer, args, rows, shard)
+        sizes[f"{layer}.weight"] = bytes_read(part, torch.device(device), dtype, seen)
     return sizes
 
 
 def save_atomically(value: Any, path: Path) -> None:
     """torch.save to a temporary name, then rename, so that a crash leaves no partial file. Raises OSError."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        torch.save(value, unfinished)
-        replace_file(unfinished, path)
+        write_file(path, partial(torch.save, value))
     except RuntimeError as error:  # torch.save raises it for any disk error
         free, why = shutil.disk_usage(path.parent).free / 1e9, str(error).splitlines()[0]
         raise OSError(f"{path} cannot be written ({free:.1f} GB free): {why}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(config, indent=2) + "\n"
+    write_file(folder / "config.json", lambda path: path.write_text(text, "utf-8"))
 
 
 def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write config.json, unless it is up to date, and model.pth, each to a temporary name first. Raises OSError."""
+    """Write model.pth, and config.json unless it is up to date, each to a temporary name first. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = folder / "config.json", folder / "config.json.unfinished"
-    try:
-        unfinished.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        save_atomically(dict(state), folder / "model.pth")
-        if not path.exists() or read_json(path) != config:
-            replace_file(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save_atomically(dict(state), folder / "model.pth")
+    path = folder / "config.json"
+    if not path.exists() or read_json(path) != config:
+        write_config(folder, config)
 
 
 def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:
@@ -420,9 +410,14 @@ def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> Non
 
 
 def save_quantised(source: Checkpoint, output: Path, state: Mapping[str, Tensor], recipe: Recipe) -> None:
-    """Write a quantised model and copy its source's config and tokenizer beside it. Raises OSError."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, output.parent)
+    """Write a quantised model and, unless it has a config.json beside it, its source's config and tokenizer files.
+    Raises OSError."""
+    folder = output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.json").exists():
+        for path in companions(source.folder):
+            copy_new(path, folder / path.relative_to(source.folder))
+        write_config(folder, source.config)
     save_atomically({"recipe": asdict(recipe), "state": dict(state)}, output)
 
 
@@ -431,12 +426,3 @@ def copy_new(source: Path, target: Path) -> None:
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
-
-
-def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the config and tokenizer files into a folder, unless it has a config.json."""
-    if (folder / "config.json").exists():
-        return
-    for path in companions(checkpoint.folder):
-        copy_new(path, folder / path.relative_to(checkpoint.folder))
-    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", "utf-8")

@@ -5,9 +5,10 @@ An unknown config field is rejected by name unless it is off: nothing that may c
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from layers.moe import MoEConfig
 from layers.rope import RopeConfig, RopeScaling
 from model import ModelArgs
+
+T = TypeVar("T")
 
 # Fields without effect on the result: bookkeeping, training, generation defaults (the command line has its own).
 NEUTRAL = frozenset(
@@ -34,6 +37,7 @@ ROPE_FIELDS = frozenset(
     """attention_factor beta_fast beta_slow factor high_freq_factor long_factor low_freq_factor mscale mscale_all_dim
     original_max_position_embeddings short_factor truncate""".split()
 )
+LLAMA3_NEEDS = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 
@@ -58,32 +62,29 @@ def is_off(value: object) -> bool:
     return not value or (type(value) in (int, float) and value == 1)
 
 
+WANTED = {bool: "true or false", list: "a list", dict: "an object"}
+
+
 class TrackedConfig:
     """config.json that tracks which fields were read, so that none that matters is overlooked.
 
-    unsupported: errors that `only` adds and `done` raises together. parts: nested objects, which `done` checks too.
+    defaults: the family's own, in transformers, of fields that are missing. unsupported: errors that `only` adds.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config, self.unread = config, set(config) - NEUTRAL
+    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+        self.config, self.defaults, self.unread = config, defaults or {}, set(config) - NEUTRAL
         self.unsupported: list[str] = []
-        self.parts: list[TrackedConfig] = []
-
-    def part(self, config: Mapping[str, Any]) -> "TrackedConfig":
-        """Track the fields of a nested object."""
-        self.parts.append(TrackedConfig(config))
-        return self.parts[-1]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value; the default if it is missing or null."""
+        """The field's value; if it is missing or null, the family's default, else this one."""
         self.unread.discard(name)
-        value = self.config.get(name)
-        return default if value is None else value
+        found = (values.get(name) for values in (self.config, self.defaults))
+        return next((value for value in found if value is not None), default)
 
-    def own(self, name: str, default: Any) -> Any:
-        """The field's value, null included; if it is missing, the family's default in transformers."""
+    def own(self, name: str) -> Any:
+        """The field's value, null included; if it is missing, the family's default."""
         self.unread.discard(name)
-        return self.config.get(name, default)
+        return self.config.get(name, self.defaults.get(name))
 
     def integer(self, name: str, default: int | None = None) -> int:
         value, most = self.get(name, default), LARGEST.get(name, 1 << 24)
@@ -101,73 +102,56 @@ class TrackedConfig:
         return value
 
     def optional(self, name: str) -> float | None:
-        return None if self.get(name) is None else self.number(name)
+        """The field's number; None if it is null, or missing without a default of the family."""
+        return None if self.own(name) is None else self.number(name)
 
-    def optional_integer(self, name: str) -> int | None:
-        return None if self.get(name) is None else self.integer(name)
-
-    def switch(self, name: str, default: bool) -> bool:
+    def typed(self, name: str, default: T) -> T:
+        """The field's value, which must be of the default's type, a key of WANTED."""
         value = self.get(name, default)
-        if type(value) is not bool:
-            raise ValueError(f"{name} is {value!r}: expected true or false")
-        return value
-
-    def listed(self, name: str, default: list) -> list:
-        value = self.get(name, default)
-        if not isinstance(value, list):
-            raise ValueError(f"{name} is {value!r}: expected a list")
+        if not isinstance(value, type(default)):
+            raise ValueError(f"{name} is {value!r}: expected {WANTED[type(default)]}")
         return value
 
     def table(self, name: str) -> dict[str, Any]:
         """The field's object; an empty one if it is missing or null."""
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} is {value!r}: expected an object")
-        return value
+        return self.typed(name, {})
 
     def only(self, name: str, *values: Any) -> None:
-        """Add an error for `done` if the field is present with none of the values."""
+        """Add an error if the field is present with none of the values."""
         if self.get(name, values[0]) not in values:
             choice = " or ".join(map(repr, values))
             self.unsupported.append(f"{name} {self.config[name]!r} is not supported, only {choice}")
 
-    def done(self) -> None:
-        """Raises ValueError naming every field that is unsupported, or that is neither read nor off."""
-        for name in QUANTISED:
-            if self.config.get(name):
-                raise ValueError(
-                    f"{name}: weights quantised by other tools are not supported: use the original model, and quantise "
-                    "it with quantize.py"
-                )
-        every = (self, *self.parts)
-        found = [(name, each.config[name]) for each in every for name in sorted(each.unread)]
-        unknown = ", ".join(f"{name} {short_repr(value)}" for name, value in found if not is_off(value))
-        problems = [problem for each in every for problem in each.unsupported]
-        if unknown:
-            problems.append(
-                f"{unknown} is unknown and may change the result: if it does not, remove it from config.json"
+
+def check_read(*parts: TrackedConfig) -> None:
+    """Raises ValueError naming every field of config.json, or of an object in it, that is unsupported, or that is
+    neither read nor off."""
+    for name in QUANTISED:
+        if parts[0].config.get(name):
+            raise ValueError(
+                f"{name}: weights quantised by other tools are not supported: use the original model, and quantise "
+                "it with quantize.py"
             )
-        if problems:
-            raise ValueError("; ".join(problems))
+    problems = [problem for part in parts for problem in part.unsupported]
+    unread = [(name, part.config[name]) for part in parts for name in sorted(part.unread)]
+    if unknown := ", ".join(f"{name} {short_repr(value)}" for name, value in unread if not is_off(value)):
+        problems.append(f"{unknown} is unknown and may change the result: if it does not, remove it from config.json")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def windows(
-    fields: TrackedConfig, layers: int, default: int | None, is_windowed: Callable[[int], bool]
+    fields: TrackedConfig, layers: int, is_windowed: Callable[[int], bool] = lambda layer: True
 ) -> tuple[int | None, ...]:
     """Sliding window of each layer; layer_types, if given, overrides the family's own rule."""
-    size = fields.own("sliding_window", default)
+    size = fields.own("sliding_window")
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"sliding_window is {size!r}: expected a positive integer")
     usual = ["sliding_attention" if is_windowed(layer) else "full_attention" for layer in range(layers)]
-    kinds = fields.listed("layer_types", usual)
+    kinds = fields.typed("layer_types", usual)
     if len(kinds) != layers or any(kind not in ("full_attention", "sliding_attention") for kind in kinds):
         raise ValueError(f"layer_types is {kinds!r}: expected full_attention or sliding_attention for each layer")
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
-
-
-def biases(fields: TrackedConfig) -> dict[str, Any]:
-    attention = fields.switch("attention_bias", False)
-    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.switch("mlp_bias", False)}
 
 
 def score_scale(fields: TrackedConfig, wanted: float) -> RopeConfig:
@@ -178,33 +162,28 @@ def score_scale(fields: TrackedConfig, wanted: float) -> RopeConfig:
 
 
 def llama(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    return biases(fields)
-
-
-def olmo2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    norms = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_whole": True}
-    return biases(fields) | norms | {"norm_eps": fields.number("rms_norm_eps", 1e-5)}
+    attention = fields.typed("attention_bias", False)
+    return {"qkv_bias": attention, "out_bias": attention, "mlp_bias": fields.typed("mlp_bias", False)}
 
 
 def smollm3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     interval = fields.integer("no_rope_layer_interval", 4)
-    rotates = fields.listed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
+    rotates = fields.typed("no_rope_layers", [int((layer + 1) % interval != 0) for layer in range(layers)])
     if len(rotates) < layers or any(each not in (0, 1) for each in rotates):
         raise ValueError(f"no_rope_layers is {rotates!r}: expected 0 or 1 for each layer")
     seen: tuple[int | None, ...] = ()
-    if fields.switch("use_sliding_window", False):
-        seen = windows(fields, layers, None, lambda layer: not rotates[layer])
+    if fields.typed("use_sliding_window", False):
+        seen = windows(fields, layers, lambda layer: not rotates[layer])
     fields.unread -= {"sliding_window", "layer_types"}
     kinds = tuple("global" if rotates[layer] else "none" for layer in range(layers))
-    tied = fields.switch("tie_word_embeddings", True)
-    return biases(fields) | {"rope": RopeConfig(layers=kinds), "windows": seen, "tied_output": tied, "theta": 2e6}
+    return llama(fields, layers) | {"rope": RopeConfig(layers=kinds), "windows": seen}
 
 
 def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     """Granite multiplies what layers add to the residual stream. Here the stream is kept divided by that multiplier
     instead, which the norms cancel, except for their epsilon."""
     residual = fields.number("residual_multiplier", 1.0)
-    return biases(fields) | {
+    return llama(fields, layers) | {
         "embedding_scale": fields.number("embedding_multiplier", 1.0) / residual,
         "norm_eps": fields.number("rms_norm_eps", 1e-6) / residual**2,
         "logit_scale": 1 / fields.number("logits_scaling", 1.0),
@@ -213,55 +192,38 @@ def granite(fields: TrackedConfig, layers: int) -> dict[str, Any]:
 
 
 def phi3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("attention_bias", False)
     rope = fields.table("rope_scaling") or fields.table("rope_parameters")
     share = rope.get("partial_rotary_factor") or fields.optional("partial_rotary_factor") or 1.0
     if type(share) not in (int, float) or not 0 < share <= 1:
         raise ValueError(f"partial_rotary_factor is {share!r}: expected a number above 0, at most 1")
-    return {
-        "windows": windows(fields, layers, None, lambda layer: True),
-        "rope": RopeConfig(share=share),
-        "norm_eps": fields.number("rms_norm_eps", 1e-5),
-    }
+    return {"windows": windows(fields, layers), "rope": RopeConfig(share=share)}
 
 
 def mistral(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    return {"windows": windows(fields, layers, 4096, lambda layer: True)}
+    return {"windows": windows(fields, layers)}
 
 
 def qwen(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("attention_bias", False)
-    if not fields.switch("use_sliding_window", False):
+    if not fields.typed("use_sliding_window", False):
         fields.unread -= {"sliding_window", "layer_types"}
         return {}
-    first = fields.own("max_window_layers", 28)
+    first = fields.own("max_window_layers")
     if type(first) is not int:
         raise ValueError(f"max_window_layers is {first!r}: expected an integer")
-    return {"windows": windows(fields, layers, 4096, lambda layer: layer >= first)}
+    return {"windows": windows(fields, layers, lambda layer: layer >= first)}
 
 
 def gemma(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("attention_bias", False)
-    # "gelu" in a Gemma config means the tanh approximation: the models were trained with it.
-    fields.only("hidden_activation", "gelu_pytorch_tanh", "gelu")
-    fields.only("hidden_act", "gelu_pytorch_tanh", "gelu")
-    fields.only("use_bidirectional_attention", False)
-    scale = fields.integer("hidden_size") ** 0.5
-    tied = fields.switch("tie_word_embeddings", True)
-    return {"activation": "gelu_tanh", "embedding_scale": scale, "norm_offset": 1.0, "tied_output": tied}
+    return {"activation": "gelu_tanh", "embedding_scale": fields.integer("hidden_size") ** 0.5, "norm_offset": 1.0}
 
 
 def gemma2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    seen = windows(fields, layers, 4096, lambda layer: layer % 2 == 0)
-    fields.only("sliding_window_size", fields.own("sliding_window", 4096))  # the 9B configs have both
-    for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
-        if fields.own(name, default) is not None:
-            fields.number(name, default)
+    seen = windows(fields, layers, lambda layer: layer % 2 == 0)
+    fields.only("sliding_window_size", fields.own("sliding_window"))  # the 9B configs have both
     return gemma(fields, layers) | {
         "windows": seen,
-        "post_norms": True,
-        "score_softcap": fields.own("attn_logit_softcapping", 50.0),
-        "logit_softcap": fields.own("final_logit_softcapping", 30.0),
+        "score_softcap": fields.optional("attn_logit_softcapping"),
+        "logit_softcap": fields.optional("final_logit_softcapping"),
         "rope": score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5),
     }
 
@@ -269,25 +231,20 @@ def gemma2(fields: TrackedConfig, layers: int) -> dict[str, Any]:
 def gemma3(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     """Sliding-window layers use a local theta, without scaling."""
     pattern = fields.integer("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
-    fields.integer("sliding_window", 4096)
-    seen = windows(fields, layers, 4096, lambda layer: (layer + 1) % pattern != 0)
+    seen = windows(fields, layers, lambda layer: (layer + 1) % pattern != 0)
     ropes, local = TrackedConfig(fields.table("rope_parameters")), TrackedConfig({})
     if {"full_attention", "sliding_attention"} & ropes.config.keys():
         local, ropes = (TrackedConfig(ropes.table(f"{kind}_attention")) for kind in ("sliding", "full"))
         if local.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters {local.config} of sliding_attention: only rope_theta is supported")
     local_theta = local.number("rope_theta", fields.number("rope_local_base_freq", 10000.0))
-    fields.only("attn_logit_softcapping", None)
     kinds = tuple("global" if window is None else "local" for window in seen)
     rope = score_scale(fields, fields.number("query_pre_attn_scalar", 256) ** -0.5)
     return gemma(fields, layers) | {
         "windows": seen,
-        "post_norms": True,
-        "qk_norm": True,
         "logit_softcap": fields.optional("final_logit_softcapping"),
         "rope": replace(rope, layers=kinds, local_theta=local_theta),
         "rope_parameters": {**ropes.config, **fields.table("rope_scaling")},
-        "theta": 1e6,
         "context_limit": fields.integer("max_position_embeddings"),  # the scaled length
     }
 
@@ -307,32 +264,23 @@ def mixture(
 
 
 def mixtral(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("norm_topk_prob", True)  # Mixtral's softmax is over the chosen experts
-    seen = windows(fields, layers, None, lambda layer: True)
-    return {
-        "windows": seen,
-        "mixture": mixture(fields, layers, "intermediate_size", True),
-        "norm_eps": fields.number("rms_norm_eps", 1e-5),
-        "theta": 1e6,
-    }
+    return {"windows": windows(fields, layers), "mixture": mixture(fields, layers, "intermediate_size", True)}
 
 
 def qwen_moe(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("use_sliding_window", False)
-    fields.only("attention_bias", False)
     fields.unread -= {"sliding_window", "layer_types"}
-    step, plain = fields.integer("decoder_sparse_step", 1), fields.listed("mlp_only_layers", [])
+    step, plain = fields.integer("decoder_sparse_step", 1), fields.typed("mlp_only_layers", list[int]())
     dense = tuple(layer for layer in range(layers) if layer in plain or (layer + 1) % step)
-    renormalised = fields.switch("norm_topk_prob", False)
+    renormalised = fields.typed("norm_topk_prob", False)
     return {"mixture": mixture(fields, layers, "moe_intermediate_size", renormalised, dense)}
 
 
+def qwen2_moe(fields: TrackedConfig, layers: int) -> dict[str, Any]:
+    return qwen_moe(fields, layers) | {"qkv_bias": fields.typed("qkv_bias", True)}
+
+
 def olmoe(fields: TrackedConfig, layers: int) -> dict[str, Any]:
-    fields.only("attention_bias", False)
-    fields.only("clip_qkv", None)
-    renormalised = fields.switch("norm_topk_prob", False)
-    experts = mixture(fields, layers, "intermediate_size", renormalised)
-    return {"mixture": experts, "qk_norm": True, "qk_norm_whole": True, "norm_eps": fields.number("rms_norm_eps", 1e-5)}
+    return {"mixture": mixture(fields, layers, "intermediate_size", fields.typed("norm_topk_prob", False))}
 
 
 def baichuan(fields: TrackedConfig, layers: int) -> dict[str, Any]:
@@ -340,26 +288,50 @@ def baichuan(fields: TrackedConfig, layers: int) -> dict[str, Any]:
     return {"alibi": "max_position_embeddings" not in fields.config}
 
 
-FAMILIES: dict[str, Callable[[TrackedConfig, int], dict[str, Any]]] = {
-    "LlamaForCausalLM": llama,
-    "MistralForCausalLM": mistral,
-    "Qwen2ForCausalLM": lambda fields, layers: qwen(fields, layers) | {"qkv_bias": True},
-    "Qwen3ForCausalLM": lambda fields, layers: qwen(fields, layers) | {"qk_norm": True},
-    "GemmaForCausalLM": gemma,
-    "Gemma2ForCausalLM": gemma2,
-    "Gemma3ForCausalLM": gemma3,
-    "Olmo2ForCausalLM": olmo2,
-    "SmolLM3ForCausalLM": smollm3,
-    "GraniteForCausalLM": granite,
-    "Phi3ForCausalLM": phi3,
-    "MixtralForCausalLM": mixtral,
-    "Qwen2MoeForCausalLM": lambda fields, layers: (
-        qwen_moe(fields, layers) | {"qkv_bias": fields.switch("qkv_bias", True)}
+class Family(NamedTuple):
+    """read: (config, number of layers) -> the fields of ModelArgs that this family reads from its own fields. args:
+    those that are the same for all of its models. defaults: of fields that config.json leaves out. only: the values of
+    a field that are supported."""
+
+    read: Callable[[TrackedConfig, int], dict[str, Any]]
+    args: Mapping[str, Any] = {}
+    defaults: Mapping[str, Any] = {}
+    only: dict[str, tuple] = {}
+
+
+QK_NORM_WHOLE = {"qk_norm": True, "qk_norm_whole": True}
+QWEN = {"sliding_window": 4096, "max_window_layers": 28}
+GEMMA2 = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+EPS, TIED, WINDOW = {"rms_norm_eps": 1e-5}, {"tie_word_embeddings": True}, {"sliding_window": 4096}
+NO_BIAS, NO_WINDOW = {"attention_bias": (False,)}, {"use_sliding_window": (False,)}
+# "gelu" in a Gemma config means the tanh approximation: the models were trained with it.
+GELU = dict.fromkeys(("hidden_activation", "hidden_act"), ("gelu_pytorch_tanh", "gelu"))
+GEMMA = NO_BIAS | GELU | {"use_bidirectional_attention": (False,)}
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(llama),
+    "MistralForCausalLM": Family(mistral, {}, WINDOW),
+    "Qwen2ForCausalLM": Family(qwen, {"qkv_bias": True}, QWEN, NO_BIAS),
+    "Qwen3ForCausalLM": Family(qwen, {"qk_norm": True}, QWEN, NO_BIAS),
+    "GemmaForCausalLM": Family(gemma, {}, TIED, GEMMA),
+    "Gemma2ForCausalLM": Family(gemma2, {"post_norms": True}, TIED | WINDOW | GEMMA2, GEMMA),
+    "Gemma3ForCausalLM": Family(
+        gemma3,
+        {"post_norms": True, "qk_norm": True},
+        TIED | WINDOW | {"rope_theta": 1e6},
+        GEMMA | {"attn_logit_softcapping": (None,)},
     ),
-    "Qwen3MoeForCausalLM": lambda fields, layers: qwen_moe(fields, layers) | {"qk_norm": True},
-    "OlmoeForCausalLM": olmoe,
-    "BaichuanForCausalLM": baichuan,
-    "BaiChuanForCausalLM": baichuan,
+    "Olmo2ForCausalLM": Family(llama, QK_NORM_WHOLE | {"pre_norms": False, "post_norms": True}, EPS),
+    "SmolLM3ForCausalLM": Family(smollm3, {}, TIED | {"rope_theta": 2e6}),
+    "GraniteForCausalLM": Family(granite),
+    "Phi3ForCausalLM": Family(phi3, {}, EPS, NO_BIAS),
+    # Mixtral's softmax is over the chosen experts.
+    "MixtralForCausalLM": Family(mixtral, {}, EPS | {"rope_theta": 1e6}, {"norm_topk_prob": (True,)}),
+    "Qwen2MoeForCausalLM": Family(qwen2_moe, only=NO_BIAS | NO_WINDOW),
+    "Qwen3MoeForCausalLM": Family(qwen_moe, {"qk_norm": True}, only=NO_BIAS | NO_WINDOW),
+    "OlmoeForCausalLM": Family(olmoe, QK_NORM_WHOLE, EPS, NO_BIAS | {"clip_qkv": (None,)}),
+    "BaichuanForCausalLM": Family(baichuan),
+    "BaiChuanForCausalLM": Family(baichuan),
 }
 
 
@@ -369,28 +341,24 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(f"architecture {architecture} is not supported; supported: {', '.join(FAMILIES)}")
-    fields = TrackedConfig(config)
+    family = FAMILIES[architecture]
+    fields = TrackedConfig(config, family.defaults)
     layers, heads = fields.integer("num_hidden_layers"), fields.integer("num_attention_heads")
-    special = FAMILIES[architecture](fields, layers)
-    if "activation" not in special:
-        fields.only("hidden_act", "silu", "swish")
-    if "layer_types" in fields.unread and {*fields.listed("layer_types", [])} - {"full_attention"}:
+    special = {**family.args, **family.read(fields, layers)}
+    for name, values in ({"hidden_act": ("silu", "swish")} | family.only).items():
+        fields.only(name, *values)
+    if "layer_types" in fields.unread and {*fields.typed("layer_types", [])} - {"full_attention"}:
         fields.unsupported.append(f"layer_types other than full_attention are not supported for {architecture}")
-    share = special.get("rope", RopeConfig()).share
-    fields.only("partial_rotary_factor", 1.0, share)
     trained = fields.integer("max_position_embeddings", config.get("model_max_length"))
     # rope_scaling is the older name of rope_parameters; like transformers, use the first present, without merging.
     old, new = fields.table("rope_scaling"), fields.table("rope_parameters")
-    theta, scaling = rope(
-        fields, special.pop("rope_parameters", old or new), special.pop("theta", 10000.0), trained, share
-    )
+    scaling_fields = TrackedConfig(special.pop("rope_parameters", old or new))
+    theta, scaling = rope(fields, scaling_fields, trained, special.get("rope", RopeConfig()).share)
     longest = trained
     if scaling is not None and scaling.kind != "llama3":  # its configs give the scaled length
         longest = max(trained, int(scaling.original_context * scaling.factor))
     seen = tuple(size if size is not None and size < longest else None for size in special.pop("windows", ()))
     longest = special.pop("context_limit", longest)
-    eps = float(fields.number("rms_norm_eps", 1e-6))
-    usual = {"tied_output": fields.switch("tie_word_embeddings", False), "norm_eps": eps}
     args = ModelArgs(
         dim=fields.integer("hidden_size"),
         n_layer=layers,
@@ -401,12 +369,13 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
         vocab_size=fields.integer("vocab_size"),
         context_limit=longest,
         max_positions=trained if trained < longest else None,
+        tied_output=fields.typed("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
         windows=seen if any(seen) else (),
-        **usual | special,
+        **{"norm_eps": float(fields.number("rms_norm_eps", 1e-6))} | special,
     )
-    fields.done()
+    check_read(fields, scaling_fields)
     for each in (scaling.short, scaling.long) if scaling is not None and scaling.kind == "longrope" else ():
         if len(each) != (pairs := args.rope.size(args.head_dim) // 2):
             raise ValueError(
@@ -415,33 +384,27 @@ def args_from_config(config: Mapping[str, Any]) -> ModelArgs:
     return args
 
 
-def rope(
-    fields: TrackedConfig, values: Mapping[str, Any], usual_theta: float, trained: int, share: float
-) -> tuple[float, RopeScaling | None]:
-    """Parse rope_scaling or rope_parameters -> (theta, scaling). usual_theta: default. trained:
-    max_position_embeddings. share: rotated fraction of a head."""
-    rope = fields.part(values)
-    theta = float(rope.number("rope_theta", fields.number("rope_theta", usual_theta)))
+def rope(fields: TrackedConfig, rope: TrackedConfig, trained: int, share: float) -> tuple[float, RopeScaling | None]:
+    """Parse rope_scaling or rope_parameters -> (theta, scaling). trained: max_position_embeddings. share: rotated
+    fraction of a head."""
+    theta = float(rope.number("rope_theta", fields.number("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    rope.get("type")
     fields.only("rope_type", "default", kind)
-    rope.only("partial_rotary_factor", 1.0, share)
+    for each in (fields, rope):
+        each.only("partial_rotary_factor", 1.0, share)
     rope.unread -= ROPE_FIELDS
     # The config's top-level field overrides that of rope_scaling.
-    own, inside = (each.optional_integer("original_max_position_embeddings") for each in (fields, rope))
-    original = own or inside
+    name = "original_max_position_embeddings"
+    original = next(iter([each.integer(name) for each in (fields, rope) if each.get(name) is not None]), None)
     if kind == "default":
         rope.only("factor", 1.0)
         return theta, None
     if kind in ("longrope", "su"):  # su: its former name
         return theta, longrope(rope, original or trained, trained)
     if kind not in ("linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(
-            f"rope type {kind!r} is not supported, only default, linear, dynamic, llama3, yarn and longrope"
-        )
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        kinds = "default, linear, dynamic, llama3, yarn and longrope"
+        raise ValueError(f"rope type {kind!r} is not supported, only {kinds}")
+    needed = ["factor", *LLAMA3_NEEDS] if kind == "llama3" else ["factor"]
     if missing := [name for name in needed if rope.get(name) is None and fields.get(name) is None]:
         raise ValueError(f"rope scaling of type {kind} needs {', '.join(missing)}")
     factor = rope.number("factor")
@@ -523,6 +486,16 @@ BUFFER = re.compile(
 )
 
 
+# Projections stored as one tensor, by the architecture: Hugging Face's name and the parts, one below the other.
+QKV = ("attention.wq", "attention.wk", "attention.wv")
+FUSED_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "Phi3ForCausalLM": {"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")},
+    "BaichuanForCausalLM": {"self_attn.W_pack": QKV},
+    "BaiChuanForCausalLM": {"self_attn.W_pack": QKV},
+}
+FUSED = {name: parts for fused in FUSED_BY.values() for name, parts in fused.items()}
+
+
 def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Map a Hugging Face tensor to our names: one entry per fused part, or none if the network computes the tensor
     itself. An unknown name is kept."""
@@ -535,11 +508,9 @@ def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[st
     if architecture.startswith("Olmo") and re.search(r"self_attn\.[qk]_norm", inner):  # one norm over all heads
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         tensor = tensor.unflatten(0, (-1, head_dim))  # [H,D]
-    if layer and layer[2] == "self_attn.W_pack":  # Baichuan: fused q, k, v
-        parts = zip("qkv", tensor.chunk(3), strict=True)
-        return {f"layers.{layer[1]}.attention.w{part}.{layer[3]}": piece for part, piece in parts}
-    if layer and layer[2] in ("self_attn.qkv_proj", "mlp.gate_up_proj"):  # Phi-3
-        return phi3_tensors(f"layers.{layer[1]}", layer[2], tensor, config)
+    if layer and layer[2] in FUSED:
+        parts = zip(FUSED[layer[2]], split_fused(layer[2], tensor, config), strict=True)
+        return {f"layers.{layer[1]}.{part}.{layer[3]}": piece for part, piece in parts}
     if expert := re.fullmatch(r"layers\.(\d+)\.(?:mlp|block_sparse_moe)\.experts\.(.+)", inner):
         return expert_tensors(f"layers.{expert[1]}.feed_forward", expert[2], tensor)
     if layer and layer[2] in names:
@@ -548,15 +519,6 @@ def our_tensors(name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[st
     if inner == "lm_head.weight" and architecture == "BaichuanForCausalLM" and config["vocab_size"] == 125696:
         tensor = F.normalize(tensor.float()).to(tensor.dtype)
     return {HF_TOP.get(inner, name): tensor}
-
-
-QKV = ("attention.wq", "attention.wk", "attention.wv")
-PACKED = {
-    "Phi3ForCausalLM": dict.fromkeys(QKV, "self_attn.qkv_proj")
-    | dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), "mlp.gate_up_proj"),
-    "BaichuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
-    "BaiChuanForCausalLM": dict.fromkeys(QKV, "self_attn.W_pack"),
-}
 
 
 def their_name(ours: str, config: Mapping[str, Any]) -> str:
@@ -570,23 +532,20 @@ def their_name(ours: str, config: Mapping[str, Any]) -> str:
     mixtral = architecture == "MixtralForCausalLM"
     names = {name: theirs for theirs, name in HF_NAMES.items() if mixtral or not theirs.startswith("block_sparse_moe")}
     names |= {name: theirs for theirs, name in HF_NAMES_POST_NORMS.items() if architecture in POST_NORMS}
-    names |= PACKED.get(architecture, {})
+    names |= {part: fused for fused, parts in FUSED_BY.get(architecture, {}).items() for part in parts}
     if expert is not None:
         theirs = {name: each for each, name in HF_EXPERT.items()}[matrix]
         names[module] = f"block_sparse_moe.experts.{expert}.{matrix}" if mixtral else f"mlp.experts.{expert}.{theirs}"
     return f"model.layers.{number}.{names.get(module, module)}.{kind}"
 
 
-def phi3_tensors(prefix: str, name: str, tensor: Tensor, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Split a fused q, k, v or gate, up projection into views. A wrong size is detected later, in the shapes of the
-    parts."""
-    if name == "mlp.gate_up_proj":
-        parts = zip(("w1", "w3"), tensor.tensor_split(2), strict=True)
-        return {f"{prefix}.feed_forward.{part}.weight": piece for part, piece in parts}
-    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    ends = [len(tensor) * heads // (heads + 2 * groups), len(tensor) * (heads + groups) // (heads + 2 * groups)]
-    parts = zip("qkv", tensor.tensor_split(ends), strict=True)
-    return {f"{prefix}.attention.w{part}.weight": piece for part, piece in parts}
+def split_fused(name: str, tensor: Tensor, config: Mapping[str, Any]) -> Sequence[Tensor]:
+    """Split a fused tensor into views of its parts. A wrong size is detected later, in the shapes of the parts."""
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    sizes = dict(zip(QKV, (heads, groups, groups), strict=True))
+    *ends, total = accumulate(sizes.get(part, 1) for part in FUSED[name])
+    return tensor.tensor_split([len(tensor) * end // total for end in ends])
 
 
 def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -194,27 +194,23 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is {error}") from error
 
 
-def replace_file(written: Path, target: Path) -> None:
-    """Replace a file atomically and durably: after a power cut either the old or the new one is there, complete."""
-    with written.open("rb+") as file:
-        os.fsync(file.fileno())
-    written.replace(target)
-    with suppress(OSError):  # not every system can open a folder
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: `write` writes a temporary file beside `path`, which replaces it. Raises OSError."""
+    """Write a file atomically and durably: `write` writes a temporary file beside `path`, which replaces it; after a
+    power cut either the old or the new one is there, complete. Raises OSError."""
     from tempfile import TemporaryDirectory  # slower to import than the rest of this file
 
     target = Path(os.path.realpath(path))  # keep a symlink
     try:
-        with TemporaryDirectory(prefix=".unfinished-", dir=target.parent) as folder:
+        with TemporaryDirectory(".unfinished", ".", target.parent) as folder:
             unfinished = Path(folder, target.name)
             write(unfinished)
-            replace_file(unfinished, target)
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(target)
     except OSError as error:
         why = error.strerror or error
         raise OSError(f"{path} cannot be written ({why}): free up disk space, or choose another file") from error
+    with suppress(OSError):  # not every system can open a folder
+        handle = os.open(target.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -108,36 +108,35 @@ def size_of(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
+LOGIN = "set HF_TOKEN or run `hf auth login`"
+GATED = "{repo} needs a token: accept the licence on {page}, then " + LOGIN
+# What went wrong and how to fix it, by the class of huggingface_hub's error, or by the status of its answer.
+EXPLANATIONS = {
+    "HFValidationError": "{repo!r} is not a repository name: use OWNER/NAME",
+    "GatedRepoError": GATED,
+    "403": GATED,
+    # The hub answers alike for a missing and a private one.
+    "RepositoryNotFoundError": "{page} not found: check the name; if it is private, " + LOGIN,
+    "RevisionNotFoundError": (
+        "{repo} has no revision {revision!r}: pass one of its branches, tags or commits ({page}/commits)"
+    ),
+    "401": "the hub rejected the token for {repo}: set HF_TOKEN to a valid one, or run `hf auth login`",
+    "OfflineModeIsEnabled": "{repo} cannot be downloaded while HF_HUB_OFFLINE is set: unset it",
+}
+
+
 def explain(error: Exception, repo: str, revision: str | None, out: Path) -> str:
     """Say in one line what went wrong and how to fix it."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,  # of the HTTP library that huggingface_hub uses
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: of the HTTP library that it uses
 
-    page = f"{constants.ENDPOINT}/{repo}"
     while isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    text = " ".join(str(error).split())
-    if isinstance(error, HFValidationError):
-        return f"{repo!r} is not a repository name: use OWNER/NAME"
-    if isinstance(error, GatedRepoError) or status == 403:
-        return f"{repo} needs a token: accept the licence on {page}, then set HF_TOKEN or run `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):  # the hub answers alike for a missing and a private one
-        return f"{page} not found: check the name; if it is private, set HF_TOKEN or run `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no revision {revision!r}: pass one of its branches, tags or commits ({page}/commits)"
-    if status == 401:
-        return f"the hub rejected the token for {repo}: set HF_TOKEN to a valid one, or run `hf auth login`"
-    if isinstance(error, OfflineModeIsEnabled):
-        return f"{repo} cannot be downloaded while HF_HUB_OFFLINE is set: unset it"
+    page, text = f"{constants.ENDPOINT}/{repo}", " ".join(str(error).split())
+    names = [kind.__name__ for kind in type(error).__mro__]  # the error's own class first
+    names.append(str(getattr(getattr(error, "response", None), "status_code", None)))
+    if known := next((EXPLANATIONS[name] for name in names if name in EXPLANATIONS), None):
+        return known.format(repo=repo, revision=revision, page=page)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "os error 28" in text:  # hf_xet's message: it raises no OSError
         return f"the disk of {out} is full: free up space and run the same command again; completed files are kept"

@@ -231,7 +231,18 @@ class Tokenizer(Protocol):
         """Decode ids; special tokens are dropped, invalid UTF-8 bytes become U+FFFD."""
 
 
-class SentencePieceTokenizer:
+class ControlTokens:
+    """The control tokens of a tokenizer, whose names are ordinary text in a text, although its library may find them
+    there: in some models they are pieces, or entries of the vocabulary."""
+
+    def __init__(self, added: Mapping[str, AddedToken], encode: Callable[[str], list[int]]) -> None:
+        """encode: the library's."""
+        self.specials = {name: token.id for name, token in added.items() if token.special}
+        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
+        self.cuts = inside(name for name, token in self.names.tokens.items() if token.id in encode(name))
+
+
+class SentencePieceTokenizer(ControlTokens):
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         from sentencepiece import SentencePieceProcessor
 
@@ -240,8 +251,7 @@ class SentencePieceTokenizer:
         names = [processor.id_to_piece(id) for id in range(self.pieces) if processor.is_control(id)]
         own = {name: AddedToken(processor.piece_to_id(name)) for name in (*names, *metadata["named"])}
         added = merge({name: token for name, token in own.items() if processor.id_to_piece(token.id) == name}, metadata)
-        self.specials = {name: token.id for name, token in added.items() if token.special}
-        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
+        super().__init__(added, processor.encode)
         # Gemma's added tokens have no flags and are pieces that the processor finds itself.
         texts = {name: token for name, token in added.items() if not token.special}
         found = {name for name, t in texts.items() if t == AddedToken(t.id, False) and t.id in processor.encode(name)}
@@ -252,9 +262,6 @@ class SentencePieceTokenizer:
         bos, eos = processor.bos_id(), self.specials.get(metadata.get("eos_token") or "", -1)
         self.bos_id = bos if bos >= 0 and metadata.get("add_bos_token") is not False else None
         self.eos_ids = frozenset(id for id in (processor.eos_id(), eos) if id >= 0)
-        # Gemma's control tokens are pieces that the processor finds in text.
-        found_in_text = (name for name, token in self.names.tokens.items() if token.id in processor.encode(name))
-        self.cuts = inside(found_in_text)
 
     def encode(self, text: str) -> list[int]:
         return self.texts.encode(text, self.encode_words, self.prefixes_all)
@@ -306,7 +313,7 @@ class TiktokenTokenizer:
         return self.encoding.decode([id for id in ids if id < self.base])
 
 
-class JSONTokenizer:
+class JSONTokenizer(ControlTokens):
     """tokenizer.json of the tokenizers library.
 
     BOS is the token its post-processor prepends, as in transformers 5; else, as in transformers 4, the bos_token of a
@@ -324,8 +331,7 @@ class JSONTokenizer:
         bos, eos = metadata.get("bos_token"), metadata.get("eos_token")
         added = added_by(backend, metadata["named"])
         backend.made.encode_special_tokens = True  # their names, as plain text
-        self.specials = {name: token.id for name, token in added.items() if token.special}
-        self.names, self.control = Names.of_control(added), frozenset(self.specials.values())
+        super().__init__(added, self.encode_words)
         begun = backend.encode(".")
         first = begun.ids[0] if begun.special_tokens_mask[:1] == [1] else None
         self.bos_id = self.specials.get(bos or "") if first is None and metadata.get("add_bos_token") else first
@@ -333,9 +339,6 @@ class JSONTokenizer:
         self.vocab_size = backend.get_vocab_size()
         spelled = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         self.bytes = ByteTokens(spelled) if None not in spelled and backend.decode([spelled[10]]) == "\n" else None
-        # In some models the names are ordinary vocabulary entries too.
-        found_in_text = (name for name, token in self.names.tokens.items() if token.id in self.encode_words(name))
-        self.cuts = inside(found_in_text)
 
     def encode(self, text: str) -> list[int]:
         return encode_parts(self.encode_words, self.cuts.split(text))

@@ -29,7 +29,7 @@ from engine.request import Request, Sampling
 from layers import kernels
 from layers import linear as packed
 from layers.kernels import Part, attend
-from layers.linear import Int4Weight, Int8Weight, Quantised, dequantise, stream_linears
+from layers.linear import Int4Weight, Int8Weight, Quantised, dequantise, hold_linears
 from layers.moe import ExpertLinear
 from layers.notices import Notice
 from layers.rope import alibi_slopes
@@ -333,7 +333,7 @@ def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
     model, plain = (random_model(args, torch.float32) for _ in range(2))
     names, told = dict(model.named_parameters()), []
     model.output.register_forward_hook(lambda *_: told.append(1))
-    stream_linears(model)
+    hold_linears(model)
     assert packed.kernels(model) == {"plain, streamed": 3 * 6 + 1, "plain": 3}, "wo has 60 inputs"
     assert all(parameter is names[name] for name, parameter in model.named_parameters())
     for n in (1, 2, 3):
@@ -393,7 +393,7 @@ def test_a_model_is_trained_through_its_caches(args, monkeypatch):
     monkeypatch.setattr("layers.linear.MIN_PACK_ELEMENTS", 1)
     model = random_model(replace(args, n_layer=2, windows=args.windows[:2]), torch.float32)
     exact = deepcopy(model).double()
-    stream_linears(model)
+    hold_linears(model)
     prompt, own = random_tokens(args, 1, 70), random_tokens(args, 3, 4, seed=2)
     context = KVCache.empty(model.args.kv_shape, 1, 70, model.norm.weight)
     for each in (model, exact):

@@ -24,7 +24,7 @@ from layers.linear import (
     WidenedLinear,
     bytes_read,
     can_pack,
-    choose_kernel,
+    choose_way,
     dequantise,
     kernels,
     make_linear,
@@ -194,14 +194,14 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     """Oracle: the measurements in docs/benchmarks.md, as a table."""
 
     def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
-        return choose_kernel(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
+        return choose_way(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
 
     monkeypatch.setattr(packed, "multiplies", lambda *_: False)
     for kind in ("int8", "int4"):
         assert {chosen(kind, 48, 96, dtype, rows) for dtype in (torch.float32, torch.bfloat16) for rows in (1, 64)} == {
             "dequantised"
         }
-        assert choose_kernel(random_weight(kind, 48, 96), torch.device("cuda"), torch.float32, 1) == (
+        assert choose_way(random_weight(kind, 48, 96), torch.device("cuda"), torch.float32, 1) == (
             "dequantised at each product"
         )
     monkeypatch.setattr(packed, "multiplies", lambda *_: True)
@@ -210,12 +210,29 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     assert chosen("int8", 48, 96, torch.bfloat16, 16) == "widened" != chosen("int8", 48, 96, torch.bfloat16, 17)
 
 
+def test_a_weight_in_the_networks_dtype_is_streamed_packed_or_left(monkeypatch):
+    """By its size, its device, whether packing pays and whether it is trained; and so is one that was dequantised."""
+    monkeypatch.setattr(packed, "streams", lambda device, *_: device.type == "cpu")
+    linear = torch.nn.Linear(512, 256).requires_grad_(False)
+
+    def chosen(linear: torch.nn.Linear, device: str = "cpu", **pack: bool) -> str:
+        return choose_way(linear, torch.device(device), torch.float32, **pack)
+
+    assert (chosen(linear), chosen(linear, pack=True)) == ("plain, streamed", "plain, packed")
+    assert (chosen(linear, "cuda"), chosen(torch.nn.Linear(512, 255))) == ("plain", "plain")
+    assert chosen(packed.StreamedLinear(linear), pack=True) == "plain, packed"
+    assert chosen(deepcopy(linear).requires_grad_(True)) == "plain"
+    monkeypatch.setattr(packed, "multiplies", lambda *_: False)
+    made = make_linear(random_weight("int8", 256, 512), None, CPU, torch.float32, 1)
+    assert packed.kernel_of(made) == chosen(made) == "dequantised, streamed"
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("held", ["widened", "dequantised"])
 def test_planned_bytes_are_those_that_a_step_reads(kind, held, monkeypatch):
     if held == "widened" and not multiplies(torch.float32, 96, 32):
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(packed, "choose_kernel", lambda *_: held)
+    monkeypatch.setattr(packed, "choose_way", lambda *_: held)
     weight = random_weight(kind, 48, 96)
     linear = make_linear(weight, None, CPU, torch.bfloat16, 3)
     read = [linear.weight] if held == "dequantised" else list(linear.buffers())
@@ -239,7 +256,7 @@ def test_a_compiled_step_takes_quantised_weights(monkeypatch):
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
     has_kernel = multiplies(torch.float32, 32, 32)
     choose = {"int8": "widened" if has_kernel else "dequantised", "int4": "dequantised at each product"}
-    monkeypatch.setattr(packed, "choose_kernel", lambda weight, *_: choose[weight.kind])
+    monkeypatch.setattr(packed, "choose_way", lambda weight, *_: choose[weight.kind])
     torch.compiler.reset()
     args = replace(GQA, dim=64, hidden_dim=96, n_layer=1)
     models = [random_model(args, torch.bfloat16) for _ in range(2)]

@@ -165,7 +165,7 @@ def test_bfloat16_needs_instructions_for_it(monkeypatch):
 
 @pytest.fixture
 def streaming(monkeypatch) -> None:
-    monkeypatch.setattr("engine.plan.streams", lambda *_: True)
+    monkeypatch.setattr("layers.linear.streams", lambda *_: True)
 
 
 @pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="asks what an x86 CPU does")
@@ -299,7 +299,7 @@ def test_packing_follows_the_rows_and_steps_that_run(streaming, monkeypatch):
     assert (few.rows_at_once, few.packed) == (2, False)
     assert not plan(large, Workload(50, 4, 1, runs=19)).packed
     assert plan(large, Workload(50, 4, 1, runs=20)).packed
-    monkeypatch.setattr("engine.plan.streams", lambda *_: False)
+    monkeypatch.setattr("layers.linear.streams", lambda *_: False)
     assert plan(large, Workload(50, 1, 200)).packed
 
 
