@@ -8,7 +8,6 @@ heads, L slots, D head dimension.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from engine.layouts import CONTIGUOUS, Int8Context, own_cache
 from engine.request import Request
 from engine.runner import SILENT, ModelRunner, Monitor, bucket
 from engine.scoring import SMALL, Node, Rows, batches
+from engine.sizes import Sizes
 
 
 class RowMap(Link):
@@ -111,24 +111,6 @@ class Place(NamedTuple):
 
     row: int
     group: int = 0
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a batch holds at once. rows: that decode together. prompts, groups: in memory. root: tokens of the prefix of
-    all. group, rest: most tokens of a group's prefix, and of a prompt, after what stands before them. own: slots of a
-    row for the tokens that it decodes. share: most rows of one prompt. single: whether all rows continue one prompt,
-    which then needs neither a mask nor an order of rows."""
-
-    rows: int
-    prompts: int
-    groups: int
-    root: int
-    group: int
-    rest: int
-    own: int
-    share: int
-    single: bool
 
 
 class Contexts:

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from cache import KVCache
 from engine.contexts import Contexts
+from engine.decoding import ActivePrompt, PlainDecoder, Seat, StepOutput
 from engine.graphs import RecordedStep, Step, StepInput, compiled
 from engine.plan import WeightSizes, Workload
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.samples import Row
-from engine.scheduler import ActivePrompt, PlainDecoder, Seat, StepOutput
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
@@ -183,8 +183,8 @@ class SpeculativeDecoder(PlainDecoder):
     def seat(self, rows: Sequence[int]) -> None:
         super().seat(rows)
         for row in rows:
-            if self.hidden is not None and (seat := self.seats[row]) is not None and seat.held.hidden is not None:
-                self.hidden[row] = seat.held.hidden
+            if self.hidden is not None and (seat := self.seats[row]) is not None and seat.active.hidden is not None:
+                self.hidden[row] = seat.active.hidden
 
     def next(self) -> StepOutput:
         self.input_pos, proposals = self.input_pos.minimum(self.last), None
@@ -330,7 +330,7 @@ class PromptDraft(Draft):
 
     def propose_row(self, seat: Seat, k: int) -> list[int] | None:
         """Return what followed the row's last n-gram; None if it did not occur before."""
-        context, own = seat.held.prompt.tokens, seat.row.sample.tokens
+        context, own = seat.active.tokens, seat.row.sample.tokens
         T, end = len(context), len(context) + len(own)
         row = self.rows.setdefault(seat.row, RowIndex(T))
         recent = max(0, row.indexed - max(self.sizes))  # the text from here on, of which n-grams are noted
@@ -350,14 +350,14 @@ class PromptDraft(Draft):
 
     def look_up(self, seat: Seat, row: RowIndex, text: list[int]) -> int:
         """Return the position after the latest n-gram equal to the text's last; 0: there is none."""
-        context = seat.held.prompt.tokens
-        if seat.held not in self.indices:
-            grams = self.indices[seat.held] = {}
+        context = seat.active.tokens
+        if seat.active not in self.indices:
+            grams = self.indices[seat.active] = {}
             for after in range(1, len(context) + 1):
                 self.note(grams, context, 0, after)
         for n in self.sizes:
             gram = tuple(text[-n:])
-            if found := row.grams.get(gram, 0) or self.indices[seat.held].get(gram, 0):
+            if found := row.grams.get(gram, 0) or self.indices[seat.active].get(gram, 0):
                 return found
         return 0
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 import sampling
 from cache import KVCache
 from cli.console import Stopwatch
-from engine import runner, scheduler
+from engine import decoding, runner
 from engine.engine import Engine
 from engine.graphs import StepInput, compiled, warn_once
 from engine.layouts import Int8Context
@@ -148,7 +148,7 @@ def counter(monkeypatch) -> CompileCounter:
     """Counts graphs, without the C++ compiler. Simpler random numbers: Philox takes long to trace."""
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    for module in (runner, scheduler, sampling):
+    for module in (runner, decoding, sampling):
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
     warn_once.cache_clear()
     return counter

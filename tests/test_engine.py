@@ -14,13 +14,13 @@ from cache import KVCache
 from cli.console import Stopwatch
 from engine import contexts, scheduler
 from engine.chat import ChatEncoder, Conversation
+from engine.decoding import PlainDecoder, Prompt, StepOutput
 from engine.engine import Engine
 from engine.graphs import StepInput
 from engine.layouts import LAYOUTS
 from engine.request import Request, Sampling
 from engine.runner import Monitor, bucket, decode, rows_to_keep
 from engine.samples import Piece, Sample, rank
-from engine.scheduler import PlainDecoder, Prompt, StepOutput
 from layers.rope import RopeScaling
 from sampling import draw, uniform
 

@@ -40,7 +40,7 @@ from cli.console import Console
 from cli.options import build_parser
 from cli.repl import COMMANDS as COMMANDS_OF_TALK
 from cli.system import SafeStderr, cache_folder, finish, start
-from engine import scheduler
+from engine import decoding
 from engine.engine import Engine
 from engine.request import Request
 from engine.samples import Row, StopConditions
@@ -402,13 +402,13 @@ def test_a_user_without_a_home_keeps_what_was_compiled_elsewhere(tmp_path, monke
 
 def slowly(seconds: float = 0.05) -> None:
     """Every step takes so long that there is time to interrupt it, on any machine."""
-    plain = scheduler.PlainDecoder.next
+    plain = decoding.PlainDecoder.next
 
     def next(*arguments):
         time.sleep(seconds)
         return plain(*arguments)
 
-    mock.patch.object(scheduler.PlainDecoder, "next", next).start()
+    mock.patch.object(decoding.PlainDecoder, "next", next).start()
 
 
 class Terminal:

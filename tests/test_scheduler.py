@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.prefixes import Sharing
 from engine.request import Request, Sampling
 from engine.samples import Piece, Row, StopConditions
-from engine.scheduler import BatchStats, Outcome, Prompt, Scheduler, needed, seed_of
+from engine.scheduler import BatchStats, Outcome, Prompt, Scheduler, seed_of
 from engine.speculate import DraftController, LayersDraft, ModelDraft, PromptDraft, Speculation
 from layers.moe import MoEConfig
 from layers.rope import RopeScaling
@@ -337,10 +337,10 @@ def test_memory_stays_within_what_there_is():
     expected, rows = drawn(engine.generate_many(prompts, asked)), []
     for spare in (1 << 19, 1 << 18, 0):
         one = Scheduler(engine, prompts, replace(asked, rows_at_once=1))
-        engine.available = needed(one.sizes, one.plan) + spare
+        engine.available = one.sizes.needed(one.plan) + spare
         made = Scheduler(engine, prompts, asked)
         assert drawn(made.run()) == expected and made.contexts.tokens == made.sizes.root
-        assert held_bytes(made.contexts) + engine.weights.total <= needed(made.sizes, made.plan) <= engine.available
+        assert held_bytes(made.contexts) + engine.weights.total <= made.sizes.needed(made.plan) <= engine.available
         rows.append(made.sizes.rows)
     assert rows == sorted(rows, reverse=True) and len(set(rows)) == 3 and rows[-1] == 1, rows
     engine.available = engine.weights.total

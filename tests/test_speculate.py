@@ -19,13 +19,13 @@ from test_sampling import chi_square
 from torch import Tensor
 
 import sampling
-from engine import runner, scheduler
+from engine import decoding, runner, scheduler
 from engine.chat import Conversation
 from engine.contexts import Place
+from engine.decoding import ActivePrompt, Prompt, Seat
 from engine.engine import Engine
 from engine.request import Sampling
 from engine.samples import Row, Sample, StopConditions
-from engine.scheduler import ActivePrompt, Prompt, Seat
 from engine.speculate import (
     Draft,
     DraftController,
@@ -419,7 +419,7 @@ def test_steps_compile_once(monkeypatch):
     """The draft's, the verifying and the plain one; for other rows, contexts and lengths. Traced and guarded as ever,
     without the C++ compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for module in (runner, scheduler, sampling):  # Philox takes most of the time
+    for module in (runner, decoding, sampling):  # Philox takes most of the time
         monkeypatch.setattr(module, "uniform", lambda seed, *at: (seed + at[0] * 7919 + at[1] * 104729) % 997 / 997.0)
     model = random_model(replace(TWO, n_layer=1))
     plain, engine = Engine(model), Engine(model, compile=True)

@@ -1,0 +1,96 @@
+"""Planning of a batch: the workload of its prompts, and how many rows, prompts and groups fit into memory at once.
+
+Shapes: C rows that decode together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from engine.plan import Plan
+from engine.prefixes import Sharing
+from engine.request import Request, Sampling, Workload
+
+# Rows of many prompts that decode together, memory permitting: at 64 a step on a CPU is compute-bound
+# (docs/benchmarks.md).
+ROWS = {"cpu": 64, "cuda": 512}
+
+Asked = Sequence[tuple[int, Request]]  # the tokens and the request of each prompt
+
+
+def workload(asked: Asked, request: Request, device: torch.device) -> Workload:
+    """Return the workload to plan: the rows of a single prompt, or of many as many as decode together, after the
+    longest prompt, until all are done. request: how contexts are stored and prefilled."""
+    total = sum(each.num_samples for _, each in asked)
+    rows = total if len(asked) == 1 else min(total, request.rows_at_once or ROWS[device.type])
+    sampling, new = heaviest([each.sampling for _, each in asked]), max(each.max_new_tokens for _, each in asked)
+    how = replace(request, num_samples=rows, max_new_tokens=new, sampling=sampling)
+    return how.workload(max(length for length, _ in asked), -(-total // rows))
+
+
+def heaviest(samplings: Sequence[Sampling]) -> Sampling:
+    """Return parameters that need the memory of all these together."""
+    first = samplings[0]
+    if all(each == first for each in samplings):
+        return first
+    drawn = [each for each in samplings if each.temperature]
+    few = all(each.top_k for each in drawn)
+    penalty = next((each.repetition_penalty for each in samplings if each.repetition_penalty != 1), 1.0)
+    sorts = any(each.top_p is not None or each.top_k is not None for each in drawn)
+    top_k = max((each.top_k or 1 for each in drawn), default=1) if few else None
+    return Sampling(1.0, top_k, 0.5 if sorts and not few else None, repetition_penalty=penalty)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a batch holds at once. rows: that decode together. prompts, groups: in memory. root: tokens of the prefix of
+    all. group, rest: most tokens of a group's prefix, and of a prompt, after what stands before them. own: slots of a
+    row for the tokens that it decodes. share: most rows of one prompt. single: whether all rows continue one prompt,
+    which then needs neither a mask nor an order of rows."""
+
+    rows: int
+    prompts: int
+    groups: int
+    root: int
+    group: int
+    rest: int
+    own: int
+    share: int
+    single: bool
+
+    @classmethod
+    def of(cls, rows: int, asked: Asked, sharing: Sharing, width: int, held: int = 1) -> "Sizes":
+        """Size a batch of C rows. A prompt's keys and values stay until its last sample ends, so there is room for
+        twice as many prompts as fill the rows; if each has one sample, for a quarter more, read together. width: most
+        tokens of a step. held: contexts of each prompt in memory."""
+        n, own = (max(getattr(each, name) for _, each in asked) for name in ("num_samples", "max_new_tokens"))
+        fill = -(-rows // n)
+        prompts = min(len(asked), fill + (fill if n > 1 else fill // 4))
+        prefixes = sharing.root, sharing.longest_group, sharing.longest_rest
+        groups, single = min(len(sharing.groups), prompts // 2 + 1), len(asked) * held == 1
+        return cls(rows, prompts * held, groups, *prefixes, own + width - 1, min(n, rows), single)
+
+    def needed(self, plan: Plan) -> int:
+        """Return the bytes that a batch of many prompts needs, weights included."""
+        token = plan.context // plan.workload.context
+        held = (self.root + self.prompts * self.rest + (self.groups + 1) * self.group) * token
+        held += self.rows * (plan.decoded_per_sample + plan.copied_per_sample)
+        # All rows may belong to one group, so each group has room for all, rounded up to a power of two (RowMap).
+        share = 1 << max(1, (self.rows - 1).bit_length())
+        folded = max(self.rows, self.prompts * self.share, (self.groups + 1) * share if self.groups else 0)
+        linked = bool(self.root or self.groups)
+        held += max(plan.space.reading(linked), plan.space.decoding(self.rows, self.prompts, folded))
+        return plan.weights.total + held
+
+
+def fit(asked: Asked, sharing: Sharing, plan: Plan, width: int, held: int) -> tuple[Sizes, Sharing]:
+    """Return the sizes of the largest batch that fits into memory, and what it shares: at least one row and its prompt,
+    as planned, sharing nothing."""
+    rows = min(sum(each.num_samples for _, each in asked), plan.rows_at_once)
+    while rows > 0 and len(asked) > 1 and Sizes.of(rows, asked, sharing, width, held).needed(plan) > plan.available:
+        rows -= 1
+    if rows:
+        return Sizes.of(rows, asked, sharing, width, held), sharing
+    sharing = Sharing(0, (), sharing.lengths)
+    return replace(Sizes.of(1, asked, sharing, width, held), prompts=held), sharing
