@@ -285,8 +285,11 @@ def plan_run(
     anew = scaling is not None and scaling.crosses(context, total)  # recomputes the cache while the old one is held
     longer = replace(space, work=replace(work, context=scaling.original_context)) if scaling and anew else space
 
+    # Memory that is reserved takes none on a CPU until it is written, which frees what was prefilled.
+    stored = held if work.kv_dtype == "int8" and device.type == "cuda" else 0
+
     def needed(rows: int) -> int:
-        most = max(read + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
+        most = max(read + stored + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
         if anew:
             most = 2 * (read + rows * (decoded + copied)) + max(longer.reading(), space.decoding(rows))
         return weights.total + most

@@ -90,9 +90,8 @@ class Scheduler:
     """Generation of the samples of prompts.
 
     seats: the sample of each row; None: idle. units: prompts, by number, that are taken together. waiting: those taken
-    and not yet prefilled. starting: prompts with
-    samples that have no first token. ready: samples that have one and wait for a row. moved: whether rows have become
-    idle since the last assignment.
+    and not yet prefilled. starting: prompts with samples that have no first token. ready: samples that have one and
+    wait for a row. moved: whether rows have become idle since the last assignment.
     """
 
     def __init__(

@@ -47,7 +47,8 @@ class Sizes:
     """What a batch holds at once. rows: that decode together. prompts, groups: in memory. root: tokens of the prefix of
     all. group, rest: most tokens of a group's prefix, and of a prompt, after what stands before them. own: slots of a
     row for the tokens that it decodes. share: most rows of one prompt. single: whether all rows continue one prompt,
-    which then needs neither a mask nor an order of rows."""
+    which then needs neither a mask nor an order of rows. staged: whether a context may be prefilled
+    again, apart from where it is stored."""
 
     rows: int
     prompts: int
@@ -58,6 +59,7 @@ class Sizes:
     own: int
     share: int
     single: bool
+    staged: bool
 
     @classmethod
     def of(cls, rows: int, asked: Asked, sharing: Sharing, width: int, held: int = 1) -> "Sizes":
@@ -69,13 +71,14 @@ class Sizes:
         prompts = min(len(asked), fill + (fill if n > 1 else fill // 4))
         prefixes = sharing.root, sharing.longest_group, sharing.longest_rest
         groups, single = min(len(sharing.groups), prompts // 2 + 1), len(asked) * held == 1
-        return cls(rows, prompts * held, groups, *prefixes, own + width - 1, min(n, rows), single)
+        return cls(rows, prompts * held, groups, *prefixes, own + width - 1, min(n, rows), single, held > 1)
 
     def needed(self, plan: Plan) -> int:
         """Return the bytes that a batch of many prompts needs, weights included."""
         token = plan.context // plan.workload.context
         held = (self.root + self.prompts * self.rest + (self.groups + 1) * self.group) * token
         held += self.rows * (plan.decoded_per_sample + plan.copied_per_sample)
+        held += (self.staged or plan.workload.kv_dtype == "int8") * plan.context_while_read
         # All rows may belong to one group, so each group has room for all, rounded up to a power of two (RowMap).
         share = 1 << max(1, (self.rows - 1).bit_length())
         folded = max(self.rows, self.prompts * self.share, (self.groups + 1) * share if self.groups else 0)

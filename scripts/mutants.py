@@ -70,12 +70,14 @@ LIBRARIES = (
 # The tests of each core file, in turns, nearest first; tests that match SLOW run only if named with "::".
 TESTS = {
     "model.py": ("model", "engine", "plan families cache cuda moe quantize"),
-    "cache.py": ("cache", "cuda engine speculate chat moe batch"),
+    "cache.py": ("cache", "cuda engine speculate chat moe scheduler"),
     "bifurcated_attention.py": ("bifurcated_attention", "cuda cache transformers_shared engine"),
     "layers/rope.py": ("model families", "engine"),
     "layers/moe.py": ("moe", "engine families"),
-    "engine/scheduler.py": ("scheduler", "engine", "jobs"),
-    "engine/engine.py": ("engine", "speculate repetition cuda memory graphs batch cache families"),
+    "engine/runner.py": ("engine", "speculate repetition cuda memory graphs scheduler"),
+    "engine/contexts.py": ("scheduler", "engine cache speculate", "moe families"),
+    "engine/decoding.py": ("scheduler", "engine speculate repetition", "graphs"),
+    "engine/scheduler.py": ("scheduler", "engine", "jobs chat"),
     "sampling.py": ("sampling", "engine repetition speculate cuda"),
     "loading/tokenizer.py": ("tokenizer", "chat checkpoint engine"),
     "tp.py": ("tp", "moe engine", "tp::test_ranks_draw_what_one_process_draws[2]"),
