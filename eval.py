@@ -46,7 +46,7 @@ from cli.jobs import (
 from cli.options import OneLineParser, as_number, as_switch, as_texts, as_whole, changed, unescaped
 from cli.ranks import Ranks, join, lost_rank, restarted
 from engine.engine import Engine
-from engine.plan import choose_device, choose_dtype, keep_freed_memory, out_of_memory
+from engine.plan import available_memory, choose_device, choose_dtype, keep_freed_memory, out_of_memory
 from engine.request import Request, Sampling, check_tokens, new_seed
 from engine.samples import Sample, not_finite
 from engine.scheduler import BatchStats, Outcome, Prompt, seed_of
@@ -220,7 +220,8 @@ class Evaluator:
             with self.running():
                 return run()
 
-        parts = self.ranks.gather(self.ranks.agree(shown, patient=True))
+        # A rank that fails alone ends its network at once; its peers would wait in a sum.
+        parts = self.ranks.gather(shown() if self.ranks.shard.world > 1 else self.ranks.agree(shown, patient=True))
         return [value for _, value in sorted((item for part in parts for item in part.items()), key=itemgetter(0))]
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Sequence[int], Sequence[int]]:
@@ -440,7 +441,9 @@ def open_evaluator(options: argparse.Namespace, ranks: Ranks, rows: int | None =
         check_output(options.output, files_of(checkpoint.folder))
         dtype, shard = choose_dtype(options.dtype, device), ranks.shard
         model = load_model(checkpoint, device, dtype, rows or options.batch_tokens, shard)
-        engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile, shard)
+        free = available_memory(device, ranks.local_world_size)
+        free = free if ranks.control is None else min(ranks.all(free))  # all ranks plan alike
+        engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile, shard, available=free)
         texts = HarnessTokenizer(engine, checkpoint.folder, checkpoint.eos_ids)
         return Evaluator(engine, texts, options.batch_tokens, options.quiet, options.seed, checkpoint.weights[0], ranks)
 
@@ -788,7 +791,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0  # the reader closed the pipe: it has what it wanted
     except (ValueError, OSError) as error:
-        if not ranks.leads:
+        if not ranks.leads and isinstance(error, ValueError):
             ranks.exit_if([str(error)])  # rank 0 prints it
         return print_error(error)
     except KeyboardInterrupt:

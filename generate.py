@@ -370,6 +370,8 @@ def run(options: argparse.Namespace) -> None:
     job, path = session.job, options.output
     output = None if job is None or path is None else open_output(path, job.begun, job.header, ranks)
     if session.job is not None and not session.job.prompts:
+        if output is not None:
+            end_output(output, ranks)
         if not options.quiet:
             print(f"every prompt is done: {options.output} has its samples, nothing is left to draw", file=sys.stderr)
         return

@@ -523,7 +523,7 @@ class Conversation:
             self.replies = {}
             yield from run.run(live, Given(self.context, hidden), self.replies)
         finally:
-            self.context.resize(slots)  # drop slots that were not read
+            self.context.resize(min(slots, self.context.slots))  # drop slots that were not read
 
     def keep(self, reply: Sample) -> None:
         """Continue from this reply of the last turn: move its keys and values into the context."""

@@ -197,7 +197,7 @@ class Contexts:
 
     def reread(self, row: int | None, tokens: Sequence[int], own: Sequence[int], at: int) -> int:
         """Prefill a context again, and the tokens that the decoding row `at` has after it, since keys now rotate
-        otherwise. row: the context's, if another row has read it again already. Return that row."""
+        otherwise. row: of the context as prefilled again for another sample; None: not yet. Return that row."""
         T, n = len(tokens), len(own)
         if row is None:
             row, context = self.prompts.take(0, T), self.runner.empty_cache(T + n)
@@ -249,6 +249,3 @@ class Contexts:
     def resize(self, own: int) -> None:
         """Make at least `own` slots of the decoding rows visible, rounded up so that few sizes occur."""
         self.cache.resize(self.base + min(self.sizes.own, bucket(own)))
-
-    def release(self, row: int) -> None:
-        self.prompts.give_back(row)

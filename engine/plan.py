@@ -94,7 +94,7 @@ class Workspace:
         if work.attention == "bifurcated":
             if self.has_kernel:
                 return 0
-            widened = layer if work.kv_dtype == "int8" else 0
+            widened = contexts * layer if work.kv_dtype == "int8" else 0
             scores = folded * positions * work.context * self.masked(False)
             if not self.is_fused:
                 context = self.scores(contexts, folded * positions, work.context)
@@ -291,7 +291,7 @@ def plan_run(
     def needed(rows: int) -> int:
         most = max(read + stored + space.reading(), held + rows * (decoded + copied) + space.decoding(rows))
         if anew:
-            most = 2 * (read + rows * (decoded + copied)) + max(longer.reading(), space.decoding(rows))
+            most = 3 * read + (rows + 1) * (decoded + copied) + max(longer.reading(), space.decoding(rows))
         return weights.total + most
 
     if needed(1) > available:

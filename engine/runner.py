@@ -56,7 +56,7 @@ class ModelRunner:
 
     compile: whether to compile the decode step; None: if a request's plan expects it to pay off. shard: the part of the
     network that `model` holds. plan: source of the weight sizes and of the available memory, weights included; None:
-    measure both. compile_prefill: also compile the forward pass that prefills.
+    measure both. compile_prefill: also compile the forward pass that prefills. available: free bytes; None: measured.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class ModelRunner:
         shard: Shard = WHOLE,
         plan: Plan | None = None,
         compile_prefill: bool = False,
+        available: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.compile, self.shard = model, tokenizer, compile, shard
         weight = model.norm.weight
@@ -77,7 +78,8 @@ class ModelRunner:
         hold_linears(model)
         self.weighed = plan is not None
         self.weights = weigh(model) if plan is None else plan.weights
-        self.available = available_memory(self.device) + self.weights.total if plan is None else plan.available
+        free = available_memory(self.device) if available is None else available
+        self.available = free + self.weights.total if plan is None else plan.available
         self.packed = False
         self.hidden = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
         self.draw = partial(draw, numbers=kernels.token_uniforms)

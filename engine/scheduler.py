@@ -89,9 +89,9 @@ class Given(NamedTuple):
 class Scheduler:
     """Generation of the samples of prompts.
 
-    seats: the sample of each row; None: idle. units: prompts, by number, that are taken together. waiting: those taken
+    seats: the sample of each row; None: idle. units: lists of prompt numbers, each taken together. waiting: those taken
     and not yet prefilled. starting: prompts with samples that have no first token. ready: samples that have one and
-    wait for a row. moved: whether rows have become idle since the last assignment.
+    wait for a row. moved: whether rows may be idle that `admit` has not seen.
     """
 
     def __init__(
@@ -205,17 +205,20 @@ class Scheduler:
         return bool(seats)
 
     def take_unit(self) -> bool:
-        """Take the next prompts of the queue, unless this replica has its share of all. Return whether there were
-        any."""
+        """Take the next prompts of the queue, unless as many are active here as an equal division would give. Return
+        whether there were any."""
         if len(self.active) >= self.share:
             return False
         number = self.take() if self.units else 0
         if number >= len(self.units):
             self.units = []
             return False
-        self.waiting.extend(self.units[number])
-        for each in self.units[number]:
+        taken = self.units[number]
+        self.waiting.extend(taken)
+        for each in taken:
             self.users[self.at[each][0]] += 1
+        if len(self.units) == 1:
+            self.units = []
         return True
 
     def next_prompts(self) -> list[ActivePrompt]:
@@ -313,6 +316,8 @@ class Scheduler:
         active.error, active.samples = error, []
         self.starting = deque(each for each in self.starting if each is not active)
         self.ready = deque(each for each in self.ready if each.active is not active)
+        self.seats[:] = [None if seat is None or seat.active is active else seat for seat in self.seats]
+        self.moved = True
         self.release(active)
 
     def release(self, active: ActivePrompt) -> None:
@@ -333,11 +338,11 @@ class Scheduler:
         self.stats.prompts += active.error is None
 
     def compact(self) -> None:
-        """Compact the batch once half of its rows have finished, if nothing waits."""
+        """Compact the batch once half of its rows have finished, if nothing waits and no prompts can be taken."""
         if self.waiting or self.starting or self.ready:
             return
         kept = rows_to_keep([seat is not None for seat in self.seats])
-        if len(kept) < len(self.seats) and not self.take_unit():
+        if len(kept) < len(self.seats) and not self.take_unit() and not self.units:
             self.seats[:] = [self.seats[at] for at in kept]
             self.decoder.keep(kept)
 
@@ -349,10 +354,10 @@ class Scheduler:
         if self.drafts or self.scaling is not None or self.steps < 2:  # the first step may compile
             look = 1
         look = min(look, max(seat.active.request.max_new_tokens - len(seat.row.sample.tokens) for seat in live))
+        self.decoder.resize(longest + look * self.decoder.width - 1)
         for at, seat in enumerate(self.seats):
             if self.scaling is not None and seat is not None and self.scaling.crosses(seat.position, seat.position + 1):
                 self.decoder.reread(at)
-        self.decoder.resize(longest + look * self.decoder.width - 1)
         outputs = [self.decoder.next() for _ in range(look)]
         stats, token = self.stats, self.plan.context // self.plan.workload.context
         saved = sum(len(seat.active.tokens) for seat in live) - self.contexts.tokens

@@ -3,6 +3,8 @@
 Shapes: C rows that decode together.
 """
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -64,10 +66,11 @@ class Sizes:
     @classmethod
     def of(cls, rows: int, asked: Asked, sharing: Sharing, width: int, held: int = 1) -> "Sizes":
         """Size a batch of C rows. A prompt's keys and values stay until its last sample ends, so there is room for
-        twice as many prompts as fill the rows; if each has one sample, for a quarter more, read together. width: most
+        twice as many prompts as fill the rows; if each has one sample, for a quarter more. width: most
         tokens of a step. held: contexts of each prompt in memory."""
         n, own = (max(getattr(each, name) for _, each in asked) for name in ("num_samples", "max_new_tokens"))
-        fill = -(-rows // n)
+        counts = list(itertools.accumulate(sorted(each.num_samples for _, each in asked)))
+        fill = min(len(asked), bisect_left(counts, rows) + 1)  # the fewest prompts that fill the rows for sure
         prompts = min(len(asked), fill + (fill if n > 1 else fill // 4))
         prefixes = sharing.root, sharing.longest_group, sharing.longest_rest
         groups, single = min(len(sharing.groups), prompts // 2 + 1), len(asked) * held == 1
@@ -84,12 +87,12 @@ class Sizes:
         folded = max(self.rows, self.prompts * self.share, (self.groups + 1) * share if self.groups else 0)
         linked = bool(self.root or self.groups)
         held += max(plan.space.reading(linked), plan.space.decoding(self.rows, self.prompts, folded))
-        return plan.weights.total + held
+        return plan.weights.total + plan.packed_tied + held
 
 
 def fit(asked: Asked, sharing: Sharing, plan: Plan, width: int, held: int) -> tuple[Sizes, Sharing]:
-    """Return the sizes of the largest batch that fits into memory, and what it shares: at least one row and its prompt,
-    as planned, sharing nothing."""
+    """Return the sizes of the largest batch that fits into memory, and what it shares; if none fits, one row and one
+    prompt that shares nothing, which `plan` has checked."""
     rows = min(sum(each.num_samples for _, each in asked), plan.rows_at_once)
     while rows > 0 and len(asked) > 1 and Sizes.of(rows, asked, sharing, width, held).needed(plan) > plan.available:
         rows -= 1

@@ -73,7 +73,8 @@ def recompute_cache(engine: Engine, prompt: Sequence[int], tokens: Sequence[int]
 
 @pytest.mark.parametrize("length,n,attention,look", [
     (13, 1, "bifurcated", 1), (13, 5, "bifurcated", 8), (66, 3, "contiguous", 1), (69, 3, "expanded", 8),
-    (70, 3, "bifurcated", 1), (71, 3, "bifurcated", 1), (60, 7, "bifurcated", 3),
+    (70, 3, "bifurcated", 1), (71, 3, "bifurcated", 1), (60, 7, "bifurcated", 3), (8, 2, "bifurcated", 1),
+    (8, 2, "contiguous", 1),
 ])  # fmt: skip
 def test_what_outgrows_the_original_context_of_longrope_is_read_anew(growing, monkeypatch, length, n, attention, look):
     """Also where rows have ended before, and with fewer rows than samples."""
@@ -606,6 +607,17 @@ def test_a_turn_whose_reply_is_not_kept_is_a_part_of_the_context(speaking, n):
         samples = conversation.turn([5, 6])
         assert before[-3:] == [9, 8, 7] and len(before) == len(PROMPT) + 40 + 3
         assert draws(samples) == draws(speaking.generate([*before, 5, 6], request(n, 40)))
+
+
+def test_a_stream_that_is_closed_after_a_step_back_adds_nothing(speaking):
+    """Oracle: the context's slots before it, and generate() of the next turn's text."""
+    conversation = Conversation(speaking, request(2, 9))
+    mark, stream = conversation.mark(), conversation.stream([5, 6, 7, 8])
+    next(stream)
+    conversation.back_to(mark)
+    stream.close()
+    assert conversation.context.slots == 0
+    assert draws(conversation.turn(PROMPT)) == draws(speaking.generate(PROMPT, request(2, 9)))
 
 
 @pytest.mark.parametrize("n", [1, 3])

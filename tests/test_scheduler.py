@@ -249,6 +249,14 @@ def test_rows_of_different_settings_draw_as_alone(engine):
             assert found[prompt.id] == alone(engine, prompt, replace(prompt.request, seed=request().seed)), prompt.id
 
 
+def test_a_prompt_of_many_samples_leaves_rows_to_the_others(engine):
+    """100 prompts of one sample, and one of 64. Oracle: the steps that they need at least."""
+    given, stats = [Prompt(at, [at % 90 + 1] * 5) for at in range(100)], BatchStats()
+    given[50] = replace(given[50], request=request(64, 8))
+    list(engine.generate_many(given, request(1, 8, rows_at_once=64), stats=stats))
+    assert stats.drawn == 163 * 8 and stats.steps <= 4 * 7, stats
+
+
 def test_ids_have_seeds_of_their_own():
     seeds = {seed_of(seed, id) for seed in (0, 1, 2**62) for id in (0, 1, "1", "0", "a", "é")}
     assert len(seeds) == 18 and all(0 <= seed < 2**53 for seed in seeds)
