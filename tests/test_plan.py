@@ -240,8 +240,8 @@ def test_a_prompt_that_is_read_whole_is_planned_as_such():
 
 @pytest.mark.parametrize("context,times", [(980, 1), (981, 3), (1000, 3), (1001, 1)])
 def test_what_is_read_anew_is_held_thrice_meanwhile(context, times):
-    """Where longrope changes its factors within the samples, of 20 tokens behind a context, past a length of 1,000: the context as it was, as it
-    is stored again, and while it is prefilled; and what one row has decoded."""
+    """Where longrope changes its factors within the samples, of 20 tokens behind a context, past a length of 1,000: the
+    context as it was, as it is stored again, and while it is prefilled; and what one row has decoded."""
     args = replace(GQA, rope_scaling=RopeScaling("longrope", 4.0, 1000, short=(1.0,) * 5, long=(2.0,) * 5))
     found, token = plan(args, Workload(context, 3, 20)), GQA.kv_values_per_token * 4
     own = found.weights.total + (times * context + (3 + (times > 1)) * 20) * token
