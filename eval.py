@@ -137,7 +137,7 @@ class GenerationArgs:
             if value is None or (name in NEUTRAL and value == NEUTRAL[name]):
                 continue
             if name not in FIELDS:
-                wrong.append(f"{name} {value!r} is not known here")
+                wrong.append(f"{name} {value!r} is not supported")
                 continue
             kind, read = FIELDS[name]
             try:
@@ -145,7 +145,7 @@ class GenerationArgs:
             except (TypeError, ValueError, OverflowError):
                 wrong.append(f"{name} {value!r} is not {kind}")
         if wrong:
-            raise ValueError(f"generation_kwargs: {'; '.join(wrong)}: mend them, or leave them out")
+            raise ValueError(f"generation_kwargs: {'; '.join(wrong)}: correct them, or remove them")
         length = next((found[name] for name in LENGTHS if name in found), MAX_NEW_TOKENS)
         temperature, sample, top_k = found.get("temperature", 0.0), found.get("do_sample"), found.get("top_k", 0)
         if sample and temperature == 0:
@@ -490,7 +490,7 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}: mend it") from error
+            raise ValueError(f"{path}, line {number}: {error}: fix the line") from error
         if isinstance(value, dict) and value.keys() == {"header"}:
             header = value
             continue
@@ -744,7 +744,7 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
         raise ValueError("--pass_at and --scored go together: give both or none")
     for path in (options.perplexity, options.samples, options.scored):
         if path is not None and not path.is_file():
-            raise ValueError(f"{path} is not there: give a file")
+            raise ValueError(f"{path} not found: pass an existing file")
     if given == ["samples"]:
         options = changed(options, output=options.output or Path("samples.jsonl"))
         if not (options.resume or restarted()):

@@ -215,7 +215,7 @@ def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
     """Warn about invalid lines that may be skipped. Raises ValueError if they may not."""
     more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     if bad and not options.skip_bad:
-        raise ValueError(f"{options.prompts}, {bad[0]}{more}: mend it, or --skip_bad")
+        raise ValueError(f"{options.prompts}, {bad[0]}{more}: fix the line, or pass --skip_bad")
     for each in bad:
         if not options.quiet:
             print(f"warning: {options.prompts}, {each}: skipped", file=sys.stderr)

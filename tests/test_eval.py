@@ -401,7 +401,7 @@ def test_a_stop_string_is_searched_and_cut_in_one_rendering():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"num_beams": 4}, "num_beams 4 is not known here"),
+        ({"num_beams": 4}, "num_beams 4 is not supported"),
         ({"do_sample": True}, "no temperature above 0"),
         ({"max_gen_toks": LIMIT}, "leave no room"),
     ],
@@ -941,7 +941,7 @@ def test_tasks_that_cannot_be_run_are_refused_before_anything_is_loaded_or_score
     (tmp_path / "scored.yaml").write_text(text)
     for path in tmp_path.glob("*.yaml"):
         path.write_text(f"task: {path.stem}\n" + path.read_text())
-    beams = "task beams: generation_kwargs: num_beams 4 is not known here; top_p 'high' is not a number"
+    beams = "task beams: generation_kwargs: num_beams 4 is not supported; top_p 'high' is not a number"
     cases = [
         (["scored", "none", "beams"], "no/such/model", [beams, "task none: generation_kwargs: until [5] is"]),
         (["scored", "unsafe"], "no/such/model", ["tasks unsafe run generated code", "draw with --samples"]),

@@ -232,9 +232,9 @@ def test_flags_that_do_not_go_together(prompts, flags, words):
     [
         (
             "Once upon a time\nThe cat\n",
-            "of a plain text give the --prompt_separator, such as '\\n' (and 1 more): mend",
+            "of a plain text give the --prompt_separator, such as '\\n' (and 1 more): fix",
         ),
-        ('["a", "b"]\n', "line 1: a whole array; write each part of the array on its own line: mend"),
+        ('["a", "b"]\n', "line 1: a whole array; write each part of the array on its own line: fix"),
         (
             '[\n"a",\n"b"]\n',
             "line 1: not JSON (Expecting value: line 1 column 2 (char 1)); write each part of the array",
