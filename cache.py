@@ -121,15 +121,14 @@ class KVCache:
         """Return the keys and values of a layer, each [N,G,L,D], in the network's dtype."""
         return self.k[layer], self.v[layer]
 
-    def resize(self, slots: int, reserve: int = 0) -> None:
-        """Make the first `slots` slots visible; copy into larger buffers if these lack room for them or `reserve`."""
-        room = max(slots, reserve)
-        if slots == self.slots and room < self.buffers[0][0].shape[2]:
+    def resize(self, slots: int) -> None:
+        """Make the first `slots` slots visible; copy into larger buffers if these lack room for them."""
+        if slots == self.slots:
             return
         for views, buffers in zip((self.k, self.v), self.buffers, strict=True):
             for layer, (view, buffer) in enumerate(zip(views, buffers, strict=True)):
-                if room >= buffer.shape[2]:
-                    buffer = buffer.new_empty((*buffer.shape[:2], room + 1, buffer.shape[3]))
+                if slots >= buffer.shape[2]:
+                    buffer = buffer.new_empty((*buffer.shape[:2], slots + 1, buffer.shape[3]))
                     buffer[:, :, : view.shape[2]] = view
                 # Zeroed since a masked slot is multiplied by a weight of 0, and 0 * nan is nan; only now since reserved
                 # memory that is not yet written costs nothing.

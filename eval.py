@@ -312,6 +312,8 @@ class Evaluator:
 def share_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ranks: Ranks) -> list[int]:
     """Return the numbers of the pairs that this replica scores: of those sorted by their tokens, which share prefixes,
     a run with its share of the tokens."""
+    if ranks.replicas == 1:
+        return list(range(len(pairs)))
     order = sorted(range(len(pairs)), key=lambda at: tuple(pairs[at][0]))
     sizes = [sum(map(len, pairs[at])) for at in order]
     ends, total = list(accumulate(sizes)), max(1, sum(sizes))

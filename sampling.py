@@ -67,15 +67,13 @@ class RowFilters:
         def column(values: Iterable[float | None], off: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([[off if value is None else value] for value in values], dtype=dtype, device=device)
 
-        drawn = [row for row in rows if row.temperature != 0]
-        sorts = any(row.top_k is not None or row.top_p is not None for row in drawn)
         return cls(
             column((row.temperature for row in rows), 1.0),
             column((row.top_k for row in rows), vocabulary, torch.long),
             column((row.top_p for row in rows), float("inf"), torch.float64),
             column((row.min_p for row in rows), 0.0),
             column((row.repetition_penalty for row in rows), 1.0),
-            max(row.top_k or vocabulary for row in drawn) if sorts else None,
+            sorted_candidates([row for row in rows if row.temperature != 0], vocabulary),
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -83,19 +81,6 @@ class RowFilters:
         columns = self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         temperature, top_k, top_p, min_p, penalty = map(change, columns)
         return type(self)(temperature, top_k, top_p, min_p, penalty, self.most)
-
-    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `candidates`, each row by its own parameters."""
-        ids = None
-        if self.most is not None:
-            logits, ids = logits.topk(min(self.most, logits.shape[-1]))  # descending [N,K]
-            places = torch.arange(logits.shape[-1], device=logits.device)
-            logits = logits.masked_fill(places >= self.top_k, float("-inf"))
-        probs = (logits / self.temperature.masked_fill(self.temperature == 0, 1)).softmax(-1)
-        if ids is not None:
-            mass = probs.cumsum(-1, dtype=torch.float64)
-            probs = probs.masked_fill(mass - probs >= self.top_p * mass[:, -1:], 0)
-        return probs.masked_fill(probs < self.min_p * probs.amax(-1, keepdim=True), 0), ids
 
 
 def philox(even: Tensor, odd: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,19 +154,29 @@ class UniformBlocks:
         return bool(((where >= self.first) & (where < self.first + self.block.shape[1])).all())
 
 
+def sorted_candidates(rows: Sequence[Filters], vocabulary: int) -> int | None:
+    """Return how many candidates top_k and top_p need sorted; None: no row has either."""
+    if all(row.top_k is None and row.top_p is None for row in rows):
+        return None
+    return max(row.top_k or vocabulary for row in rows)
+
+
 def candidates(logits: Tensor, sampling: Filters | RowFilters) -> tuple[Tensor, Tensor | None]:
     """Return the distribution to draw from: probs [N,K] and their token ids [N,K].
 
     ids None: K is V and column i is token i. logits [N,V] fp32. Without top_k, top_p has to sort the whole vocabulary.
     """
+    temperature, ids = sampling.temperature, None
+    most = sampling.most if isinstance(sampling, RowFilters) else sorted_candidates([sampling], logits.shape[-1])
+    if most is not None:
+        logits, ids = logits.topk(min(most, logits.shape[-1]))  # descending [N,K]
     if isinstance(sampling, RowFilters):
-        return sampling.candidates(logits)
-    ids = None
-    if sampling.top_k is not None or sampling.top_p is not None:
-        k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-        logits, ids = logits.topk(k)  # descending [N,K]
-    probs = (logits / sampling.temperature).softmax(-1)
-    if sampling.top_p is not None:
+        temperature = sampling.temperature.masked_fill(sampling.temperature == 0, 1)  # their argmax is taken instead
+        if ids is not None:
+            places = torch.arange(logits.shape[-1], device=logits.device)
+            logits = logits.masked_fill(places >= sampling.top_k, float("-inf"))
+    probs = (logits / temperature).softmax(-1)
+    if ids is not None and sampling.top_p is not None:
         mass = probs.cumsum(-1, dtype=torch.float64)  # keep a token while the likelier ones sum to less than top_p
         probs = probs.masked_fill(mass - probs >= sampling.top_p * mass[:, -1:], 0)
     if sampling.min_p is not None:

@@ -26,7 +26,8 @@ class RowMap(Link):
     """A link whose children are reassigned in place during decoding, a few at a time."""
 
     def __init__(self, cache: KVCache, length: Tensor, children: int, share: int | None = None) -> None:
-        """length [R]: written slots. share: the most children of a row; None: their number, as a power of two."""
+        """length [R]: written slots. share: the most children of a row; None: the largest number present, rounded up to
+        a power of two."""
         self.cache, self.length, self.share = cache, length, share
         self.place = torch.zeros(children, dtype=torch.long, device=length.device)
         self.index = torch.zeros_like(self.place)
@@ -38,7 +39,8 @@ class RowMap(Link):
         for child, parent in enumerate(parents):
             if parent is not None:
                 shares[parent].append(child)
-        n = self.share or max(2, 1 << (max(map(len, shares)) - 1).bit_length())  # never 1: that recompiles
+        # Without a fixed share never 1, which would recompile.
+        n = self.share or max(2, 1 << (max(map(len, shares)) - 1).bit_length())
         place = [0] * len(parents)
         for parent, share in enumerate(shares):
             for at, child in enumerate(share):
@@ -173,10 +175,8 @@ class Contexts:
                     ends[place.row] = self.read_one(place.row, links, tokens, monitor)
             for nodes in batches(short, self.chunk):
                 reading = PackedPrefill(nodes, behind, links, self.prompts)
-                hidden = self.runner.hidden(reading.tokens, reading.input_pos, reading)[
-                    0, reading.last
-                ]  # [prompts,dim]
-                ends |= {node.ends[0]: each[None] for node, each in zip(nodes, hidden, strict=True)}
+                hidden = self.runner.hidden(reading.tokens, reading.input_pos, reading)  # [1,T,dim]
+                ends |= {node.ends[0]: each[None] for node, each in zip(nodes, hidden[0, reading.last], strict=True)}
         return torch.cat([ends[place.row] for place, _, _ in asked])
 
     def read_one(self, row: int, links: tuple[Link, ...], tokens: Sequence[int], monitor: Monitor) -> Tensor:

@@ -56,11 +56,6 @@ class ActivePrompt:
     def tokens(self) -> Sequence[int]:
         return self.prompt.tokens
 
-    def moved(self, place: Place) -> Place:
-        """Note the place of the context that has been prefilled again, and return it."""
-        self.longer = place
-        return place
-
 
 @dataclass(eq=False)
 class Seat:
@@ -120,8 +115,9 @@ class PlainDecoder:
 
     def first(self, seats: Sequence[Seat]) -> StepOutput:
         """Sample the first token of samples, from the outputs at the ends of their prompts."""
-        device, prompts = self.token.device, list(dict.fromkeys(seat.active for seat in seats))
-        index = torch.tensor([prompts.index(seat.active) for seat in seats], device=device)
+        device = self.token.device
+        prompts = {active: at for at, active in enumerate(dict.fromkeys(seat.active for seat in seats))}
+        index = torch.tensor([prompts[seat.active] for seat in seats], device=device)
         _, end, _, samples, seeds, kind = torch.tensor([self.entry(seat) for seat in seats], device=device).T
         hidden = torch.cat([each.hidden for each in prompts])  # [prompts,dim]
         logits = self.runner.model.logits(hidden[:, None])[:, 0]  # [prompts,V]
@@ -184,7 +180,7 @@ class PlainDecoder:
         assert seat is not None
         active, contexts = seat.active, self.contexts  # alone: drafts are refused where rotations depend on the length
         row = None if active.longer is None else active.longer.row
-        seat.place = active.moved(Place(contexts.reread(row, active.tokens, seat.row.sample.tokens, at)))
+        seat.place = active.longer = Place(contexts.reread(row, active.tokens, seat.row.sample.tokens, at))
         contexts.link(self.places())
 
     def resize(self, own: int) -> None:

@@ -16,7 +16,18 @@ from engine.plan import Plan, choose_device, choose_dtype
 from engine.request import Request, as_tokens
 from engine.runner import SILENT, ModelRunner, Monitor
 from engine.samples import Piece, Sample
-from engine.scheduler import BatchStats, Outcome, Prompt, Queue, Scheduler, check_ids, pieces_of, rejection, samples_of
+from engine.scheduler import (
+    BatchStats,
+    Outcome,
+    Prompt,
+    Queue,
+    Scheduler,
+    check_ids,
+    check_prompt,
+    pieces_of,
+    rejection,
+    samples_of,
+)
 from engine.scoring import Scored, Scorer
 from loading.checkpoint import load_model, read_checkpoint
 from loading.hub import locate
@@ -69,6 +80,7 @@ class Engine(ModelRunner):
         """Return a scheduler for one prompt, whose samples depend on the request's seed alone."""
         request = self.seeded(request)
         asked = Prompt(0, self.tokens(prompt), request)
+        check_prompt(self.args, request, asked)
         return Scheduler(self, [asked], request, monitor, plan=plan)
 
     def generate_many(

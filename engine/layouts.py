@@ -115,9 +115,9 @@ class Int8Context(KVCache):
         k, v = (t[layer].to(scale.dtype) * scale for t, scale in zip((self.k, self.v), scales, strict=True))
         return k * self.k_channel[layer], v
 
-    def resize(self, slots: int, reserve: int = 0) -> None:
+    def resize(self, slots: int) -> None:
         """Make the first `slots` slots visible. Raises TypeError if they were not reserved."""
-        if max(slots, reserve) >= self.buffers[0][0].shape[2]:
+        if slots >= self.buffers[0][0].shape[2]:
             self.refuse()
         views = [[buffer[:, :, :slots] for buffer in buffers] for buffers in self.buffers]
         self.k, self.v, self.k_scale, self.v_scale = views

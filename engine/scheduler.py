@@ -30,6 +30,7 @@ from engine.request import Request, check_tokens
 from engine.runner import SILENT, SYNC_EVERY, ModelRunner, Monitor, rows_to_keep
 from engine.samples import Piece, Row, Sample, StopConditions
 from engine.sizes import fit, workload
+from layers.rope import RopeScaling
 from model import ModelArgs
 
 
@@ -71,8 +72,8 @@ class BatchStats:
 
 
 class Queue(NamedTuple):
-    """What replicas share: `take` returns the next number, of all replicas together. leads: whether this replica
-    reports what cannot be run."""
+    """Queue of numbers shared by all replicas. take: return the next number. leads: whether this replica reports the
+    prompts that cannot be run."""
 
     take: Callable[[], int]
     replicas: int
@@ -104,14 +105,12 @@ class Scheduler:
         plan: Plan | None = None,
         queue: Queue | None = None,
     ) -> None:
-        """plan: for `workload`, if already made. queue: takes units of prompts; None: all are this process's. Raises
-        ValueError, before any kernel runs, if a prompt does not fit the model, or the batch the memory."""
+        """prompts: those that `check_prompt` accepts. plan: for `workload`, if already made. queue: takes units of
+        prompts; None: all are this process's. Raises ValueError, before any kernel runs, if the batch does not fit the
+        memory."""
         self.runner, self.request, self.monitor = runner, runner.seeded(request), monitor
         self.stats = BatchStats() if stats is None else stats
         self.prompts = [(prompt, prompt.request or self.request) for prompt in prompts]
-        for prompt, own in self.prompts:
-            own.check_length(runner.args.context_limit, len(prompt.tokens))
-            check_tokens(prompt.tokens, runner.model.args.vocab_size)
         self.endings = {own: StopConditions.of(own, runner.eos_ids, runner.tokenizer) for _, own in self.prompts}
         asked = [(len(prompt.tokens), own) for prompt, own in self.prompts]
         scaling = runner.args.rope_scaling
@@ -127,7 +126,6 @@ class Scheduler:
         if self.request.rows_at_once is not None:
             self.plan = replace(self.plan, rows_at_once=min(self.request.rows_at_once, self.plan.rows_at_once))
         self.sizes, self.sharing = fit(asked, self.sharing, self.plan, self.make.width, 2 if crossing else 1)
-        self.drafts = runner.decoder is not None
         self.stats.rows = self.sizes.rows
         self.seats: list[Seat | None] = [None] * self.sizes.rows
         self.units, self.at = self.sharing.units(1 if queue is None else queue.replicas), self.sharing.places()
@@ -149,8 +147,8 @@ class Scheduler:
         """Yield each prompt when its last sample is finished. live: also yield pieces of text. given: the context of a
         single prompt. kept: filled with the keys and values that each finished sample has decoded, by its index."""
         self.live, self.given, self.kept = live, given, kept
-        wraps = given is not None and self.sizes.single and self.request.kv_dtype != "int8"
-        context = given.context if given is not None and wraps else None
+        in_place = self.sizes.single and self.request.kv_dtype != "int8"
+        context = given.context if given is not None and in_place else None
         self.contexts = Contexts(self.runner, self.sizes, self.request, context)
         samplings = list(dict.fromkeys(own.sampling for _, own in self.prompts))
         self.decoder: PlainDecoder = self.make(self.runner, self.contexts, self.seats, self.plan, samplings)
@@ -217,7 +215,7 @@ class Scheduler:
         self.waiting.extend(taken)
         for each in taken:
             self.users[self.at[each][0]] += 1
-        if len(self.units) == 1:
+        if number == len(self.units) - 1:
             self.units = []
         return True
 
@@ -351,13 +349,12 @@ class Scheduler:
         live = [seat for seat in self.seats if seat is not None]
         longest = max(len(seat.row.sample.tokens) for seat in live)
         look = SYNC_EVERY[self.runner.device.type]
-        if self.drafts or self.scaling is not None or self.steps < 2:  # the first step may compile
+        if self.runner.decoder is not None or self.scaling is not None or self.steps < 2:  # the first step may compile
             look = 1
         look = min(look, max(seat.active.request.max_new_tokens - len(seat.row.sample.tokens) for seat in live))
         self.decoder.resize(longest + look * self.decoder.width - 1)
-        for at, seat in enumerate(self.seats):
-            if self.scaling is not None and seat is not None and self.scaling.crosses(seat.position, seat.position + 1):
-                self.decoder.reread(at)
+        if self.scaling is not None:
+            self.reread(self.scaling)
         outputs = [self.decoder.next() for _ in range(look)]
         stats, token = self.stats, self.plan.context // self.plan.workload.context
         saved = sum(len(seat.active.tokens) for seat in live) - self.contexts.tokens
@@ -369,12 +366,23 @@ class Scheduler:
         self.moved |= any(seat is not None and seat.done for seat in self.seats)
         self.seats[:] = [None if seat is None or seat.done else seat for seat in self.seats]
 
+    def reread(self, scaling: RopeScaling) -> None:
+        """Prefill again what the next step would rotate otherwise than the keys that are stored."""
+        for at, seat in enumerate(self.seats):
+            if seat is not None and scaling.crosses(seat.position, seat.position + 1):
+                self.decoder.reread(at)
+
+
+def check_prompt(args: ModelArgs, request: Request, prompt: Prompt) -> None:
+    """Raises ValueError if a prompt cannot be run. request: that of the batch."""
+    (prompt.request or request).check_length(args.context_limit, len(prompt.tokens))
+    check_tokens(prompt.tokens, args.vocab_size)
+
 
 def rejection(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
     """Return the reason why a prompt cannot be run; None if it can."""
     try:
-        (prompt.request or request).check_length(args.context_limit, len(prompt.tokens))
-        check_tokens(prompt.tokens, args.vocab_size)
+        check_prompt(args, request, prompt)
     except ValueError as error:
         return str(error)
     return None

@@ -4,7 +4,7 @@ Shapes: C rows that decode together.
 """
 
 import itertools
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -46,11 +46,11 @@ def heaviest(samplings: Sequence[Sampling]) -> Sampling:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a batch holds at once. rows: that decode together. prompts, groups: in memory. root: tokens of the prefix of
-    all. group, rest: most tokens of a group's prefix, and of a prompt, after what stands before them. own: slots of a
-    row for the tokens that it decodes. share: most rows of one prompt. single: whether all rows continue one prompt,
-    which then needs neither a mask nor an order of rows. staged: whether a context may be prefilled
-    again, apart from where it is stored."""
+    """Sizes of a batch's caches. rows: decoding together. prompts, groups: in memory at once. root: tokens of the
+    prefix that all prompts share. group, rest: most tokens of a group's prefix after the root, and of a prompt after
+    its prefix. own: slots of a row for the tokens that it decodes. share: the most rows that one prompt can occupy.
+    single: whether all rows continue one context; then attention needs no mask of its slots and no reordering of rows.
+    staged: whether contexts may be prefilled again, apart from where they are stored."""
 
     rows: int
     prompts: int
@@ -66,8 +66,8 @@ class Sizes:
     @classmethod
     def of(cls, rows: int, asked: Asked, sharing: Sharing, width: int, held: int = 1) -> "Sizes":
         """Size a batch of C rows. A prompt's keys and values stay until its last sample ends, so there is room for
-        twice as many prompts as fill the rows; if each has one sample, for a quarter more. width: most
-        tokens of a step. held: contexts of each prompt in memory."""
+        twice as many prompts as fill the rows; if each has one sample, for a quarter more. width: most tokens of a
+        step. held: contexts of each prompt in memory."""
         n, own = (max(getattr(each, name) for _, each in asked) for name in ("num_samples", "max_new_tokens"))
         counts = list(itertools.accumulate(sorted(each.num_samples for _, each in asked)))
         fill = min(len(asked), bisect_left(counts, rows) + 1)  # the fewest prompts that fill the rows for sure
@@ -94,8 +94,11 @@ def fit(asked: Asked, sharing: Sharing, plan: Plan, width: int, held: int) -> tu
     """Return the sizes of the largest batch that fits into memory, and what it shares; if none fits, one row and one
     prompt that shares nothing, which `plan` has checked."""
     rows = min(sum(each.num_samples for _, each in asked), plan.rows_at_once)
-    while rows > 0 and len(asked) > 1 and Sizes.of(rows, asked, sharing, width, held).needed(plan) > plan.available:
-        rows -= 1
+    if len(asked) > 1:
+        fitting = range(1, rows + 1)
+        rows = bisect_right(
+            fitting, plan.available, key=lambda rows: Sizes.of(rows, asked, sharing, width, held).needed(plan)
+        )
     if rows:
         return Sizes.of(rows, asked, sharing, width, held), sharing
     sharing = Sharing(0, (), sharing.lengths)

@@ -183,7 +183,7 @@ class SpeculativeDecoder(PlainDecoder):
     def seat(self, rows: Sequence[int]) -> None:
         super().seat(rows)
         for row in rows:
-            if self.hidden is not None and (seat := self.seats[row]) is not None and seat.active.hidden is not None:
+            if self.hidden is not None and (seat := self.seats[row]) is not None:
                 self.hidden[row] = seat.active.hidden
 
     def next(self) -> StepOutput:

@@ -408,8 +408,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def pays_to_pack(shape: tuple[int, int], device: torch.device, dtype: torch.dtype, rows: int, steps: int) -> bool:
-    """Whether to pack a network for `steps` decode steps, most of whose weights have this shape [out,in] and multiply
-    `rows` rows: if they are large enough, the cost is amortised, and the rows are too many to stream plain weights."""
+    """Return whether packing pays off over `steps` decode steps of `rows` rows: if the weights, mostly of this shape
+    [out,in], are large enough, the cost is amortised, and the rows are too many to stream plain weights."""
     few = rows <= STREAMED_ROWS and streams(device, dtype, shape[1])
     large = math.prod(shape) >= MIN_PACK_ELEMENTS
     return can_pack(device, dtype) and large and steps >= MIN_STEPS_TO_PACK and not few
@@ -463,6 +463,3 @@ def hold_linears(model: nn.Module, pack: bool = False, tied_output: bool = False
     swap_linears(model, make, shared=not pack)
     if tied_output:
         replace_module(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
-
-
-pack_linears = partial(hold_linears, pack=True)

@@ -11,7 +11,19 @@ product, whichever takes longer.
 """
 
 import common
-from common import CPU, SAMPLING, SHAPES, Table, alternate, clocked, count, median_ms, medians, random_model, timed  # isort: split
+from common import (  # isort: split
+    CPU,
+    SAMPLING,
+    SHAPES,
+    Table,
+    alternate,
+    clocked,
+    count,
+    median_ms,
+    medians,
+    random_model,
+    timed,
+)
 
 import argparse
 import importlib.util
@@ -53,7 +65,7 @@ from engine.plan import (
 )
 from engine.request import Request, Workload
 from layers.kernels import attend_chain
-from layers.linear import Quantised, StreamedLinear, can_pack, kernels, make_linear, pack_linears, swap_linears
+from layers.linear import Quantised, StreamedLinear, can_pack, hold_linears, kernels, make_linear, swap_linears
 from layers.moe import ExpertLinear, MixtureOfExperts, MoEConfig
 from loading.checkpoint import load_model, read_checkpoint, read_safetensors
 from model import ModelArgs, Transformer, empty_model
@@ -158,7 +170,7 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a table measures: a shape, under the flags. records: the cells of all shapes so far, as --out writes them.
+    """Run one table for one shape. records: the cells of all shapes so far, as --out writes them.
     started: by time.perf_counter."""
 
     options: argparse.Namespace
@@ -203,7 +215,7 @@ class Bench:
         """Build a random model for steps of `rows` rows, packed as generate.py would for a long run."""
         model = self.random()
         if self.packs(rows):
-            pack_linears(model)
+            hold_linears(model, pack=True)
         return model
 
     def context(self, slots: int) -> KVCache:
@@ -405,7 +417,7 @@ def quantised_table(bench: Bench) -> None:
                 hold(model, QUANTISERS[name], rows)
             held = weigh(model).per_step
             if bench.packs(rows):
-                pack_linears(model)
+                hold_linears(model, pack=True)
             ms = bench.ms(step_of(model), share(bench.context(context), rows, bench.options.steps + 8), context)
             plain = plain or ms
             by = ", ".join(f"{number} {kernel}" for kernel, number in kernels(model).items())
@@ -432,7 +444,7 @@ def part_of(bench: Bench, shard: Shard) -> Transformer:
                 module._parameters[kind] = nn.Parameter(part, requires_grad=False)
     shard.attach(model)
     if bench.options.pack:
-        pack_linears(model)
+        hold_linears(model, pack=True)
     return model
 
 
@@ -571,7 +583,7 @@ def moe_table(bench: Bench) -> None:
     for context, rows in bench.sizes():
         root = bench.context(context)
         if bench.packs(rows):  # also for all that follow
-            pack_linears(model)
+            hold_linears(model, pack=True)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
             return bench.ms(step, share(root, rows, bench.options.steps + 8), root.slots)
@@ -590,7 +602,7 @@ def moe_table(bench: Bench) -> None:
 
 
 class Preset(NamedTuple):
-    """What is measured, unless a flag overrides it."""
+    """Default measurements of a table; flags override them."""
 
     table: Callable[[Bench], None]
     shape: Sequence[str] = ("stories110M",)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: start, flags and heading, random models, timing, one kind of table and its JSON lines."""
+"""Shared code of the benchmarks: start, flags, heading, random models, timing, tables and their JSON lines."""
 
 import sys
 from pathlib import Path

@@ -341,7 +341,7 @@ def test_a_model_streams_its_weights_and_may_pack_them_later(monkeypatch):
         torch.testing.assert_close(model(tokens, at, NoCache()), plain(tokens, at, NoCache()), rtol=0, atol=2e-4)
     assert len(told) == 3
     if packed.can_pack(torch.device("cpu"), torch.float32):
-        packed.pack_linears(model, tied_output=True)
+        packed.hold_linears(model, pack=True, tied_output=True)
         assert packed.kernels(model) == {"plain, packed": 22}
         model(tokens, at, NoCache())
         assert len(told) == 4

@@ -26,9 +26,9 @@ from layers.linear import (
     can_pack,
     choose_way,
     dequantise,
+    hold_linears,
     kernels,
     make_linear,
-    pack_linears,
     swap_linears,
 )
 from sampling import uniform
@@ -72,7 +72,7 @@ def test_a_packed_model_is_the_plain_model(small_ones_too, dtype):
     with pytest.MonkeyPatch.context() as patch:
         count = lambda weight: alive.append(sum(ref() is not None for ref in weights)) or reorder(weight)  # noqa: E731
         patch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", count)
-        pack_linears(model)
+        hold_linears(model, pack=True)
     assert alive == list(range(len(weights), 0, -1))
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 7 * args.n_layer + 1
     tokens, input_pos = random_tokens(args, 3, 17), torch.arange(17).expand(3, 17)
@@ -83,9 +83,9 @@ def test_a_packed_model_is_the_plain_model(small_ones_too, dtype):
 def test_what_is_shared_or_small_stays(monkeypatch):
     monkeypatch.setattr(packed, "MIN_PACK_ELEMENTS", 30 * 52)
     model = random_model(replace(GQA, tied_output=True), torch.float32)
-    pack_linears(model)
+    hold_linears(model, pack=True)
     assert model.output.weight is model.tok_embeddings.weight
-    pack_linears(model, tied_output=True)
+    hold_linears(model, pack=True, tied_output=True)
     assert isinstance(model.output, PackedLinear) and isinstance(model.tok_embeddings.weight, torch.nn.Parameter)
     assert not isinstance(model.layers[0].attention.wk, PackedLinear)
     assert isinstance(model.layers[0].feed_forward.w2, PackedLinear)
@@ -98,7 +98,7 @@ def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
     torch.compiler.reset()
     args = replace(GQA, n_layer=1)
     plain, model = (random_model(args, dtype) for _ in range(2))
-    pack_linears(model)
+    hold_linears(model, pack=True)
     steps = compiled(partial(decode, model, uniform)), partial(decode, plain, uniform)
     root = KVCache.empty(args.kv_shape, 1, 29, model.norm.weight)
     root.k[0].normal_(), root.v[0].normal_()
@@ -116,7 +116,7 @@ def test_a_compiled_step_takes_packed_weights(small_ones_too, dtype):
 def test_weights_leave_with_their_model(small_ones_too):
     model = random_model(GQA, torch.float32)
     held = len(packed.WEIGHTS)
-    pack_linears(model)
+    hold_linears(model, pack=True)
     assert len(packed.WEIGHTS) == held + 22
     del model
     assert len(packed.WEIGHTS) == held
@@ -246,7 +246,7 @@ def test_dequantised_layers_are_packed_as_plain_ones(small_ones_too):
     weight = random_weight("int8", 60, 30)
     make = lambda name, linear: make_linear(weight, None, CPU, torch.float32, 4) if "wq" in name else None  # noqa: E731
     swap_linears(model, make)
-    pack_linears(model)
+    hold_linears(model, pack=True)
     assert kernels(model) == {"dequantised, packed": 3, "plain, packed": 6 * 3 + 1}
 
 

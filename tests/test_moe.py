@@ -34,7 +34,7 @@ from engine.request import Workload
 from engine.runner import decode
 from layers import linear as packed
 from layers.gptq import gptq, quantise_int4
-from layers.linear import can_pack, dequantise, kernels, pack_linears, swap_linears
+from layers.linear import can_pack, dequantise, hold_linears, kernels, swap_linears
 from layers.moe import (
     ExpertLinear,
     GroupedLinear,
@@ -246,7 +246,7 @@ def test_packed_experts_multiply_as_plain_ones(monkeypatch):
     monkeypatch.setattr(packed, "MIN_PACK_ELEMENTS", 1)
     made, x = mixture_of(SHAPES["shared"], torch.float32), inputs(3, 7, torch.float32)
     expected = made(x)
-    pack_linears(made)
+    hold_linears(made, pack=True)
     assert kernels(made) == {"plain, packed": 18}  # and neither the router nor the gate
     torch.testing.assert_close(made(x), expected, rtol=1e-5, atol=1e-5)
 
