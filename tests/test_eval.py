@@ -856,7 +856,7 @@ def scored(**fields) -> str:
     [
         ([], "give one of --tasks"),
         (["--perplexity", "text", "--samples", "text"], "give one of --tasks"),
-        (["--perplexity", "missing"], "missing is not there"),
+        (["--perplexity", "missing"], "missing not found: pass an existing file"),
         (["--perplexity", "empty"], "empty is empty"),
         (["--perplexity", "bytes"], "is not UTF-8"),
         (["--perplexity", "text", "--stride", "0"], "stride 0"),
