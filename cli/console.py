@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -27,6 +28,8 @@ from layers.kernels import attention_kernel
 from layers.linear import kernels
 from loading.files import counted, write_file
 from loading.tokenizer import Tokenizer
+
+tqdm.set_lock(threading.RLock())  # its own is shared by forks: one that is killed while it holds it stops all others
 
 
 def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:

@@ -32,6 +32,7 @@ import torch
 from conftest import ROOT, SOURCES, TINY, Letters, both_kinds, interruptible
 from test_cli import PROMPT, assert_refused, lines_of, run
 from test_tokenizer import byte_level
+from tqdm import tqdm
 
 import eval as evaluate
 import generate
@@ -503,6 +504,18 @@ def test_an_interrupted_run_shows_what_it_has_and_writes_its_report(tmp_path, n)
     report = json.loads((tmp_path / "r.json").read_text())
     assert (report["seed"], report["interrupted"], report["prefill_s"] > 0) == (1, True, True)
     assert "seed 1" in command.seen and (", interrupted" in command.seen) == (n > 1)
+
+
+def test_a_command_that_dies_while_it_draws_its_bar_leaves_others_theirs():
+    """tqdm's own lock is shared by all forks of a process."""
+    lock = tqdm.get_lock()
+    if not (child := os.fork()):
+        lock.acquire()
+        os._exit(0)
+    os.waitpid(child, 0)
+    command = Terminal("-n", 3, "--prompt", "Once upon a time", "--max_new_tokens", 9)
+    command.until("[3-9] steps")
+    assert command.end() == 0
 
 
 def row_of(index: int, logprobs: list[float], finish_reason: str | None = None) -> Row:
