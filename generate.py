@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from cli.system import INTERRUPTED, begin, cache_folder, finish, print_error, start
+from cli.system import INTERRUPTED, LONGEST_INPUT, begin, cache_folder, finish, print_error, start
 from layers.notices import showing
 
 if __name__ == "__main__":
@@ -15,12 +15,13 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cli.options import changed, check_inputs_stay, check_outputs, read_options, read_prompt, read_prompts, request_of
+from cli.options import changed, check_inputs_stay, check_outputs, open_prompts, read_options, read_prompt, request_of
 
 if __name__ == "__main__":
     begin(read_options().quiet)  # --help and invalid flags do not wait for the imports below
@@ -43,18 +44,16 @@ from cli.jobs import (
     Job,
     Output,
     Progress,
-    Record,
     ResumeState,
     end_output,
     fingerprint,
     open_output,
     output_lines,
     read_begun,
-    read_records,
     set_up_job,
-    skip_bad,
 )
 from cli.jobs import summary as summarise
+from cli.prompts import Record, Spool, records_of
 from cli.ranks import Listener, Ranks, join, lost_rank, restarted
 from cli.repl import Repl
 from engine.chat import ChatEncoder, choose_chat
@@ -73,7 +72,7 @@ from engine.plan import (
 )
 from engine.request import Request, new_seed
 from engine.samples import Sample, not_finite
-from engine.scheduler import BatchStats, rejection, workload
+from engine.scheduler import BatchStats, workload
 from engine.speculate import Speculation, choose_draft
 from loading.checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
 from loading.files import counted, files_of, write_file
@@ -110,28 +109,27 @@ class Session:
         return self.plan.space.dtype
 
 
-def decide(options: argparse.Namespace) -> tuple[int, str, str | None, list[Record] | None, ResumeState]:
-    """Read on one rank what all ranks need: the seed, the dtype, the prompt's text, the prompts of --prompts or None,
-    and what an earlier run of them finished. Raises ValueError."""
+def decide(options: argparse.Namespace, several: bool) -> tuple[int, str, str | None, bytes | None, ResumeState]:
+    """Read on one rank what all ranks need: the seed, the dtype, the prompt's text, the prompts that only one of
+    several ranks can read from a pipe, and what an earlier run of them finished. Raises ValueError."""
     check_outputs(options)
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = ResumeState() if options.output is None else read_begun(options.output)
-    text, records, seed = None, None, options.seed
-    if options.prompts is None:
-        text = read_prompt(options)
-    else:
-        records, bad = read_records(read_prompts(options), options.prompt_separator)
-        skip_bad(bad, options)
+    text = read_prompt(options) if options.prompts is None else None
+    seed, piped = options.seed, None
+    if several and options.prompts is not None and not os.path.isfile(options.prompts):
+        with open_prompts(options, None) as file:
+            piped = file.read(LONGEST_INPUT + 1)
     if seed is None:
         seed = new_seed() if begun.header is None else begun.header["seed"]
-    return seed, str(dtype).removeprefix("torch."), text, records, begun
+    return seed, str(dtype).removeprefix("torch."), text, piped, begun
 
 
 def set_up(
     options: argparse.Namespace,
     ranks: Ranks,
     text: str | None,
-    records: list[Record] | None,
+    records: Spool[Record] | None,
     begun: ResumeState,
     available: int,
 ) -> Session:
@@ -148,8 +146,8 @@ def set_up(
     chat = choose_chat(checkpoint.folder, tokenizer, asked, options.interactive)
     dialogue = ChatEncoder(tokenizer, args.vocab_size, chat, options.system)
     if not (options.quiet or options.chat) and (chat is None or records is not None):
-        said = [text] if records is None else [record.said for record in records]
-        note_names([each for each in said if isinstance(each, str)], tokenizer)
+        said = [text] if records is None else (record.said for record in records)
+        note_names((each for each in said if isinstance(each, str)), tokenizer)
     ends = frozenset() if options.ignore_eos else checkpoint.eos_ids | dialogue.eos_ids
     request = replace(request, eos_ids=ends)
     job = None if records is None else set_up_job(options, ranks, records, begun, checkpoint, dialogue, request)
@@ -181,9 +179,7 @@ def arrange(
     dtype = choose_dtype(options.dtype, device)
     local, work = shard.local(args), request.workload(length, options.num_runs)
     if job is not None:
-        sound = [prompt for prompt in job.prompts if rejection(local, request, prompt) is None]
-        asked = [(len(prompt.tokens), prompt.request or request) for prompt in sound]
-        work = workload(asked or [(1, request)], request, device)
+        work = workload(job.prompts.asked or Counter([(1, request)]), request, device)
     weights = sum_weight_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
     drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
     speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
@@ -211,11 +207,16 @@ def fetch(options: argparse.Namespace) -> None:
 
 def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
     """Set up the same run on all ranks. Raises ValueError or OSError."""
-    seed, dtype, text, records, begun = ranks.share(lambda: decide(options))
+    seed, dtype, text, piped, begun = ranks.share(lambda: decide(options, ranks.control is not None))
+    records = None
+    if options.prompts is not None:
+        records = ranks.agree(lambda: records_of(options, piped), patient=True)
     options = changed(options, seed=seed, dtype=dtype)
     available = min(ranks.all(ranks.agree(lambda: own_memory(options, ranks))))
     ranks.agree(lambda: fetch(options) if ranks.local == 0 else None, patient=True)  # once per machine
     session = ranks.agree(lambda: set_up(options, ranks, text, records, begun, available))
+    if session.job is not None:
+        ranks.check_equal(session.job.header["prompts"], f"--prompts {options.prompts} must be the same file")
     # Ranks of one network use the plan of their first: another type of CPU may plan differently.
     return replace(session, plan=ranks.all(session.plan)[ranks.rank - ranks.shard.rank])
 
@@ -289,9 +290,7 @@ def run_batch(session: Session, engine: Engine, output: Output | None) -> None:
     assert job is not None
     progress = Progress(options.quiet, len(job.prompts), tally, ranks)
     try:
-        queue = ranks.queue("prompts")
-        for outcome in engine.generate_many(job.prompts, session.request, stats=tally, plan=session.plan, queue=queue):
-            fields = job.fields.get(json.dumps(outcome.prompt.id), {})
+        for outcome, fields in job.outcomes(engine, session.request, session.plan, tally, ranks):
             block = output_lines(outcome, fields, options)
             if output is None:
                 print(block, end="", flush=True)

@@ -9,7 +9,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,7 +32,7 @@ from loading.tokenizer import Tokenizer
 tqdm.set_lock(threading.RLock())  # its own is shared by forks: one that is killed while it holds it stops all others
 
 
-def note_names(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
+def note_names(prompts: Iterable[str], tokenizer: Tokenizer) -> None:
     """Print a note if prompts contain names of control tokens, which are text here but which some models expect as
     tokens (code infilling)."""
     names = list(dict.fromkeys(name for prompt in prompts for name in tokenizer.names.cut(prompt)[1::2]))

@@ -10,215 +10,31 @@ import argparse
 import hashlib
 import json
 import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cli.console import Bar, placed, sample_fields, settings_of
-from cli.options import as_number, as_texts, as_whole
+from cli.prompts import BadLines, Line, Prompts, Record, Spool, encode, parse_json
 from cli.ranks import Ranks
-from cli.system import replica_file, replica_files, without_newline
-from engine.chat import ChatEncoder, Messages, parse_messages
-from engine.plan import human
+from cli.system import replica_file, replica_files
+from engine.chat import ChatEncoder
+from engine.engine import Engine
+from engine.plan import Plan, human
 from engine.request import Request
 from engine.samples import Sample, rank
-from engine.scheduler import BatchStats, Outcome, Prompt
+from engine.scheduler import BatchStats, Outcome
 from loading.checkpoint import Checkpoint
-from loading.files import companions, counted, decode_text, write_file
+from loading.files import companions, counted, write_file
 from sampling import RULE
 
-Id = str | int
-RESERVED_FIELDS = frozenset(
-    "id prompt messages seed rank of sample count text tokens logprobs finish_reason mean_logprob error".split()
-)
 CONFIGS = ("config.json", "generation_config.json")  # hashed as parsed, not as bytes
-DEEPEST = 100  # nesting levels of a line of JSON
 # Fingerprint of a model: bytes per block, and blocks over all its files.
 BLOCK, BLOCKS = 1 << 12, 1 << 12
-
-
-@dataclass(frozen=True)
-class Record:
-    """One prompt of the input file. number: of its line, from 1. said: a text, or the messages of a conversation.
-    fields: copied to the output. settings: those among them that change the request, by the name of its field."""
-
-    number: int
-    id: Id
-    said: str | Messages
-    fields: dict[str, Any]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def plain(self) -> tuple[Any, ...]:
-        """Return what determines the samples, as plain values."""
-        said = self.said if isinstance(self.said, str) else asdict(self.said)
-        return (self.id, said, self.settings) if self.settings else (self.id, said)
-
-    def request(self, request: Request) -> Request | None:
-        """Return the request of this line; None: that of all. Raises ValueError if a setting is out of range."""
-        if not self.settings:
-            return None
-        own = {name: value for name, value in self.settings.items() if name in SAMPLING}
-        rest = {name: value for name, value in self.settings.items() if name not in SAMPLING}
-        return replace(request, **rest | {"sampling": replace(request.sampling, **own), "seed": None})
-
-
-def nests_deeper_than(value: object, levels: int) -> bool:
-    """Return whether lists and objects nest deeper than `levels`."""
-    layer = [value]
-    for _ in range(levels):
-        held = [each.values() if isinstance(each, dict) else each for each in layer if isinstance(each, dict | list)]
-        layer = [part for parts in held for part in parts]
-    return any(isinstance(each, dict | list) for each in layer)
-
-
-def parse_json(line: str) -> Any:
-    """Parse a line of JSON that can be written again. Raises ValueError if it is not JSON, UnicodeError if an escape is
-    half of a surrogate pair."""
-    try:
-        value = json.loads(line)
-        if nests_deeper_than(value, DEEPEST):
-            raise RecursionError
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise ValueError(f"not JSON ({error})") from error
-    except RecursionError:
-        raise ValueError(f"it nests more than {DEEPEST} levels deep") from None
-    text.encode()
-    return value
-
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-# Fields of a line that change its request: the request's name, the expected kind and its parser.
-SETTINGS: dict[str, tuple[str, str, Callable[[object], Any]]] = {
-    **{name: (name, "a number", as_number) for name in SAMPLING if name != "top_k"},
-    "top_k": ("top_k", "a whole number, 0 for off", lambda value: as_whole(value, 0) or None),
-    "max_new_tokens": ("max_new_tokens", "a whole number from 1 on", partial(as_whole, least=1)),
-    "max_tokens": ("max_new_tokens", "a whole number from 1 on", partial(as_whole, least=1)),
-    "n": ("num_samples", "a whole number from 1 on", partial(as_whole, least=1)),
-    "stop": ("stop", "a text or a list of texts", as_texts),
-}
-# Settings of other engines, refused by name instead of copied to the output.
-UNKNOWN = frozenset(
-    "best_of beam_width frequency_penalty length_penalty logit_bias min_new_tokens min_tokens num_beams "
-    "num_return_sequences num_samples presence_penalty stop_token_ids typical_p use_beam_search".split()
-)
-
-
-def parse_settings(fields: dict[str, Any]) -> dict[str, Any]:
-    """Parse the fields of a line that change its request. Raises ValueError if one is malformed or not known."""
-    if unknown := sorted(fields.keys() & UNKNOWN):
-        raise ValueError(f"the setting {unknown[0]} is not known: use {', '.join(SETTINGS)}")
-    found = {}
-    for name in fields.keys() & SETTINGS.keys():
-        target, kind, read = SETTINGS[name]
-        try:
-            found[target] = read(fields[name])
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{name} {fields[name]!r} is not {kind}") from None
-    return dict(sorted(found.items()))
-
-
-MEANT = {"[": "write each part of the array on its own line", "{": "write each object on one line"}
-
-
-def parse_prompt(line: str) -> Any:
-    """Parse a line of prompts as `parse_json` does; the error says how to fix what the line seems to be."""
-    try:
-        return parse_json(line)
-    except UnicodeError:
-        raise
-    except ValueError as error:
-        plain = r"of a plain text give the --prompt_separator, such as '\n'"
-        raise ValueError(f"{error}; {MEANT.get(line.strip()[:1], plain)}") from error
-
-
-def parse(number: int, line: str) -> Record:
-    """Parse a JSON line: a text, or an object with prompt or messages. Raises ValueError if it is neither."""
-    value = parse_prompt(line)
-    if isinstance(value, list):
-        raise ValueError(f"a whole array; {MEANT['[']}")
-    value = {"prompt": value} if isinstance(value, str) else value
-    if not isinstance(value, dict) or ("prompt" in value) == ("messages" in value):
-        raise ValueError("neither a text nor an object with one of prompt and messages")
-    said = value.get("prompt", value.get("messages"))
-    if "prompt" in value and not isinstance(said, str):
-        raise ValueError("the prompt is not a text")
-    if not said:
-        raise ValueError("the prompt is empty: give some text")
-    if "messages" in value:
-        said = parse_messages(said, value.get("tools"))
-    id = value.get("id", number)
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
-    fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
-    if taken := sorted(fields.keys() & RESERVED_FIELDS):
-        raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
-    return Record(number, id, said, fields, parse_settings(fields))
-
-
-def parts_of(data: bytes, separator: str | None) -> list[bytes]:
-    """Split a file into lines, or at a separator. A newline in the separator matches LF and CRLF."""
-    if separator is None:
-        return data.split(b"\n")
-    between = re.escape(separator.replace("\r\n", "\n").encode()).replace(b"\\\n", b"\r?\n")
-    # The last line may lack its newline, with which a separator may end too.
-    *parts, last = re.split(between, data if data.endswith(b"\n") else data + b"\n")
-    return [*parts, without_newline(last)]
-
-
-def read_records(data: bytes, separator: str | None) -> tuple[list[Record], list[str]]:
-    """Read the prompts of a file, and the errors of its invalid lines. separator: between plain texts; None: the file
-    is JSON lines. Empty lines, and empty texts between separators, are skipped."""
-    found: dict[str, Record] = {}
-    bad = []
-    for number, part in enumerate(parts_of(data, separator), 1):
-        if not part.strip():
-            continue
-        try:
-            text = decode_text(part)
-            record = parse(number, text) if separator is None else Record(number, number, text, {})
-            if (key := json.dumps(record.id)) in found:
-                raise ValueError(f"id {key} is also that of line {found[key].number}: give each its own")
-        except UnicodeError as error:
-            bad.append(f"line {number}: not UTF-8 ({error.reason})")  # type: ignore[attr-defined]
-        except ValueError as error:
-            bad.append(f"line {number}: {error}")
-        else:
-            found[key] = record
-    return list(found.values()), bad
-
-
-def encode(
-    records: Sequence[Record], spoken: ChatEncoder, plain: ChatEncoder, request: Request
-) -> tuple[list[Prompt], list[str]]:
-    """Encode each prompt, messages with `spoken` and texts with `plain`; also return the errors of those that fail.
-    request: that of lines without settings."""
-    prompts, bad = [], []
-    for record in records:
-        try:
-            said = record.said
-            tokens = plain.encode_turn(said) if isinstance(said, str) else spoken.encode_messages(said)
-            prompts.append(Prompt(record.id, tokens, record.request(request)))
-        except ValueError as error:
-            bad.append(f"line {record.number}: {error}")
-    return prompts, bad
-
-
-def skip_bad(bad: Sequence[str], options: argparse.Namespace) -> None:
-    """Warn about invalid lines that may be skipped. Raises ValueError if they may not."""
-    more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-    if bad and not options.skip_bad:
-        raise ValueError(f"{options.prompts}, {bad[0]}{more}: fix the line, or pass --skip_bad")
-    for each in bad:
-        if not options.quiet:
-            print(f"warning: {options.prompts}, {each}: skipped", file=sys.stderr)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -347,13 +163,24 @@ def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None
 
 @dataclass(frozen=True)
 class Job:
-    """A batch. prompts: those that are left, for all replicas. fields: copied to the output, by id as JSON. begun: what
-    an earlier run finished."""
+    """A batch. prompts: those that are left, for all replicas. begun: what an earlier run finished."""
 
-    prompts: list[Prompt]
-    fields: dict[str, dict[str, Any]]
+    prompts: Prompts
     header: dict[str, Any]
     begun: ResumeState
+
+    def outcomes(
+        self, engine: Engine, request: Request, plan: Plan, stats: BatchStats, ranks: Ranks
+    ) -> Iterator[tuple[Outcome, dict[str, Any]]]:
+        """Yield the prompts that this replica takes as they finish, with the fields that are copied to their output."""
+        for number, window in enumerate(self.prompts.windows()):
+            prompts, fields = (
+                [line.prompt for line in window],
+                {json.dumps(line.prompt.id): line.fields for line in window},
+            )
+            queue = ranks.queue(f"prompts {number}")
+            for outcome in engine.generate_many(prompts, request, stats=stats, plan=plan, queue=queue):
+                yield outcome, fields[json.dumps(outcome.prompt.id)]
 
 
 def make_header(
@@ -367,14 +194,13 @@ def make_header(
 def set_up_job(
     options: argparse.Namespace,
     ranks: Ranks,
-    records: Sequence[Record],
+    records: Spool[Record],
     begun: ResumeState,
     checkpoint: Checkpoint,
     dialogue: ChatEncoder,
     request: Request,
 ) -> Job:
-    """Collect the remaining prompts. Raises ValueError if a line is invalid or another command
-    started the output."""
+    """Encode the remaining prompts. Raises ValueError if a line is invalid or another command started the output."""
     if ranks.replicas > 1 and options.output is None:
         raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
     ends = [] if options.ignore_eos else dialogue.eos_ids
@@ -384,12 +210,17 @@ def set_up_job(
     if options.output is not None:
         check_header(options.output, begun, header)
     plain = dialogue if options.chat else ChatEncoder(dialogue.tokenizer, dialogue.vocab_size, None, None)
-    prompts, bad = encode([each for each in records if json.dumps(each.id) not in begun.done], dialogue, plain, request)
-    skip_bad(bad, options)
+    prompts, bad, args = Prompts(), BadLines(options), ranks.shard.local(checkpoint.args)
+    for record in records:
+        if json.dumps(record.id) not in begun.done:
+            try:
+                prompts.append(Line(encode(record, dialogue, plain, request), record.fields), args, request)
+            except ValueError as error:
+                bad.add(f"line {record.number}: {error}")
+    bad.check()
     if not prompts and not begun.done:
         raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
-    fields = {json.dumps(record.id): record.fields for record in records if record.fields}
-    return Job(prompts, fields, header, begun)
+    return Job(prompts, header, begun)
 
 
 class Output:

@@ -2,12 +2,14 @@
 
 import argparse
 import difflib
+import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from cli.system import check_new, check_writable, finish, print_error, read_bytes, without_newline
 from engine.request import LAYOUT_NAMES, Request, Sampling
@@ -297,10 +299,18 @@ def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> No
             raise ValueError(f"{path} is an input and would be overwritten: choose another output file")
 
 
-def read_prompts(options: argparse.Namespace) -> bytes:
-    """Read the file or stdin that --prompts names. Raises ValueError if it cannot be read."""
+@contextmanager
+def open_prompts(options: argparse.Namespace, piped: bytes | None) -> Iterator[BinaryIO]:
+    """Open the file or stdin that --prompts names. piped: what another rank has read of stdin. Raises ValueError if it
+    cannot be read."""
     try:
-        return read_bytes(None if options.prompts == "-" else Path(options.prompts))
+        if piped is not None:
+            yield io.BytesIO(piped)
+        elif options.prompts == "-":
+            yield sys.stdin.buffer
+        else:
+            with open(options.prompts, "rb") as file:
+                yield file
     except OSError as error:
         raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): pass a text file") from error
 

@@ -68,6 +68,11 @@ class Ranks:
         self.exit_if([each for each in self.all(error, patient) if each is not None])
         return value  # type: ignore[return-value]
 
+    def check_equal(self, value: T, error: str) -> None:
+        """End all ranks with an error if their values differ."""
+        values = self.all(value)
+        self.exit_if([f"{error} on all machines of a run"] * (values != values[:1] * len(values)))
+
     def share(self, make: Callable[[], T]) -> T:
         """Run `make` on rank 0 and broadcast its result, however long it takes. If it fails all end, as in `agree`."""
         found = [self.attempt(make) if self.leads else (None, None)]

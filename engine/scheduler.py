@@ -112,7 +112,7 @@ class Scheduler:
         self.stats = BatchStats() if stats is None else stats
         self.prompts = [(prompt, prompt.request or self.request) for prompt in prompts]
         self.endings = {own: StopConditions.of(own, runner.eos_ids, runner.tokenizer) for _, own in self.prompts}
-        asked = [(len(prompt.tokens), own) for prompt, own in self.prompts]
+        asked = Counter((len(prompt.tokens), own) for prompt, own in self.prompts)
         scaling = runner.args.rope_scaling
         crossing = scaling is not None and any(scaling.crosses(T, T + own.max_new_tokens) for T, own in asked)
         self.scaling = scaling if crossing else None
@@ -126,7 +126,7 @@ class Scheduler:
         if self.request.rows_at_once is not None:
             self.plan = replace(self.plan, rows_at_once=min(self.request.rows_at_once, self.plan.rows_at_once))
         self.sizes, self.sharing = fit(asked, self.sharing, self.plan, self.make.width, 2 if crossing else 1)
-        self.stats.rows = self.sizes.rows
+        self.stats.rows = max(self.stats.rows, self.sizes.rows)
         self.seats: list[Seat | None] = [None] * self.sizes.rows
         self.units, self.at = self.sharing.units(1 if queue is None else queue.replicas), self.sharing.places()
         self.take, replicas = (itertools.count().__next__, 1) if queue is None else (queue.take, queue.replicas)

@@ -5,7 +5,8 @@ Shapes: C rows that decode together.
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,24 +19,28 @@ from engine.request import Request, Sampling, Workload
 # (docs/benchmarks.md).
 ROWS = {"cpu": 64, "cuda": 512}
 
-Asked = Sequence[tuple[int, Request]]  # the tokens and the request of each prompt
+Asked = Counter[tuple[int, Request]]  # how many prompts have so many tokens, and this request
 
 
 def workload(asked: Asked, request: Request, device: torch.device) -> Workload:
     """Return the workload to plan: the rows of a single prompt, or of many as many as decode together, after the
     longest prompt, until all are done. request: how contexts are stored and prefilled."""
-    total = sum(each.num_samples for _, each in asked)
-    rows = total if len(asked) == 1 else min(total, request.rows_at_once or ROWS[device.type])
-    sampling, new = heaviest([each.sampling for _, each in asked]), max(each.max_new_tokens for _, each in asked)
+    total = samples(asked)
+    rows = total if asked.total() == 1 else min(total, request.rows_at_once or ROWS[device.type])
+    sampling, new = heaviest({each.sampling for _, each in asked}), max(each.max_new_tokens for _, each in asked)
     how = replace(request, num_samples=rows, max_new_tokens=new, sampling=sampling)
     return how.workload(max(length for length, _ in asked), -(-total // rows))
 
 
-def heaviest(samplings: Sequence[Sampling]) -> Sampling:
-    """Return parameters that need the memory of all these together."""
-    first = samplings[0]
-    if all(each == first for each in samplings):
-        return first
+def samples(asked: Asked) -> int:
+    """Return how many samples the prompts ask for."""
+    return sum(each.num_samples * times for (_, each), times in asked.items())
+
+
+def heaviest(samplings: Collection[Sampling]) -> Sampling:
+    """Return parameters that need the memory of all these together, without repetitions."""
+    if len(samplings) == 1:
+        return next(iter(samplings))
     drawn = [each for each in samplings if each.temperature]
     few = all(each.top_k for each in drawn)
     penalty = next((each.repetition_penalty for each in samplings if each.repetition_penalty != 1), 1.0)
@@ -69,11 +74,12 @@ class Sizes:
         twice as many prompts as fill the rows; if each has one sample, for a quarter more. width: most tokens of a
         step. held: contexts of each prompt in memory."""
         n, own = (max(getattr(each, name) for _, each in asked) for name in ("num_samples", "max_new_tokens"))
-        counts = list(itertools.accumulate(sorted(each.num_samples for _, each in asked)))
-        fill = min(len(asked), bisect_left(counts, rows) + 1)  # the fewest prompts that fill the rows for sure
-        prompts = min(len(asked), fill + (fill if n > 1 else fill // 4))
+        total, counts = asked.total(), sorted(each.num_samples for _, each in asked.elements())
+        # The fewest prompts that fill the rows for sure.
+        fill = min(total, bisect_left(list(itertools.accumulate(counts)), rows) + 1)
+        prompts = min(total, fill + (fill if n > 1 else fill // 4))
         prefixes = sharing.root, sharing.longest_group, sharing.longest_rest
-        groups, single = min(len(sharing.groups), prompts // 2 + 1), len(asked) * held == 1
+        groups, single = min(len(sharing.groups), prompts // 2 + 1), total * held == 1
         return cls(rows, prompts * held, groups, *prefixes, own + width - 1, min(n, rows), single, held > 1)
 
     def needed(self, plan: Plan) -> int:
@@ -93,8 +99,8 @@ class Sizes:
 def fit(asked: Asked, sharing: Sharing, plan: Plan, width: int, held: int) -> tuple[Sizes, Sharing]:
     """Return the sizes of the largest batch that fits into memory, and what it shares; if none fits, one row and one
     prompt that shares nothing, which `plan` has checked."""
-    rows = min(sum(each.num_samples for _, each in asked), plan.rows_at_once)
-    if len(asked) > 1:
+    rows = min(samples(asked), plan.rows_at_once)
+    if asked.total() > 1:
         fitting = range(1, rows + 1)
         rows = bisect_right(
             fitting, plan.available, key=lambda rows: Sizes.of(rows, asked, sharing, width, held).needed(plan)

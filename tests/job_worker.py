@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import torch
 
 import generate
+from cli import prompts
 from cli.jobs import Output
 
 
@@ -45,6 +46,7 @@ def fork(flags: list[str], written: int | None = None) -> int:
 
 def main(rounds: int, seed: int, flags: list[str]) -> None:
     torch.set_num_threads(1)
+    prompts.WINDOW = 5
     rng, output, sizes = random.Random(seed), Path(flags[flags.index("--output") + 1]), []
     whole = output.with_name("whole.jsonl")
     begin = time.monotonic()

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,13 @@ from unittest import mock
 import pytest
 from conftest import GQA, ROOT, TINY
 from test_cli import ENVIRONMENT, lines_of, run
+from test_texts import records_in
 
 from cli import jobs
-from cli.jobs import Output, ResumeState, encode, fingerprint, output_lines, read_begun, read_records
+from cli import prompts as windowed
+from cli.jobs import Output, ResumeState, fingerprint, output_lines, read_begun
+from cli.options import build_parser
+from cli.prompts import encode
 from cli.system import check_new, replica_file, replica_files
 from engine.chat import Chat, ChatEncoder
 from engine.engine import Engine
@@ -77,6 +82,42 @@ def test_lines_are_those_of_each_prompt_alone(prompts, tmp_path):
         alone = lines_of(run("--prompt", TEXTS[int(id[1:])], *flags))
         assert_same(block, [line | {"id": id, "of": 2} for line in alone])
         assert alone[0].keys() - {"settings"} | {"id", "of", "seed"} == block[0].keys()
+
+
+@pytest.mark.parametrize("most,tokens", [(1, 1 << 20), (3, 1 << 20), (1 << 20, 12)])
+def test_windows_of_prompts_are_drawn_as_one(prompts, tmp_path, monkeypatch, most, tokens):
+    """With lines that ask for more samples and tokens than the flags, in any window. Oracle: all in one window."""
+    lines = [
+        json.dumps({"id": f"q{at}", "prompt": text, "n": 1 + at, "max_new_tokens": 70}) for at, text in enumerate(TEXTS)
+    ]
+    prompts.write_text(prompts.read_text() + "\n".join(lines) + "\n")
+    whole = lines_of(batch(prompts, "-n", 3))
+    monkeypatch.setattr(windowed, "WINDOW", most)
+    monkeypatch.setattr(windowed, "WINDOW_TOKENS", tokens)
+    output = tmp_path / "o.jsonl"
+    result = run("--prompts", prompts, *FLAGS[:-1], "-n", 3, "--output", output)
+    assert result.returncode == 0 and "8 prompts, 3 samples of each" in result.stderr, result.stderr
+    assert_same(written(output), whole)
+
+
+def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
+    """From the file to what the scheduler gets, with a window of 50 prompts: at most 64 bytes for each further one."""
+    monkeypatch.setattr(windowed, "WINDOW", 50)
+    monkeypatch.setattr(windowed, "BLOCK", 1 << 12)
+    tokenizer = load_tokenizer(TINY)
+    plain, peaks = ChatEncoder(tokenizer, 2048, None, None), []
+    options = build_parser().parse_args(["--prompts", str(tmp_path / "p.jsonl")])
+    for count in (100, 1500):
+        line = json.dumps({"prompt": "Once upon a time " * 20, "more": "kept " * 20})
+        (tmp_path / "p.jsonl").write_text(f"{line}\n" * count)
+        tracemalloc.start()
+        made = windowed.Prompts()
+        for record in windowed.records_of(options, None):
+            made.append(windowed.Line(encode(record, plain, plain, Request()), record.fields), GQA, Request())
+        assert [len(window) for window in made.windows()] == [50] * (count // 50)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 64 * 1400, peaks
 
 
 def test_a_line_may_have_settings_of_its_own(tmp_path):
@@ -179,9 +220,9 @@ BAD = [
 
 @pytest.mark.parametrize("line,words", BAD, ids=[str(line) for line, _ in BAD])
 def test_a_bad_line_is_named(line, words):
-    records, bad = read_records(b'"first"\n' + line + b'\n"third"', None)
+    records, bad = records_in(b'"first"\n' + line + b'\n"third"')
     assert [record.number for record in records] == [1, 3]
-    assert len(bad) == 1 and bad[0].startswith("line 2: ") and words in bad[0]
+    assert bad.startswith("line 2: ") and words in bad
 
 
 def test_bad_lines_are_refused_before_loading_or_skipped(tmp_path):
@@ -200,12 +241,12 @@ def test_messages_are_put_into_the_chat_template():
     chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     spoken, plain = (ChatEncoder(tokenizer, 2048, each, None) for each in (chat, None))
     data = b'{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]}\n"hello"'
-    (first, second), bad = encode(read_records(data, None)[0], spoken, plain, Request())
-    assert not bad and tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
+    records, _ = records_in(data)
+    first, second = (encode(each, spoken, plain, Request()) for each in records)
+    assert tokenizer.decode(first.tokens).strip() == "user: hello\nassistant: yes"
     assert second.tokens == plain.encode_turn("hello")
-    assert encode(read_records(data, None)[0], plain, plain, Request())[1][0].startswith(
-        "line 1: messages need a chat template"
-    )
+    with pytest.raises(ValueError, match="^messages need a chat template"):
+        encode(records[0], plain, plain, Request())
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,27 @@ Oracle: what the text says, in bytes."""
 import io
 import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT, TINY, interruptible
+from hypothesis import given
+from hypothesis import strategies as st
 from test_tokenizer import llama_reference
 
-from cli import system
-from cli.jobs import read_records
-from cli.options import STORY, build_parser, read_prompt, read_prompts
-from cli.system import read_bytes
+from cli import prompts, system
+from cli.options import STORY, build_parser, open_prompts, read_prompt
+from cli.prompts import BadLines, Record, read_records
+from cli.system import read_bytes, without_newline
 from engine.chat import read_chat
 from eval import main as evaluate
 from eval import read_lines
@@ -30,6 +35,14 @@ from loading.tokenizer import load_tokenizer, read_metadata
 
 MARK = b"\xef\xbb\xbf"
 WIDE = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+def records_in(data: bytes, separator: str | None = None) -> tuple[list[Record], str]:
+    """The prompts of a file, and the first error of its lines."""
+    bad = BadLines(build_parser().parse_args(["--prompts", "p"]))
+    return list(read_records(io.BytesIO(data), separator, bad)), bad.first
+
+
 SAID = "Once upon a time, naïve 日本 🙂\r\n\tПривет"
 
 
@@ -99,30 +112,31 @@ def test_texts_between_separators(separator):
         ends = {"nothing": "", "a line end": line, "a separator": between}
         last = ends.get(end, between.removesuffix(line))
         for texts in (["a"], ["a", "b"], ["a", "b c", "日", "d" * 130]):
-            records, wrong = read_records(mark + (between.join(texts) + last).encode(), separator)
+            records, wrong = records_in(mark + (between.join(texts) + last).encode(), separator)
             assert not wrong and [record.said for record in records] == texts
 
 
 def test_lines_within_a_text_stay_as_they_are():
-    (first, second), _ = read_records(b"a\r\nb\r\n\r\nc\nd\r\n", "\n\n")
+    (first, second), _ = records_in(b"a\r\nb\r\n\r\nc\nd\r\n", "\n\n")
     assert (first.said, second.said) == ("a\r\nb", "c\nd")
 
 
 @pytest.mark.parametrize("line", [b"\n", b"\r\n"])
 def test_json_lines_may_begin_with_a_mark(tmp_path, line):
     data = MARK + line.join([b'"a"', b'{"id": "x", "prompt": "b"}', b""])
-    records, wrong = read_records(data, None)
+    records, wrong = records_in(data)
     assert not wrong and [(record.id, record.said) for record in records] == [(1, "a"), ("x", "b")]
     (tmp_path / "p.jsonl").write_bytes(data)
-    assert read_prompts(build_parser().parse_args(["--prompts", str(tmp_path / "p.jsonl")])) == data
+    with open_prompts(build_parser().parse_args(["--prompts", str(tmp_path / "p.jsonl")]), None) as file:
+        assert file.read() == data
     (tmp_path / "o.jsonl").write_bytes(MARK + b'{"task_id": 1}' + line)
     assert read_lines(tmp_path / "o.jsonl", {"task_id": int}) == [{"task_id": 1}]
 
 
 def test_json_lines_in_utf16_are_told_so():
     for encoding in ("utf-16", "utf-16-le"):
-        records, wrong = read_records('"a"\n"b"\n'.encode(encoding), None)
-        assert not records and wrong[0].startswith("line 1: ") and "UTF-16" in wrong[0]
+        records, wrong = records_in('"a"\n"b"\n'.encode(encoding))
+        assert not records and wrong.startswith("line 1: ") and "UTF-16" in wrong
 
 
 def test_the_files_of_a_model_may_begin_with_a_mark(tmp_path):
@@ -170,13 +184,42 @@ class Endless(io.RawIOBase):
         return b"y\n" * (size // 2)
 
 
+@given(
+    data=st.lists(st.sampled_from([b"a", b"b", b"\r", b"\n", b"\r\n", b"--"]), max_size=30).map(b"".join),
+    separator=st.sampled_from(["\n", "\n\n", "a", "\n--\n", "b\n"]),
+    size=st.integers(1, 7),
+)
+def test_prompts_are_divided_alike_whatever_is_read_at_once(data, separator, size):
+    """Oracle: the whole file divided at once. Empty parts count only for the numbers of the others."""
+    between = re.escape(separator.encode()).replace(b"\\\n", b"\r?\n")
+    *parts, last = re.split(between, data if data.endswith(b"\n") else data + b"\n")
+
+    def numbered(parts: Iterable[bytes]) -> list[tuple[int, bytes]]:
+        return [(number, part) for number, part in enumerate(parts) if part.strip()]
+
+    with mock.patch.object(prompts, "BLOCK", size):
+        file = io.BytesIO(data)
+        assert numbered(prompts.parts_of(file, separator)) == numbered([*parts, without_newline(last)])
+        file.seek(0)
+        assert numbered(prompts.parts_of(file, None)) == numbered(data.split(b"\n"))
+
+
 @pytest.mark.parametrize("reads", [None, 2])
-@pytest.mark.parametrize("flags", [[], ["--prompts", "-"]])
-def test_what_does_not_end_is_told_to_be_shorter(monkeypatch, flags, reads):
+def test_what_does_not_end_is_told_to_be_shorter(monkeypatch, reads):
     monkeypatch.setattr(system, "LONGEST_INPUT", 5 << 20)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless(reads), isatty=lambda: False))
     with pytest.raises(ValueError, match=r"stdin is longer than \d+ bytes: pass a shorter prompt"):
-        (read_prompts if flags else read_prompt)(build_parser().parse_args(flags))
+        read_prompt(build_parser().parse_args([]))
+
+
+@pytest.mark.parametrize("separator", ["y", "z"])
+def test_prompts_that_do_not_end_are_told_so(monkeypatch, separator):
+    """Of a pipe as a whole; of a file, where a prompt does not end."""
+    monkeypatch.setattr(prompts, "LONGEST_INPUT", 1 << 16)
+    monkeypatch.setattr(prompts, "BLOCK", 1 << 12)
+    monkeypatch.setattr(prompts, "has_end", lambda file: separator == "z")
+    with pytest.raises(ValueError, match="the prompts are longer than 65536 bytes: pass a file of shorter ones"):
+        list(prompts.parts_of(Endless(), separator))
 
 
 def test_a_file_that_does_not_end_is_named(monkeypatch):

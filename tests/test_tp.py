@@ -287,13 +287,13 @@ def test_replicas_divide_the_samples():
 
 
 def test_replicas_divide_the_prompts(tmp_path):
-    """Two replicas, which write to one file. Oracle: one process."""
+    """Two replicas, which write to one file and hold two prompts at a time. Oracle: one process, which holds all."""
     path, report = tmp_path / "p.jsonl", tmp_path / "r.json"
     path.write_text(
         "".join(json.dumps(f"A {word} sat") + "\n" for word in ("cat", "big dog", "bird", "man", "red car"))
     )
     arguments = tiny("-n", 3, "--max_new_tokens", 9, "--ignore_eos", "--prompts", path, "--output")
-    many = torchrun(2, *arguments, tmp_path / "2", "--tp", 1, "--report", report)
+    many = torchrun(2, "tests/tp_worker.py", "windows", *arguments[1:], tmp_path / "2", "--tp", 1, "--report", report)
     assert (many.returncode, many.stdout) == (0, ""), many.stderr
     assert run(*arguments[1:], tmp_path / "1").returncode == 0
     names = ("id", "rank", "of", "sample", "text", "tokens", "seed")

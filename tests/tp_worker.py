@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from cache import KVCache
+from cli import prompts
 from cli.jobs import Output
 from cli.ranks import join, leave
 from engine import runner
@@ -83,6 +84,12 @@ def die_once(rank: str, flags: list[str]) -> int:
         append(output, block)
 
     Output.append = dying  # type: ignore[method-assign]
+    return generate.main(flags)
+
+
+def run_in_windows(flags: list[str]) -> int:
+    """generate.py --prompts, which holds two prompts at a time."""
+    prompts.WINDOW = 2
     return generate.main(flags)
 
 
@@ -196,6 +203,8 @@ if __name__ == "__main__":
         sys.exit(die_once(sys.argv[2], sys.argv[3:]))
     if sys.argv[1] == "leave":
         sys.exit(leave_a_batch(sys.argv[2], sys.argv[3:]))
+    if sys.argv[1] == "windows":
+        sys.exit(run_in_windows(sys.argv[2:]))
     if sys.argv[1] == "memory":
         sys.exit(run_out_of_memory(sys.argv[2:]))
     if sys.argv[1] == "die":
