@@ -81,7 +81,7 @@ class HarnessTokenizer:
         self.eos_ids = ends | eos_ids
         first = [id for id in (bos, tokenizer.bos_id, *sorted(ends), *sorted(eos_ids)) if id is not None]
         if not first:
-            raise ValueError(f"the tokenizer in {folder} has neither BOS nor EOS: nothing can stand before a text")
+            raise ValueError(f"the tokenizer in {folder} has neither BOS nor EOS: a text needs a token to start from")
         self.prefix = first[0]
 
     def encode(self, text: str, begin: bool = True) -> list[int]:
@@ -149,7 +149,7 @@ class GenerationArgs:
         length = next((found[name] for name in LENGTHS if name in found), MAX_NEW_TOKENS)
         temperature, sample, top_k = found.get("temperature", 0.0), found.get("do_sample"), found.get("top_k", 0)
         if sample and temperature == 0:
-            raise ValueError("generation_kwargs: do_sample and no temperature above 0: give one")
+            raise ValueError("generation_kwargs: do_sample without a temperature above 0: set one")
         filters = top_k if top_k > 0 else None, found.get("top_p"), found.get("min_p")
         sampling = Sampling(0.0 if sample is False else temperature, *filters, found.get("repetition_penalty", 1.0))
         return cls(found.get("until", ()), length, sampling)
@@ -199,7 +199,7 @@ class Evaluator:
         for the model are truncated on the left. Raises ValueError if a continuation alone is too long."""
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > self.limit:
-            raise ValueError(f"a continuation of {longest} tokens is over the model's limit of {self.limit}")
+            raise ValueError(f"a continuation of {longest} tokens exceeds the model's limit of {self.limit}")
         # The last token is only predicted.
         cut = [(context[-(self.limit + 1 - len(wanted)) :], wanted) for context, wanted in pairs]
         asked, read = self.scorer.asked, self.scorer.read
@@ -232,7 +232,7 @@ class Evaluator:
         tail = encode(context + continuation)[len(head) :] if context else []
         tail = tail or encode(context[len(stripped) :] + continuation, begin=False)
         if not tail:
-            raise ValueError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens: give some text")
+            raise ValueError(f"the continuation {continuation!r} of {context[-40:]!r} has no tokens: pass some text")
         if not context and tail[0] == prefix and len(tail) > 1:
             return tail[:1], tail[1:]
         return head or (prefix,), tail
@@ -362,7 +362,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str
     from lm_eval.tasks import TaskManager
 
     if folder is not None and not folder.is_dir():
-        raise ValueError(f"--include_path {folder} is not a folder: give one that holds tasks")
+        raise ValueError(f"--include_path {folder} is not a folder: pass one with tasks")
     for defaults in (False, True) if folder else (True,):
         try:
             manager = TaskManager(include_path=folder, include_defaults=defaults)
@@ -373,7 +373,7 @@ def load_tasks(names: Sequence[str], folder: Path | None) -> tuple[Any, list[str
             raise ValueError(f"{', '.join(names)} cannot be loaded: {one_line(error)}") from error
         if not missing:
             return manager, found, check_tasks(loaded)
-    raise ValueError(f"task {missing[0]} is not known: give a name of the harness, or --include_path")
+    raise ValueError(f"task {missing[0]} is not known: pass a name of the harness, or --include_path")
 
 
 def one_line(error: Exception) -> str:
@@ -462,7 +462,7 @@ def run_perplexity(options: argparse.Namespace, ranks: Ranks) -> None:
         raise ValueError(f"stride {stride} must be at least 1 and at most the model's limit of {limit}")
     tokens = evaluator.texts.encode(text, begin=False)
     if not tokens:
-        raise ValueError(f"{options.perplexity} is empty: give some text")
+        raise ValueError(f"{options.perplexity} is empty: pass some text")
     begin = time.perf_counter()
     found = evaluator.score(list(windows(tokens, evaluator.texts.prefix, limit, stride)))
     nats = -math.fsum(logprob for logprob, _ in found)
@@ -505,7 +505,7 @@ def read_lines(path: Path, fields: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(header | value)
         header = {}
     if not found:
-        raise ValueError(f"{path} has no line: give a file of JSON lines")
+        raise ValueError(f"{path} has no line: pass a file of JSON lines")
     return found
 
 
@@ -515,7 +515,7 @@ def run_samples(options: argparse.Namespace, ranks: Ranks) -> None:
     problems = read_lines(options.samples, {"task_id": (str, int), "prompt": str})[: options.limit]
     (id, times), *_ = Counter(json.dumps(each["task_id"]) for each in problems).most_common(1)
     if times > 1:
-        raise ValueError(f"{options.samples} has task_id {id} {times} times: give each once, -n draws more of it")
+        raise ValueError(f"{options.samples} has task_id {id} {times} times: list each once, -n draws more of it")
     evaluator = open_evaluator(options, ranks, options.num_samples)
     engine, texts = evaluator.engine, evaluator.texts
     sampling = Sampling(
@@ -739,11 +739,11 @@ def check_options(options: argparse.Namespace) -> tuple[str, argparse.Namespace]
     or a file is missing."""
     given = [name for name in MODES if getattr(options, name) is not None]
     if len(given) != 1:
-        raise ValueError(f"give one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
+        raise ValueError(f"pass one of --tasks, --perplexity, --samples and --pass_at, not {len(given)}")
     if options.resume and given != ["samples"]:
         raise ValueError("--resume continues --samples: leave it out")
     if (options.scored is not None) != (given == ["pass_at"]):
-        raise ValueError("--pass_at and --scored go together: give both or none")
+        raise ValueError("--pass_at and --scored go together: pass both or neither")
     for path in (options.perplexity, options.samples, options.scored):
         if path is not None and not path.is_file():
             raise ValueError(f"{path} not found: pass an existing file")

@@ -39,7 +39,7 @@ def note_names(prompts: Iterable[str], tokenizer: Tokenizer) -> None:
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         told = f"{', '.join(names[:3])}{more} in a prompt is text here, not a control token"
-        print(f"note: {told}: give such tokens by their ids, from Python", file=sys.stderr)
+        print(f"note: {told}: pass such tokens as ids, from Python", file=sys.stderr)
 
 
 # The flags, besides --seed, that determine the samples of a prompt.

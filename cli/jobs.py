@@ -124,7 +124,7 @@ def read_file(path: Path) -> ResumeState:
     except (ValueError, KeyError, TypeError):
         seed = None
     if not isinstance(seed, int):
-        raise ValueError(f"{path} has no header of a batch: give another --output")
+        raise ValueError(f"{path} has no header of a batch: choose another --output")
     seen: dict[str, set[int]] = {}
     totals: dict[str, int] = {}
     torn = False
@@ -157,7 +157,7 @@ def check_header(path: Path, begun: ResumeState, header: dict[str, Any]) -> None
         if begun.header.get(name) != value:
             old = json.dumps(begun.header.get(name))
             raise ValueError(
-                f"{path} was begun with {name} {old}, not {json.dumps(value)}: give the same command, or another file"
+                f"{path} was begun with {name} {old}, not {json.dumps(value)}: repeat it, or choose another file"
             )
 
 
@@ -202,7 +202,7 @@ def set_up_job(
 ) -> Job:
     """Encode the remaining prompts. Raises ValueError if a line is invalid or another command started the output."""
     if ranks.replicas > 1 and options.output is None:
-        raise ValueError(f"{ranks.replicas} replicas write to one file: give --output")
+        raise ValueError(f"{ranks.replicas} replicas write to one file: pass --output")
     ends = [] if options.ignore_eos else dialogue.eos_ids
     digest = digest_of(each.plain() for each in records)
     how = {name: getattr(options, name) for name in ("num_samples", "top", "rank", "chat", "system")}
@@ -219,7 +219,7 @@ def set_up_job(
                 bad.add(f"line {record.number}: {error}")
     bad.check()
     if not prompts and not begun.done:
-        raise ValueError(f"--prompts {options.prompts} has no prompt: give a file that has one")
+        raise ValueError(f"--prompts {options.prompts} has no prompt: pass a file with at least one")
     return Job(prompts, header, begun)
 
 
@@ -242,7 +242,7 @@ class Output:
         with ExitStack() as stack:
             self.file, *_ = [stack.enter_context(hold(path)) for path in (self.path, *others)]
             if read_begun(self.path) != begun:
-                raise ValueError(f"another run has written to {self.path} meanwhile: give the same command again")
+                raise ValueError(f"another run has written to {self.path} meanwhile: run the same command again")
             own = read_file(self.path)
             if own.header is None or own.torn:
                 self.rewrite(own.done, header)
@@ -282,7 +282,7 @@ class Output:
         """Append the prompts that replicas have finished, except `done`, and remove their files. Raises OSError."""
         for path in others:
             if not path.exists():
-                raise OSError(f"{path} is gone: --output must lie where every machine of the run sees it")
+                raise OSError(f"{path} is gone: --output must be in a folder that all machines share")
             for line in whole_lines(path, read_file(path).done - done):
                 self.append(line)
             assert self.file is not None
@@ -306,7 +306,7 @@ def hold(path: Path) -> Iterator[BinaryIO]:
         except ImportError:  # missing on some systems, where nothing is locked
             pass
         except BlockingIOError:
-            raise ValueError(f"another run writes to {path}: wait for it, or give another --output") from None
+            raise ValueError(f"another run writes to {path}: wait for it, or choose another --output") from None
         yield file  # type: ignore[misc]
 
 

@@ -254,7 +254,7 @@ def check_options(options: argparse.Namespace) -> None:
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} cannot be combined: pass one of them")
     if options.keep_newline and (options.interactive or (given and options.prompt_file != "-")):
-        raise ValueError("--keep_newline is for a prompt from stdin: remove it")
+        raise ValueError("--keep_newline applies only to a prompt from stdin: remove it")
     check_batch(options)
 
 

@@ -158,7 +158,7 @@ def parse_prompt(line: str) -> Any:
     except UnicodeError:
         raise
     except ValueError as error:
-        plain = r"of a plain text give the --prompt_separator, such as '\n'"
+        plain = r"for plain text pass --prompt_separator, such as '\n'"
         raise ValueError(f"{error}; {MEANT.get(line.strip()[:1], plain)}") from error
 
 
@@ -174,7 +174,7 @@ def parse(number: int, line: str) -> Record:
     if "prompt" in value and not isinstance(said, str):
         raise ValueError("the prompt is not a text")
     if not said:
-        raise ValueError("the prompt is empty: give some text")
+        raise ValueError("the prompt is empty: pass some text")
     if "messages" in value:
         said = parse_messages(said, value.get("tools"))
     id = value.get("id", number)
@@ -182,7 +182,7 @@ def parse(number: int, line: str) -> Record:
         raise ValueError(f"id {json.dumps(id)} is neither a text nor a whole number")
     fields = {name: each for name, each in value.items() if name not in ("id", "prompt", "messages")}
     if taken := sorted(fields.keys() & RESERVED_FIELDS):
-        raise ValueError(f"the field {taken[0]} is a sample's own in the output: give it another name")
+        raise ValueError(f"the field {taken[0]} is reserved for the output: rename it")
     return Record(number, id, said, fields, parse_settings(fields))
 
 
@@ -277,7 +277,7 @@ def without_repeats(records: Iterable[Record], hashes: frozenset[int], bad: BadL
     for record in records:
         key = json.dumps(record.id)
         if hash_of(record.id) in hashes and lines.setdefault(key, record.number) != record.number:
-            bad.add(f"line {record.number}: id {key} is also that of line {lines[key]}: give each its own")
+            bad.add(f"line {record.number}: id {key} is also that of line {lines[key]}: ids must be unique")
         else:
             found.append(record)
     return found

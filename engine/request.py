@@ -21,7 +21,7 @@ def as_tokens(tokens: Sequence[int]) -> list[int]:
     try:
         return [operator.index(token) for token in tokens]
     except TypeError:
-        raise ValueError(f"{tokens!r:.60} is not a list of tokens: tokenizer.encode gives those of a text") from None
+        raise ValueError(f"{tokens!r:.60} is not a list of tokens: pass those of tokenizer.encode") from None
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
@@ -114,23 +114,23 @@ class Request:
             if name != "seed" and value is not None and value < 1:
                 raise ValueError(f"{name} {value} must be at least 1")
         if self.attention not in LAYOUT_NAMES:
-            raise ValueError(f"attention {self.attention!r} is not known: give {', '.join(LAYOUT_NAMES)}")
+            raise ValueError(f"attention {self.attention!r} is not known: use {', '.join(LAYOUT_NAMES)}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} must be at least 0 and below 2^63")
         if self.kv_dtype != "auto" and (self.kv_dtype != "int8" or self.attention != "bifurcated"):
-            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: give auto, or int8 with bifurcated")
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: use auto, or int8 with bifurcated")
         if isinstance(self.stop, str) or not all(isinstance(each, str) for each in self.stop):
-            raise ValueError(f"stop {self.stop!r} is not a tuple of texts: give one, such as ('END',)")
+            raise ValueError(f"stop {self.stop!r} is not a tuple of texts: pass one, such as ('END',)")
         if "" in self.stop:
             raise ValueError("a stop string is empty: it would end every sample at once")
 
     def check_length(self, limit: int, context: int) -> None:
         """Raises ValueError if `context` is 0, or exceeds the model's limit together with the new tokens."""
         if context < 1:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise ValueError("the prompt is empty: pass at least one token")
         if (total := context + self.max_new_tokens) > limit:
             raise ValueError(
-                f"prompt of {counted(context, 'token')} + max_new_tokens {self.max_new_tokens} = {total} is over the "
+                f"prompt of {counted(context, 'token')} + max_new_tokens {self.max_new_tokens} = {total} exceeds the "
                 f"model's context limit of {limit}: shorten one of them"
             )
 

@@ -143,7 +143,7 @@ def check_finite(logprob: float) -> None:
 def not_finite(weights: object, dtype: torch.dtype, error: FloatingPointError) -> ValueError:
     """Convert `check_finite`'s error to one that names the weights, their dtype and what may help."""
     where = f"{weights} in {str(dtype).removeprefix('torch.')}"
-    return ValueError(f"{where}: {error}: give --dtype bfloat16 or float32, or fetch the model again")
+    return ValueError(f"{where}: {error}: pass --dtype bfloat16 or float32, or download the model again")
 
 
 @dataclass(frozen=True)

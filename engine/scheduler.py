@@ -392,7 +392,7 @@ def check_ids(prompts: Sequence[Prompt]) -> None:
     """Raises ValueError if two prompts have the same id."""
     (id, times), *_ = Counter(json.dumps(prompt.id) for prompt in prompts).most_common(1) or [("", 0)]
     if times > 1:
-        raise ValueError(f"{times} prompts have the id {id}: give each its own")
+        raise ValueError(f"{times} prompts have the id {id}: ids must be unique")
 
 
 def pieces_of(events: Iterator[Piece | Outcome]) -> Generator[Piece]:

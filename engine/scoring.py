@@ -163,7 +163,7 @@ class Scorer:
         leaves: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for number, (context, continuation) in enumerate(sequences):
             if not context or not continuation:
-                raise ValueError(f"a {'continuation' if context else 'context'} is empty: give at least one token")
+                raise ValueError(f"a {'continuation' if context else 'context'} is empty: pass at least one token")
             tokens = (*context, *continuation)
             check_tokens(tokens, self.model.args.vocab_size)
             leaves.setdefault((tokens[:-1], len(continuation)), []).append(number)  # the last token is only predicted

@@ -253,7 +253,9 @@ class Speculation:
 
     def widen(self, work: Workload, args: ModelArgs) -> Workload:
         if args.rope_scaling is not None and args.rope_scaling.by_length:
-            raise ValueError(f"{args.rope_scaling.kind} rope scaling turns all positions of a step alike: no --draft")
+            raise ValueError(
+                f"{args.rope_scaling.kind} rope scaling rotates all positions of a step by one length: remove --draft"
+            )
         return replace(work, drafted=self.width - 1, draft_token=self.draft.token_bytes)
 
     def network(self, model: Transformer, layers: int | None, is_compiled: bool) -> Step:
@@ -371,7 +373,7 @@ class PromptDraft(Draft):
 def sound(draft: Draft, tokens: Tensor, logprobs: Tensor) -> Tensor:
     """Return a draft's tokens. Raises ValueError if its logits hold nan or infinity."""
     if not math.isfinite(float(logprobs.sum())):
-        raise ValueError(f"the draft, {draft.name}: its logits are not finite: give another, or --dtype float32")
+        raise ValueError(f"the draft, {draft.name}: its logits are not finite: choose another, or pass --dtype float32")
     return tokens
 
 
@@ -458,7 +460,7 @@ class MedusaDraft(Draft):
     def __init__(self, path: Path, args: ModelArgs) -> None:
         """Map a medusa_lm_head.pt. Raises FileNotFoundError, or ValueError if its shapes do not fit the network."""
         if not path.exists():
-            raise FileNotFoundError(f"no file at {path}: give a medusa_lm_head.pt")
+            raise FileNotFoundError(f"no file at {path}: pass a medusa_lm_head.pt")
         state: Any = unpickle(path)
         parts = ("0.linear.weight", "0.linear.bias", "1.weight")
         dim, ids = args.dim, state.get("tokens") if isinstance(state, dict) else None
@@ -501,7 +503,7 @@ def check_vocabulary(draft: Checkpoint, target: Checkpoint) -> None:
         ]
         if texts[0] != texts[1]:
             raise ValueError(
-                f"the draft's vocabulary is not the target's: token {id} differs, give a draft of the same one"
+                f"the draft's vocabulary is not the target's: token {id} differs: choose a draft with the same"
             )
 
 
@@ -516,12 +518,12 @@ def choose_draft(
     device, dtype and rows. Raises ValueError or FileNotFoundError if the flags are invalid or do not fit the target."""
     kind, _, count = "".join(names[:1]).partition(":")
     if k not in (None, "auto") and not k.lstrip("-").isdecimal():
-        raise ValueError(f"speculate_k {k!r} is not a number: give one of at least 1, or auto")
+        raise ValueError(f"speculate_k {k!r} is not a number: pass a whole number of at least 1, or auto")
     if names and path:
-        raise ValueError("--draft and --draft_checkpoint_path are both given: give one")
+        raise ValueError("--draft and --draft_checkpoint_path are both given: pass one of them")
     if not (names or path):
         if k is not None:
-            raise ValueError("--speculate_k is for a draft: add --draft or --draft_checkpoint_path")
+            raise ValueError("--speculate_k needs --draft or --draft_checkpoint_path")
         return None
     draft: Draft
     if path:
@@ -538,5 +540,5 @@ def choose_draft(
         draft = PromptDraft()
     else:
         most = target.args.n_layer - 1
-        raise ValueError(f"--draft {' '.join(names)}: give prompt, layers:K with K from 1 to {most}, or medusa PATH")
+        raise ValueError(f"--draft {' '.join(names)}: pass prompt, layers:K with K from 1 to {most}, or medusa PATH")
     return Speculation(draft, None if k == "auto" else min(DEFAULT_K, draft.longest) if k is None else int(k))

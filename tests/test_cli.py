@@ -379,12 +379,12 @@ def test_a_damaged_checkpoint_gets_one_line(tmp_path, damage, message):
         ),
         (
             ["--synthetic_prompt", "300"],
-            "prompt of 300 tokens + max_new_tokens 200 = 500 is over the model's context limit of 320",
+            "prompt of 300 tokens + max_new_tokens 200 = 500 exceeds the model's context limit of 320",
         ),
         (["--synthetic_prompt", "1000000000000"], "prompt of 1000000000000 tokens"),
         ([*PROMPT, "--pick"], "--pick needs --interactive"),
         (["--interactive", "--kv_dtype", "int8"], "--kv_dtype int8 cannot be combined with --interactive: remove it"),
-        ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "give auto, or int8 with bifurcated"),
+        ([*PROMPT, "--kv_dtype", "int8", "--attention", "contiguous"], "use auto, or int8 with bifurcated"),
         ([*PROMPT, "--echo", "--format", "jsonl"], "--echo cannot be combined with --interactive"),
         (["--interactive", "--echo"], "--echo cannot be combined with --interactive"),
         (["--synthetic_prompt", "9", "--echo"], "--echo cannot be combined with --interactive"),
@@ -581,7 +581,7 @@ def test_a_file_is_the_prompt_to_its_last_byte_and_stdin_without_one_newline(tmp
         assert run(*base, *flags, input="Once upon a time\n\n").stdout == ended
         assert run(*base, *flags, "--keep_newline", input="Once upon a time\n").stdout == ended
     for flags in (["--prompt", "a"], ["--interactive"], ["--prompt_file", "stdin"]):
-        assert_refused(run(*flags, "--keep_newline"), "--keep_newline is for a prompt from stdin")
+        assert_refused(run(*flags, "--keep_newline"), "--keep_newline applies only to a prompt from stdin")
 
 
 def test_what_ended_by_itself_comes_before_what_was_cut():

@@ -471,7 +471,7 @@ def test_rank_without_a_tokenizer_goes_by_tokens():
         ({"stop": (1,)}, "stop \\(1,\\) is not a tuple of texts"),
         ({"seed": -1}, "seed -1 must be at least 0 and below 2"),
         ({"seed": 2**63}, "seed 9223372036854775808"),
-        ({"kv_dtype": "int8", "attention": "contiguous"}, "kv_dtype 'int8' with contiguous: give auto, or int8 with"),
+        ({"kv_dtype": "int8", "attention": "contiguous"}, "kv_dtype 'int8' with contiguous: use auto, or int8 with"),
         ({"kv_dtype": "int4"}, "kv_dtype 'int4' with bifurcated"),
     ],
 )
@@ -510,7 +510,7 @@ def test_a_text_is_a_prompt_and_what_is_neither_is_refused(speaking):
     assert list(speaking.stream(text, asked)) == list(speaking.stream(tokens, asked))
     assert speaking.score(text, [[4, 5]]) == speaking.score(tokens, [[4, 5]])
     for wrong in ([tokens], [1.5], [text], None, 5):
-        with pytest.raises(ValueError, match="is not a list of tokens: tokenizer.encode gives those of a text"):
+        with pytest.raises(ValueError, match="is not a list of tokens: pass those of tokenizer.encode"):
             speaking.generate(wrong, asked)
     calls = (lambda: speaking.score(tokens, [text]), lambda: speaking.generate_many([Prompt("a", text)], asked))
     for call in calls:
@@ -519,7 +519,7 @@ def test_a_text_is_a_prompt_and_what_is_neither_is_refused(speaking):
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):
-    with pytest.raises(ValueError, match="prompt of 4090 tokens \\+ max_new_tokens 20 = 4110 is over .* 4096"):
+    with pytest.raises(ValueError, match="prompt of 4090 tokens \\+ max_new_tokens 20 = 4110 exceeds .* 4096"):
         engine.generate([0] * 4090, request())
     with pytest.raises(ValueError, match="empty"):
         engine.generate([], request())

@@ -402,7 +402,7 @@ def test_a_stop_string_is_searched_and_cut_in_one_rendering():
     "given, message",
     [
         ({"num_beams": 4}, "num_beams 4 is not supported"),
-        ({"do_sample": True}, "no temperature above 0"),
+        ({"do_sample": True}, "without a temperature above 0"),
         ({"max_gen_toks": LIMIT}, "leave no room"),
     ],
 )
@@ -434,7 +434,7 @@ def test_windows_are_as_long_as_the_harness_makes_them(folder, ours, theirs, sca
 
 
 def test_a_continuation_over_the_limit_is_refused(ours):
-    with pytest.raises(ValueError, match=f"over the model's limit of {LIMIT}"):
+    with pytest.raises(ValueError, match=f"exceeds the model's limit of {LIMIT}"):
         ours.loglikelihood([("a", "b" * (LIMIT + 1))])
 
 
@@ -683,7 +683,7 @@ def test_logits_that_are_not_finite_name_the_file_and_the_dtype(mode, tmp_path):
     flags = ["--checkpoint_path", tmp_path, "--dtype", "float16", "--output", tmp_path / "out"]
     status, out, err = run(mode, tmp_path / "text", *flags, "--no-compile")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "model.pth in float16: the logits are not finite" in err and "give --dtype bfloat16 or float32" in err
+    assert "model.pth in float16: the logits are not finite" in err and "pass --dtype bfloat16 or float32" in err
 
 
 @pytest.mark.parametrize(
@@ -854,8 +854,8 @@ def scored(**fields) -> str:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "give one of --tasks"),
-        (["--perplexity", "text", "--samples", "text"], "give one of --tasks"),
+        ([], "pass one of --tasks"),
+        (["--perplexity", "text", "--samples", "text"], "pass one of --tasks"),
         (["--perplexity", "missing"], "missing not found: pass an existing file"),
         (["--perplexity", "empty"], "empty is empty"),
         (["--perplexity", "bytes"], "is not UTF-8"),
@@ -873,7 +873,7 @@ def scored(**fields) -> str:
         (["--tasks", "any", "--limit", "inf"], "'inf' is neither"),
         (["--tasks", "any", "--limit", "1e999"], "'1e999' is neither"),
         (["--tasks", "any", "--limit", "nan"], "'nan' is neither"),
-        (["--samples", "twice"], 'twice has task_id "A" 2 times: give each once, -n draws more of it'),
+        (["--samples", "twice"], 'twice has task_id "A" 2 times: list each once, -n draws more of it'),
         (["--pass_at", "1"], "--pass_at and --scored go together"),
         (["--pass_at", "0,1", "--scored", "scored"], "is not a list of whole numbers"),
         (["--pass_at", "3", "--scored", "scored"], "a has 2 samples, pass@3 needs 3"),

@@ -200,7 +200,7 @@ def test_a_file_without_a_prompt_is_refused(tmp_path, content):
     path.write_text(content)
     result = batch(path, "--output", output, "--skip_bad")
     assert (result.returncode, result.stdout, output.exists()) == (2, "", False)
-    assert result.stderr == f"error: --prompts {path} has no prompt: give a file that has one\n"
+    assert result.stderr == f"error: --prompts {path} has no prompt: pass a file with at least one\n"
 
 
 BAD = [
@@ -273,7 +273,7 @@ def test_flags_that_do_not_go_together(prompts, flags, words):
     [
         (
             "Once upon a time\nThe cat\n",
-            "of a plain text give the --prompt_separator, such as '\\n' (and 1 more): fix",
+            "for plain text pass --prompt_separator, such as '\\n' (and 1 more): fix",
         ),
         ('["a", "b"]\n', "line 1: a whole array; write each part of the array on its own line: fix"),
         (
@@ -435,7 +435,7 @@ def test_what_replicas_have_finished_is_taken_over_once(tmp_path):
     lines = closed(output).splitlines(keepends=True)[1:]
     assert sorted(lines) == sorted(line for id in "abcdefg" for line in block(id).splitlines(keepends=True))
     assert not replica_files(path) and read_begun(path).done == {f'"{id}"' for id in "abcdefg"}
-    with pytest.raises(OSError, match="must lie where every machine"):
+    with pytest.raises(OSError, match="must be in a folder that all machines share"):
         output.merge([replica_file(path, 1)], set())
     replica_file(path, 1).write_text('{"header": {"seed": 4}}\n')
     with pytest.raises(ValueError, match="replica-1 was begun with seed 4, not 3"):

@@ -88,7 +88,7 @@ def test_an_overflow_is_told_and_another_dtype_mends_it(model):
     """Some logits are infinite, the others fit: the text that comes of it would look like any other."""
     change(model, "norm.weight", 3e4)
     base = [*SHORT, "-n", 3, "--temperature", 0, "--checkpoint_path", model, "--dtype"]
-    assert_refused(run(*base, "float16"), "give --dtype bfloat16 or float32")
+    assert_refused(run(*base, "float16"), "pass --dtype bfloat16 or float32")
     assert run(*base, "float32").returncode == 0
 
 
