@@ -21,7 +21,6 @@ from types import GenericAlias
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -253,6 +252,8 @@ def unpickle(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open  # not needed to run a network of other weights
+
     check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
