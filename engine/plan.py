@@ -51,7 +51,8 @@ class Workspace:
         args, work = self.args, self.work
         scaling = args.rope_scaling
         whole = scaling is not None and scaling.by_length  # as in Engine.prefill
-        chunk = work.context if whole else min(work.prefill_chunk, work.context)
+        chunk = choose_chunk(work.prefill_chunk, args, self.device, self.dtype)
+        chunk = work.context if whole else min(chunk, work.context)
         held = chunk * self.activations
         if not self.has_kernel and not (self.is_fused and not any(args.windows)):
             near = max(work.context if window is None else window for window in args.windows or [None])
@@ -463,6 +464,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
+
+
+def choose_chunk(asked: int | None, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the prompt tokens per prefill step, unless `asked`. On CUDA a step launches some 70 kernels a layer for
+    any number of tokens, so it takes many, where fused attention holds neither scores nor masks of them."""
+    if asked is not None:
+        return asked
+    plain = not (args.alibi or args.score_softcap is not None or any(args.windows))
+    return 4096 if plain and has_fused(device, dtype, args.head_dim) else 512
 
 
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:

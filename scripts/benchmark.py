@@ -128,7 +128,6 @@ COLUMNS = {
     for name, column in EAGER.items()
     for compiled in (False, True)
 }
-PREFILL_CHUNK = 512
 IN_TURNS = 9
 EVERY_N = tuple(1 << power for power in range(12))
 # What the paper compares, each eager and compiled.
@@ -367,19 +366,20 @@ def prefill_table(bench: Bench) -> None:
     """Time prefill, as generate.py runs it, against the measured rate of a matrix product."""
     options, args = bench.options, bench.args
     engine = Engine(bench.model(max(EVERY_N)))
+    chunk = engine.chunk(None)
     table = bench.table("tokens", "chunk", "ms:.0f", "T operations/s:.2f", "of the matrix product's rate:.0%")
     for context in options.context:
         tokens = [token % args.vocab_size for token in range(context)]
 
         def read(tokens: list[int] = tokens) -> None:
             cache = KVCache.empty(args.kv_shape, 1, len(tokens), bench.like)
-            engine.prefill(cache, tokens, PREFILL_CHUNK, SILENT)
+            engine.prefill(cache, tokens, chunk, SILENT)
 
         ms = median_ms(read, options.steps, options.device, options.budget)
         # A token attends to half of the prompt on average; only the last one has logits.
         head = 2 * (context - 1) * args.dim * args.vocab_size
         rate = (step_operations(args, context // 2, context) - head) / ms * 1000
-        table.row(context, PREFILL_CHUNK, ms, rate / 1e12, rate / bench.rates.operations)
+        table.row(context, chunk, ms, rate / 1e12, rate / bench.rates.operations)
 
 
 def load_table(bench: Bench) -> None:

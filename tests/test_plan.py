@@ -13,6 +13,7 @@ from engine.layouts import copied
 from engine.plan import (
     Plan,
     Workspace,
+    choose_chunk,
     choose_compile,
     choose_device,
     choose_dtype,
@@ -299,7 +300,7 @@ def test_what_is_read_anew_is_held_thrice_meanwhile(context, times):
 def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(monkeypatch):
     """On a GPU of bfloat16: windows are masks, soft caps scores, of what a chunk of 512 sees. By hand."""
     monkeypatch.setattr("engine.plan.has_fused", lambda *_: True)
-    gpu = Workload(8000, 1, 20), torch.device("cuda"), torch.bfloat16, False
+    gpu = Workload(8000, 1, 20, prefill_chunk=512), torch.device("cuda"), torch.bfloat16, False
     plain, near, capped = (
         Workspace(replace(GQA, head_dim=64, **fields), *gpu).reading()
         for fields in ({}, {"windows": (100, 200, 100)}, {"score_softcap": 5.0})
@@ -307,6 +308,21 @@ def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(mo
     by_sdpa = 8 * 712 * 6 * (512 + 64)  # keys repeated for each head, and plain products
     assert near - plain == 512 * 712 * (10 + 3) + by_sdpa
     assert capped - plain > 6 * 512 * 8000 * 4
+
+
+def test_on_a_gpu_a_prompt_is_read_in_large_chunks_where_no_scores_are_held(monkeypatch):
+    """By hand, as above: 4,096 tokens, and 512 with a window, where the fused kernels do not serve, or on a CPU."""
+    monkeypatch.setattr("engine.plan.has_fused", lambda device, *_: device.type == "cuda")
+    gpu, args = (torch.device("cuda"), torch.bfloat16), replace(GQA, head_dim=64)
+    assert choose_chunk(None, args, *gpu) == 4096 and choose_chunk(77, args, *gpu) == 77
+    for fields in ({"windows": (100, None, 9)}, {"score_softcap": 5.0}, {"alibi": True}):
+        assert choose_chunk(None, replace(args, **fields), *gpu) == 512
+    assert choose_chunk(None, args, CPU, torch.bfloat16) == 512
+    few, default, many = (
+        Workspace(args, Workload(8000, 1, 20, prefill_chunk=chunk), *gpu, False).reading()
+        for chunk in (512, None, 4096)
+    )
+    assert default == many == 8 * few
 
 
 def test_prompts_behind_a_shared_context_are_planned_with_their_scores(by_torch):
