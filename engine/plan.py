@@ -187,12 +187,14 @@ def weigh(model: Transformer) -> WeightSizes:
 
 
 def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
-    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes)."""
-    total = sum(sizes.values())
-    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
+    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes). A step reads a packed copy
+    instead of its weight, of the same size."""
+    total, mixture = sum(sizes.values()), args.mixture
+    read = {name: size for name, size in sizes.items() if not name.endswith((".packed", ".packed_scales"))}
+    experts = 0 if mixture is None else sum(size for name, size in read.items() if mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
     unread, tied = (0, embedding) if args.tied_output else (embedding, 0)
-    return WeightSizes(total, total - unread, experts, tied)
+    return WeightSizes(total, sum(read.values()) - unread, experts, tied)
 
 
 @dataclass(frozen=True)
