@@ -171,7 +171,7 @@ def build_parser() -> OneLineParser:
     flag("--draft", kinds, nargs="+", default=[], metavar=("KIND", "PATH"))
     flag("--draft_checkpoint_path", "draft model for speculative decoding, of the same vocabulary", metavar="PATH")
     flag("--speculate_k", "number of tokens that a draft proposes per step, or auto; default: 4")
-    flag("--prefill_chunk", "number of prompt tokens read at a time", type=int, default=drawn.prefill_chunk)
+    flag("--prefill_chunk", "number of prompt tokens read at a time; default: 512, on CUDA up to 4096", type=int)
     flag("--max_memory", "memory limit of each process, such as 4GB; default: what is free", type=size)
     parts = "under torchrun, number of processes that hold one network together; default: those of a machine"
     flag("--tp", parts, type=int, elsewhere="--tensor_parallel_size")

@@ -120,7 +120,7 @@ class Contexts:
 
     def __init__(self, runner: ModelRunner, sizes: Sizes, request: Request, context: KVCache | None = None) -> None:
         """request: how contexts are stored and prefilled. context: of a single prompt, if it is already prefilled."""
-        self.runner, self.sizes, self.chunk = runner, sizes, request.prefill_chunk
+        self.runner, self.sizes, self.chunk = runner, sizes, runner.chunk(request.prefill_chunk)
         self.int8, self.copies = request.kv_dtype == "int8", request.attention == CONTIGUOUS
         like, shape = runner.model.norm.weight, runner.args.kv_shape
         scaling = runner.args.rope_scaling
@@ -204,7 +204,10 @@ class Contexts:
             self.runner.prefill(context, [*tokens, *own], self.chunk)  # together, to reach the length
             context.resize(T)
             self.store(row, context)
-        one = KVCache.branch(self.prompts.cache, [row], n, length=self.prompts.length)
+        if self.int8:
+            one = KVCache.branch(self.prompts.cache, [row], n, length=self.prompts.length)
+        else:
+            one = KVCache.fork(self.prompts.view(row), 1, n)  # all slots are written: no mask
         self.runner.prefill(one, own, self.chunk)
         first = T if self.copies else 0
         for mine, theirs in zip(self.cache.tensors, one.tensors, strict=True):

@@ -7,7 +7,7 @@ fixed. Everything else works without this file and the lines that call it. Shape
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -49,13 +49,23 @@ def compiled(step: Step) -> Step:
     def marked(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
         mark_dynamic(inputs, cache)
         try:
-            with first.pop() if first else nullcontext():
+            with first.pop() if first else nullcontext(), tuned(inputs.tokens):
                 return graph(inputs, cache)
         except FailOnRecompileLimitHit:
             warn_once("one step has been compiled for as many layouts as PyTorch keeps: it runs uncompiled for others")
             return step(inputs, cache)
 
     return marked
+
+
+def tuned(tokens: Tensor) -> AbstractContextManager[None]:
+    """Have Inductor tune what is compiled for a single token on CUDA by coordinate descent: only then does it compile
+    products of one row itself, and they reach the memory's bandwidth. For more rows that would only take longer."""
+    if tokens.numel() > 1 or tokens.device.type != "cuda":
+        return nullcontext()
+    from torch._inductor import config  # as above
+
+    return config.patch(coordinate_descent_tuning=True)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ length, L slots of one cache, D head dimension, V vocabulary; R rows of keys.
 """
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -50,7 +51,8 @@ class Workspace:
         args, work = self.args, self.work
         scaling = args.rope_scaling
         whole = scaling is not None and scaling.by_length  # as in Engine.prefill
-        chunk = work.context if whole else min(work.prefill_chunk, work.context)
+        chunk = choose_chunk(work.prefill_chunk, args, self.device, self.dtype)
+        chunk = work.context if whole else min(chunk, work.context)
         held = chunk * self.activations
         if not self.has_kernel and not (self.is_fused and not any(args.windows)):
             near = max(work.context if window is None else window for window in args.windows or [None])
@@ -185,12 +187,14 @@ def weigh(model: Transformer) -> WeightSizes:
 
 
 def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
-    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes)."""
-    total = sum(sizes.values())
-    experts = 0 if args.mixture is None else sum(size for name, size in sizes.items() if args.mixture.has(name))
+    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes). A step reads a packed copy
+    instead of its weight, of the same size."""
+    total, mixture = sum(sizes.values()), args.mixture
+    read = {name: size for name, size in sizes.items() if not name.endswith((".packed", ".packed_scales"))}
+    experts = 0 if mixture is None else sum(size for name, size in read.items() if mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
     unread, tied = (0, embedding) if args.tied_output else (embedding, 0)
-    return WeightSizes(total, total - unread, experts, tied)
+    return WeightSizes(total, sum(read.values()) - unread, experts, tied)
 
 
 @dataclass(frozen=True)
@@ -277,7 +281,7 @@ def plan_run(
     own = work.own_slots
     total, decoded = context + own, own * (token + work.draft_token)
     copied = context * token if work.attention == "contiguous" else 0
-    space = Workspace(args, work, device, dtype, compile is not False and has_compiler())
+    space = Workspace(args, work, device, dtype, compile is not False and not missing_compiler(device))
     sizes = context * token, held_context(args, work, dtype)
     read, held = (size + context * work.draft_token for size in sizes)  # during prefill, and after it
 
@@ -303,7 +307,7 @@ def plan_run(
     steps = work.runs * -(-work.num_samples // rows) * work.max_new_tokens
     step_bytes = weights.read(args.mixture, rows) + held + decoded * rows // 2
     seconds = estimate_step(args, device, dtype, total - own / 2, rows, step_bytes)
-    compiled, why = choose_compile(compile, args.n_layer, steps, seconds)
+    compiled, why = choose_compile(compile, device, args.n_layer, steps, seconds)
     packed = choose_packing(device, dtype, args, steps, rows * (1 + work.drafted))
     packed_tied = weights.tied if packed and weights.tied <= available - needed(rows) else 0
     return Plan(
@@ -464,6 +468,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
 
 
+def choose_chunk(asked: int | None, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the prompt tokens per prefill step, unless `asked`. On CUDA a step launches some 70 kernels a layer for
+    any number of tokens, so it takes many, where fused attention holds neither scores nor masks of them."""
+    if asked is not None:
+        return asked
+    plain = not (args.alibi or args.score_softcap is not None or any(args.windows))
+    return 4096 if plain and has_fused(device, dtype, args.head_dim) else 512
+
+
 def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, steps: int, rows: int) -> bool:
     """Return whether to pack the weights for `steps` decode steps of `rows` rows (or positions of one row), as it pays
     for the feed-forward weights. In a mixture the rows per expert count, since most weights are the experts'."""
@@ -471,11 +484,27 @@ def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, st
     return pays_to_pack((args.hidden_dim, args.dim), device, dtype, seen, steps)
 
 
-# Seconds, measured on 2 cores of an AVX-512 CPU with a cold compile cache; rough values suffice. An operation is a
-# multiplication or an addition; True: native bfloat16, or CUDA.
-COMPILE, COMPILE_PER_LAYER, EAGER_PER_LAYER, EAGER_PER_BYTE = 10.0, 3.0, 0.0006, {"cpu": 1 / 15e9, "cuda": 1 / 1500e9}
-EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 100e12}
-COMPILING_SAVES = 0.25  # fraction of a step
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds to compile a step: compile, and per_layer of it; of an eager step: layer, byte read. saved: fraction of
+    an eager step that compiling saves."""
+
+    compile: float
+    per_layer: float
+    layer: float
+    byte: float
+    saved: float
+
+
+# By device type; rough values suffice. CPU: measured on 2 cores with AVX-512 and a cold compile cache. CUDA: estimated,
+# not measured: for a 7B model on an H100 that it compiles in 45 s with a cold cache, and saves 3 to 4 ms of a recorded
+# step of 11 ms, after 8,192 tokens at N = 1.
+STEP_COSTS = {
+    "cpu": StepCosts(compile=10.0, per_layer=3.0, layer=0.0006, byte=1 / 15e9, saved=0.25),
+    "cuda": StepCosts(compile=13.0, per_layer=1.0, layer=0.0001, byte=1 / 2.2e12, saved=0.3),
+}
+# Seconds of a multiplication or an addition in an eager step; True: native bfloat16, or CUDA, which is estimated too.
+EAGER_PER_OPERATION = {("cpu", True): 1 / 400e9, ("cpu", False): 1 / 100e9, ("cuda", True): 1 / 350e12}
 
 
 def step_operations(args: ModelArgs, context: float, rows: int) -> float:
@@ -491,17 +520,21 @@ def estimate_step(
     args: ModelArgs, device: torch.device, dtype: torch.dtype, context: float, rows: int, step_bytes: int
 ) -> float:
     """Estimate the seconds of an eager step of `rows` rows that reads step_bytes, after `context` tokens."""
-    fast = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16()
+    fast, costs = device.type == "cuda" or dtype == torch.bfloat16 and multiplies_bfloat16(), STEP_COSTS[device.type]
     operations = step_operations(args, context, rows) * EAGER_PER_OPERATION[device.type, fast]
-    return args.n_layer * EAGER_PER_LAYER + step_bytes * EAGER_PER_BYTE[device.type] + operations
+    return args.n_layer * costs.layer + step_bytes * costs.byte + operations
 
 
-def has_compiler() -> bool:
-    """Return whether torch.compile would find a C++ compiler and Python.h."""
-    return bool(shutil.which(compiler_name())) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+def missing_compiler(device: torch.device) -> str:
+    """Return what torch.compile would miss: a C++ compiler, Python.h, or on CUDA Triton; empty if nothing."""
+    if not shutil.which(compiler_name()) or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "C++ compiler or no Python.h"
+    return "Triton" if device.type == "cuda" and importlib.util.find_spec("triton") is None else ""
 
 
-def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: float) -> tuple[bool, str]:
+def choose_compile(
+    asked: bool | None, device: torch.device, n_layer: int, steps: int, step_seconds: float
+) -> tuple[bool, str]:
     """Return whether to compile the decode step, and why: if it should pay within this run, unless asked otherwise.
 
     steps: decode steps of the run; step_seconds: time of an eager one. The estimate uses no clock, so that the same
@@ -509,12 +542,13 @@ def choose_compile(asked: bool | None, n_layer: int, steps: int, step_seconds: f
     """
     if asked is False:
         return False, "--no-compile"
-    if not has_compiler():
-        return False, "no C++ compiler or no Python.h found: running eagerly"
+    if missing := missing_compiler(device):
+        return False, f"no {missing} found: running eagerly"
     if asked:
         return True, "--compile"
-    decode, cost = steps * step_seconds, COMPILE + n_layer * COMPILE_PER_LAYER
+    costs = STEP_COSTS[device.type]
+    decode, cost = steps * step_seconds, costs.compile + n_layer * costs.per_layer
     return (
-        decode * COMPILING_SAVES > cost,
+        decode * costs.saved > cost,
         f"auto: {steps} steps take about {decode:.0f} s eagerly, compiling about {cost:.0f} s",
     )

@@ -76,7 +76,7 @@ class Workload:
     runs: int = 1
     drafted: int = 0
     draft_token: int = 0
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     sampling: Sampling = Sampling()
 
     @property
@@ -89,8 +89,8 @@ class Workload:
 class Request:
     """Generation request. seed: same seed, same samples; None: random for each call, and recorded in its samples.
     attention: one of LAYOUT_NAMES. eos_ids: None: the engine's. stop: stop strings. prefill_chunk: prompt tokens per
-    prefill step. rows_at_once: most rows that decode together, which more samples take in turn; None: as memory
-    allows.
+    prefill step; None: by the device (plan.choose_chunk). rows_at_once: most rows that decode together, which more
+    samples take in turn; None: as memory allows.
     kv_dtype: of the context's keys and values during decoding: auto, the network's, or int8. first_index: index of the
     first sample: a replica generates only a part of them."""
 
@@ -101,7 +101,7 @@ class Request:
     attention: str = "bifurcated"
     eos_ids: frozenset[int] | None = None
     stop: tuple[str, ...] = ()
-    prefill_chunk: int = 512
+    prefill_chunk: int | None = None
     rows_at_once: int | None = None
     kv_dtype: str = "auto"
     first_index: int = 0

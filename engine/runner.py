@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache import KVCache, Prefill
 from engine.graphs import RecordedStep, Step, StepInput, compiled
-from engine.plan import Plan, WeightSizes, available_memory, plan_run, weigh
+from engine.plan import Plan, WeightSizes, available_memory, choose_chunk, plan_run, weigh
 from engine.request import Request, Workload, new_seed
 from engine.samples import Row, Sample
 from layers import kernels
@@ -129,15 +129,19 @@ class ModelRunner:
 
         return RecordedStep(step) if on_cuda and can_capture_graph(self.model) else step
 
+    def chunk(self, asked: int | None) -> int:
+        """Return the prompt tokens per prefill step of a request that asks for so many."""
+        return choose_chunk(asked, self.args, self.device, self.dtype)
+
     def empty_cache(self, slots: int) -> KVCache:
         """Allocate a one-row cache of `slots` positions."""
         return KVCache.empty(self.args.kv_shape, 1, slots, self.model.norm.weight)
 
     @torch.no_grad()
-    def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int, monitor: Monitor = SILENT) -> Tensor:
-        """Prefill `tokens` into the last len(tokens) slots of a one-row cache, `chunk` at a time -> the last layer's
-        output at the last token [1,dim]."""
-        scaling = self.args.rope_scaling
+    def prefill(self, cache: KVCache, tokens: Sequence[int], chunk: int | None, monitor: Monitor = SILENT) -> Tensor:
+        """Prefill `tokens` into the last len(tokens) slots of a one-row cache, `chunk` at a time (as Request's) -> the
+        last layer's output at the last token [1,dim]."""
+        chunk, scaling = self.chunk(chunk), self.args.rope_scaling
         if scaling is not None and scaling.by_length:
             chunk = len(tokens)  # the rotation depends on the length of the whole prompt
         begin = cache.slots - len(tokens)

@@ -12,11 +12,12 @@ K positions that are scored, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from bifurcated_attention import ScoreMod, merge_partials, shared_attention
+from bifurcated_attention import ScoreMod, fused_partial, has_fused, merge_partials, shared_attention
 from cache import KVCache, Link, Prefill, sdpa
 from engine.request import check_tokens
 from engine.samples import check_finite
@@ -99,26 +100,40 @@ class Rows:
             lay(node, begin, 0)
             starts.append(len(tokens))
         self.tokens, self.input_pos = (torch.tensor([each], device=device) for each in (tokens, positions))  # [1,T]
-        first = torch.tensor(starts, device=device)
-        lengths = first.diff()[:, None]  # [N,1]
+        self.first = torch.tensor(starts, device=device)
+        lengths = self.first.diff()[:, None]  # [N,1]
         slots = torch.arange(int(lengths.max()), device=device)  # [S]
         inside = slots < lengths  # [N,S]
         # Packed index of each row position; padding takes the first token, which only other padding sees.
-        self.place = (first[:-1, None] + slots).masked_fill(~inside, 0)
-        end = (torch.tensor(ends, device=device)[self.place] - first[:-1, None]).masked_fill(~inside, len(slots))
-        self.visible = ((slots[:, None] >= slots) & (slots[:, None] < end[:, None]))[:, None]  # [N,1,S,S]
+        self.place = (self.first[:-1, None] + slots).masked_fill(~inside, 0)
+        self.ends = torch.tensor(ends, device=device)[self.place].masked_fill(~inside, len(tokens) + len(slots))
+        self.branches = any(node.children for node in nodes)
         self.positions = self.input_pos[0][self.place]  # [N,S]
         self.inside = inside.flatten().nonzero()[:, 0]  # [T]
 
+    @cached_property
+    def visible(self) -> Tensor:
+        """The mask of earlier tokens of each token's branch, bool [N,1,S,S]."""
+        slots, end = torch.arange(self.place.shape[1], device=self.place.device), self.ends - self.first[:-1, None]
+        return ((slots[:, None] >= slots) & (slots[:, None] < end[:, None]))[:, None]
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-        """Attend within the rows and to the linked caches: q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]."""
+        """Attend within the rows and to the linked caches: q [1,H,T,D], k and v [1,G,T,D] -> [1,H,T,D]. Rows without
+        branches need no mask: they are causal, and the padding is behind their tokens."""
         rows = (tensor[0].transpose(0, 1)[self.place].transpose(1, 2) for tensor in (q, k, v))
         q_rows, k_rows, v_rows = rows  # [N,H,S,D], [N,G,S,D] twice
-        mask = self.visible if mod is None else mod.mask(self.visible, self.positions, self.positions)
-        softcap = None if mod is None else mod.softcap
-        if not self.links:
-            return self.end_to_end(sdpa(q_rows, k_rows, v_rows, mask, softcap))
-        out, lse = shared_attention(q_rows, k_rows, v_rows, mask, softcap)
+        fused = bool(self.links) and has_fused(q.device, q.dtype, q.shape[-1])
+        if mod is None and not self.branches and (fused or not self.links):
+            if not self.links:
+                return self.end_to_end(sdpa(q_rows, k_rows, v_rows, None))
+            k_rows, v_rows = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k_rows, v_rows))  # [N,H,S,D]
+            out, lse = fused_partial(q_rows, k_rows, v_rows, causal=True)
+        else:
+            mask = self.visible if mod is None else mod.mask(self.visible, self.positions, self.positions)
+            softcap = None if mod is None else mod.softcap
+            if not self.links:
+                return self.end_to_end(sdpa(q_rows, k_rows, v_rows, mask, softcap))
+            out, lse = shared_attention(q_rows, k_rows, v_rows, mask, softcap)
         partials = [(self.end_to_end(out), self.end_to_end(lse))]
         partials += [link.attend(layer, q, input_pos, mod) for link in self.links]
         return merge_partials(partials)[0].to(q.dtype)

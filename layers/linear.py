@@ -335,22 +335,28 @@ class WidenedLinear(QuantisedLinear):
         return torch.ops.bifurcated.quantised_linear(x, self.values, self.scales, zeros, self.bias)
 
 
-class TinygemmLinear(HeldLinear):
-    """Linear layer using PyTorch's CUDA op for int4 weights."""
+class TinygemmLinear(QuantisedLinear):
+    """Linear layer using PyTorch's CUDA op for int4 weights, for up to TINYGEMM_ROWS rows. The op reads a copy of the
+    weight in its own layout; more rows, as a prompt has, are multiplied by the dequantised weight."""
 
     kernel = "tinygemm"
+    values: Tensor
+    scales: Tensor
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.features, self.groupsize, self.bias = weight.shape[0], weight.groupsize, bias
+        super().__init__(weight, bias, dtype)
         tiles = next(tiles for tiles in (8, 4, 2) if weight.shape[1] % (16 * tiles) == 0)
-        self.packed = torch.ops.aten._convert_weight_to_int4pack(weight.values, tiles)
-        self.packed_scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack(weight.values, tiles))
+        scales = torch.stack((weight.scales, weight.zeros), -1).transpose(0, 1).contiguous()
+        self.register_buffer("packed_scales", scales)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        product = torch.ops.aten._weight_int4pack_mm(flat, self.packed, self.groupsize, self.packed_scales)
-        product = product.view(*x.shape[:-1], self.features)
+        if flat.shape[0] > TINYGEMM_ROWS:  # compiled: another graph
+            return self.expanded(x)
+        group = x.shape[-1] // self.scales.shape[1]
+        product = torch.ops.aten._weight_int4pack_mm(flat, self.packed, group, self.packed_scales)
+        product = product.view(*x.shape[:-1], self.values.shape[0])
         return product if self.bias is None else product + self.bias
 
 
@@ -360,6 +366,9 @@ QUANTISED_LINEARS: dict[str, Callable[..., nn.Module]] = {
 }
 
 TINYGEMM_GROUPS = (32, 64, 128, 256)
+
+# Most rows for which tinygemm beats a product with the dequantised weight: an estimate, not measured.
+TINYGEMM_ROWS = 32
 
 # Most rows of a decode step for which the op of kernels.py beats all others, by whether the CPU has bfloat16
 # instructions. With them it has not been measured: 16 is an estimate.
@@ -383,8 +392,7 @@ def choose_way(
     else:
         form, (outputs, inputs), is_trained = "dequantised", weight.shape, False
         if device.type != "cpu":
-            fits = weight.kind == "int4" and weight.groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
-            return "tinygemm" if fits and has_tinygemm(device, dtype) else "dequantised at each product"
+            return choose_quantised(weight, device, dtype, rows)
         if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, weight.groupsize):
             return "widened"
     if outputs * inputs < MIN_PACK_ELEMENTS:
@@ -392,6 +400,16 @@ def choose_way(
     if pack:
         return f"{form}, packed"
     return f"{form}, streamed" if streams(device, dtype, inputs) and not is_trained else form
+
+
+def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+    """Choose as choose_way for a quantised weight on CUDA. A compiled product of one row with int8 fuses the widening;
+    for more than TINYGEMM_ROWS rows the weight is held dequantised, as on a CPU."""
+    (outputs, inputs), small = weight.shape, rows <= TINYGEMM_ROWS
+    fits = weight.kind == "int4" and weight.groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
+    if small and fits and has_tinygemm(device, dtype):
+        return "tinygemm"
+    return "dequantised at each product" if small else "dequantised"
 
 
 def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:

@@ -21,11 +21,20 @@ from types import GenericAlias
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, replace_module, tensors_of
+from layers.linear import (
+    KINDS,
+    MappedFiles,
+    Quantised,
+    TinygemmLinear,
+    bytes_read,
+    choose_way,
+    make_linear,
+    replace_module,
+    tensors_of,
+)
 from layers.moe import group_experts
 from loading.families import (
     args_from_config,
@@ -253,6 +262,8 @@ def unpickle(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open  # not needed to run a network of other weights
+
     check_plain(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -358,13 +369,16 @@ def weight_sizes(
 ) -> dict[str, int]:
     """Bytes of each tensor that load_model would hold, by name, from metadata alone; a tied one counts once.
 
-    A quantised weight counts in the form that its kernel reads (linear.bytes_read).
+    A quantised weight counts in the form that its kernel reads (linear.bytes_read); a packed copy by itself.
     """
     model, args = empty_model(checkpoint.args), checkpoint.args
     sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
         part, seen = held_part(weight, layer, args, rows, shard)
-        sizes[f"{layer}.weight"] = bytes_read(part, torch.device(device), dtype, seen)
+        held = part, torch.device(device), dtype, seen
+        sizes[f"{layer}.weight"] = bytes_read(*held)
+        if choose_way(*held) == TinygemmLinear.kernel:
+            sizes[f"{layer}.packed"] = bytes_read(*held)
     return sizes
 
 

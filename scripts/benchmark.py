@@ -41,7 +41,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,6 +63,7 @@ from engine.plan import (
     weigh,
 )
 from engine.request import Request, Workload
+from engine.runner import bucket
 from layers.kernels import attend_chain
 from layers.linear import Quantised, StreamedLinear, can_pack, hold_linears, kernels, make_linear, swap_linears
 from layers.moe import ExpertLinear, MixtureOfExperts, MoEConfig
@@ -103,11 +103,6 @@ class TorchCache(KVCache):
         return attend_by_torch(self, layer, q, input_pos, mod)
 
 
-def share(context: KVCache, n: int, slots: int, kind: type[KVCache] = KVCache) -> KVCache:
-    """Fork as the engine does: a single row extends the context's own cache, here a copy of it."""
-    return copied(context, 1, slots, kind=kind) if n == 1 else kind.fork(context, n, slots)
-
-
 def fork_int8(context: KVCache, n: int, slots: int) -> KVCache:
     return KVCache.fork(Int8Context.of(copied(context, 1, 0, kind=KVCache)), n, slots)
 
@@ -118,9 +113,9 @@ def copied_for(kernel: SDPBackend) -> Callable[[KVCache, int, int], KVCache]:
 
 
 EAGER = {
-    "bifurcated": Column(share, "bifurcated"),
+    "bifurcated": Column(KVCache.fork, "bifurcated"),
     "bifurcated, int8": Column(fork_int8, "bifurcated", "int8"),
-    "bifurcated, torch": Column(partial(share, kind=TorchCache), "bifurcated"),
+    "bifurcated, torch": Column(TorchCache.fork, "bifurcated"),
     "contiguous": Column(partial(copied, kind=KVCache), "contiguous"),
     "contiguous SDPA": Column(copied, "contiguous"),
     "contiguous SDPA, flash": Column(copied_for(SDPBackend.FLASH_ATTENTION), "contiguous"),
@@ -133,7 +128,6 @@ COLUMNS = {
     for name, column in EAGER.items()
     for compiled in (False, True)
 }
-PREFILL_CHUNK = 512
 IN_TURNS = 9
 EVERY_N = tuple(1 << power for power in range(12))
 # What the paper compares, each eager and compiled.
@@ -150,22 +144,24 @@ QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {
 
 class Rates(NamedTuple):
     """Measured rates: bytes per second moved by a large copy (read and written) or read by a sum, whichever is more,
-    and operations per second (multiplications and additions) of a large matrix product."""
+    and operations per second (multiplications and additions) of a large matrix product: on CUDA of 1 GB and a side of
+    8,192, on a CPU of 256 MB and 2,048."""
 
     bandwidth: float
     operations: float
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    big = torch.ones(1 << 26, device=device)
+    elements, side = (1 << 28, 8192) if device.type == "cuda" else (1 << 26, 2048)
+    big = torch.ones(elements, device=device)
     copy = torch.ones_like(big)
-    square = torch.ones(2048, 2048, device=device, dtype=dtype)
+    square = torch.ones(side, side, device=device, dtype=dtype)
 
     def best(function: Callable[[], object]) -> float:
         return min(timed(function, 6, device, 1.0))
 
     moved, read = 2 * big.nbytes / best(lambda: copy.copy_(big)), big.nbytes / best(lambda: big.sum())
-    return Rates(max(moved, read), 2 * 2048**3 / best(lambda: square @ square))
+    return Rates(max(moved, read), 2 * side**3 / best(lambda: square @ square))
 
 
 @dataclass(frozen=True)
@@ -179,6 +175,13 @@ class Bench:
     rates: Rates
     records: list[dict[str, Any]]
     started: float
+
+    @property
+    def slots(self) -> int:
+        """Slots of a row for its timed steps: on CUDA as the engine makes visible, whose fused kernels read them all;
+        on a CPU, whose kernel reads the written ones, as few as suffice."""
+        needed = self.options.steps + 8
+        return bucket(needed) if self.options.device.type == "cuda" else needed
 
     @property
     def like(self) -> Tensor:
@@ -228,7 +231,7 @@ class Bench:
     def plan(self, weights: Transformer, context: int, rows: int, column: Column) -> Plan:
         """Plan the bytes of a cell, those of `weights` included."""
         options = self.options
-        work = Workload(context, rows, options.steps + 8, column.layout, column.kv_dtype)
+        work = Workload(context, rows, self.slots, column.layout, column.kv_dtype)
         return plan_run(self.args, weigh(weights), work, options.device, options.dtype, 1 << 62, False)
 
     def ms(self, step: Step, cache: KVCache, position: int) -> float:
@@ -308,7 +311,7 @@ def measure(bench: Bench, column: Column, root: KVCache, plan: Plan, step: Step)
 def attempt(bench: Bench, column: Column, root: KVCache, rows: int, step: Step) -> tuple[float | None, str]:
     """Time a step. Returns (milliseconds, ""), or (None, reason) if it cannot run."""
     try:
-        return bench.ms(step, column.make(root, rows, bench.options.steps + 8), root.slots), ""
+        return bench.ms(step, column.make(root, rows, bench.slots), root.slots), ""
     except RuntimeError as error:
         if "No viable backend" in str(error) or "No available kernel" in str(error):
             return None, "no such kernel"
@@ -340,7 +343,7 @@ def attention_table(bench: Bench) -> None:
 
     def decode(rows: int, context: int) -> tuple[float, float]:
         root, given = bench.context(context), inputs(rows, 1, context)
-        return ms(share(root, rows, 64).attend, given), ms(copied(root, rows, 64).attend, given)
+        return ms(KVCache.fork(root, rows, 64).attend, given), ms(copied(root, rows, 64).attend, given)
 
     def hybrid(rows: int, context: int) -> tuple[float, float]:
         size = min(512, -(-context // 2))
@@ -363,24 +366,26 @@ def prefill_table(bench: Bench) -> None:
     """Time prefill, as generate.py runs it, against the measured rate of a matrix product."""
     options, args = bench.options, bench.args
     engine = Engine(bench.model(max(EVERY_N)))
+    chunk = engine.chunk(None)
     table = bench.table("tokens", "chunk", "ms:.0f", "T operations/s:.2f", "of the matrix product's rate:.0%")
     for context in options.context:
         tokens = [token % args.vocab_size for token in range(context)]
 
         def read(tokens: list[int] = tokens) -> None:
             cache = KVCache.empty(args.kv_shape, 1, len(tokens), bench.like)
-            engine.prefill(cache, tokens, PREFILL_CHUNK, SILENT)
+            engine.prefill(cache, tokens, chunk, SILENT)
 
         ms = median_ms(read, options.steps, options.device, options.budget)
         # A token attends to half of the prompt on average; only the last one has logits.
         head = 2 * (context - 1) * args.dim * args.vocab_size
         rate = (step_operations(args, context // 2, context) - head) / ms * 1000
-        table.row(context, PREFILL_CHUNK, ms, rate / 1e12, rate / bench.rates.operations)
+        table.row(context, chunk, ms, rate / 1e12, rate / bench.rates.operations)
 
 
 def load_table(bench: Bench) -> None:
     """Time loading a folder of safetensors against mapping it with safetensors alone, in milliseconds: the mapping
     alone, and with every byte read once from the page cache."""
+    from safetensors.torch import save_file  # only this table needs it
 
     def read(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -406,8 +411,8 @@ def load_table(bench: Bench) -> None:
 
 
 def quantised_table(bench: Bench) -> None:
-    """Time an eager decode step with quantised weights, in the kernels that generate.py would use at that N, against
-    plain weights."""
+    """Time a decode step with quantised weights, in the kernels that generate.py would use at that N, against plain
+    weights: eager, on CUDA compiled."""
     table = bench.table("context", "N", "weights", "held", "ms:.1f", "plain / this:.2f", "linear layers")
     for context, rows in bench.sizes():
         plain = None
@@ -418,7 +423,8 @@ def quantised_table(bench: Bench) -> None:
             held = weigh(model).per_step
             if bench.packs(rows):
                 hold_linears(model, pack=True)
-            ms = bench.ms(step_of(model), share(bench.context(context), rows, bench.options.steps + 8), context)
+            step = step_of(model, compile=bench.options.device.type == "cuda")
+            ms = bench.ms(step, KVCache.fork(bench.context(context), rows, bench.slots), context)
             plain = plain or ms
             by = ", ".join(f"{number} {kernel}" for kernel, number in kernels(model).items())
             table.row(context, rows, name, human(held), ms, plain / ms, by)
@@ -463,7 +469,7 @@ def tp_table(bench: Bench) -> None:
     def ms(model: Transformer, threads: int, shard: Shard, context: int, rows: int) -> float:
         torch.set_num_threads(threads)
         root = replace(bench, args=shard.local(bench.args)).context(context)
-        return bench.ms(step_of(model, shard=shard), share(root, rows, bench.options.steps + 8), context)
+        return bench.ms(step_of(model, shard=shard), KVCache.fork(root, rows, bench.slots), context)
 
     table = bench.table("context", "N", f"1 process, {world} threads:.1f", f"{world} ranks:.1f", "ratio:.2f")
     for context, rows in bench.sizes():
@@ -499,13 +505,13 @@ def kernel_table(bench: Bench) -> None:
             sides = (partial(products, each, rows) for each in (list(map(StreamedLinear, linears)), linears))
             limit = sum(linear.weight.nbytes for linear in linears) / rates.bandwidth
             compare("products with plain weights", rows, limit, *sides)
-        caches = [share(plain, rows, 8, kind) for kind in (KVCache, TorchCache)]
+        caches = [kind.fork(plain, rows, 8) for kind in (KVCache, TorchCache)]
         steps = [stepping(step_of(model), cache, context, stride=0) for cache in caches]
         compare("step", rows, 0, *steps)
         for name, quantiser in QUANTISERS.items():
             held = bench.random()
             hold(held, quantiser, rows)
-            other = stepping(step_of(held), share(plain, rows, 8), context, stride=0)
+            other = stepping(step_of(held), KVCache.fork(plain, rows, 8), context, stride=0)
             compare(f"step, weights in {name}, against plain ones", rows, 0, other, steps[0])
     for context in bench.options.context:
         q, k, v = torch.randn(3, 1, args.n_head, context, args.head_dim, dtype=like.dtype)
@@ -586,7 +592,7 @@ def moe_table(bench: Bench) -> None:
             hold_linears(model, pack=True)
 
         def ms(step: Step, root: KVCache = root, rows: int = rows) -> float:
-            return bench.ms(step, share(root, rows, bench.options.steps + 8), root.slots)
+            return bench.ms(step, KVCache.fork(root, rows, bench.slots), root.slots)
 
         def with_all() -> float:
             install(map(EveryExpert, own))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from cache import KVCache, NoCache, Prefill
 from engine import plan
@@ -93,6 +92,8 @@ def published(request, tmp_path_factory) -> Path:
     """A trained model as one is published: transformers' names in model.safetensors, config.json, tokenizer.model."""
     if request.param == "stories15M":
         return STORIES
+    from safetensors.torch import save_file  # not every machine with a GPU has it
+
     folder = tmp_path_factory.mktemp("published")
     state = {as_transformers(name): tensor for name, tensor in torch.load(TINY / "model.pth").items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})

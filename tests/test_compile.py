@@ -199,3 +199,27 @@ def test_compiled_numbers_beyond_32_bits_are_the_eager_ones():
         found, expected = (each(seed, words[:, None], words) for each in (graph, uniform))
         assert torch.equal(found, expected)
     assert isinstance(found, Tensor) and found.unique().numel() == 64
+
+
+def test_only_a_single_row_on_a_gpu_is_tuned_by_coordinate_descent(monkeypatch):
+    """Inductor's own option, while a graph is called, by device, rows and positions; and not afterwards. Oracle:
+    Inductor's decomposition of a product, which without it leaves one of a single row to a library."""
+    from torch._inductor.decomposition import mm
+
+    seen, made = [], partial(torch.empty, device="meta")
+
+    def fuses() -> bool:
+        return mm(made(1, 8), made(8, 5)) is not NotImplemented
+
+    class OnCuda(Tensor):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("cuda")
+
+    monkeypatch.setattr(torch, "compile", lambda step, **flags: lambda inputs, cache: seen.append(fuses()))
+    step = compiled(lambda inputs, cache: None)
+    for rows, size in ((1, 1), (3, 1), (1, 4)):
+        cache = KVCache.empty((1, 2, 10), rows, 9, made(0))
+        for tokens in (made(rows, size), made(rows, size).as_subclass(OnCuda)):
+            step(StepInput(tokens, tokens, made(rows), made(())), cache)
+    assert seen == [False, True, False, False, False, False] and not fuses()

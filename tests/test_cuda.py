@@ -5,7 +5,7 @@ Oracles: an fp64 softmax; for a recorded step, the plain one. The last tests nee
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -16,12 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bifurcated_attention as ours
 import cache as caches
-from cache import KVCache, Prefill
+from cache import KVCache, Link, Prefill
+from engine import scoring
+from engine.contexts import Contexts
 from engine.engine import Engine
 from engine.graphs import RecordedStep, StepInput, compiled
 from engine.layouts import LAYOUTS, Int8Context
 from engine.request import Request, Sampling
-from engine.runner import decode
+from engine.runner import ModelRunner, decode
+from engine.scheduler import Prompt
+from engine.scoring import Rows
+from layers.rope import RopeScaling
 from model import ModelArgs, Transformer, empty_model
 from sampling import uniform
 from tp import Shard
@@ -30,12 +35,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 SHAPE = ModelArgs(
     dim=48, n_layer=2, n_head=6, n_kv_head=2, head_dim=16, hidden_dim=40, vocab_size=97, context_limit=4096
 )  # fmt: skip
+GROWING = replace(SHAPE, rope_scaling=RopeScaling("longrope", 4.0, 65, short=(1.0,) * 8, long=(2.0,) * 8))
 
 
 @pytest.fixture
 def fused(monkeypatch):
     """The fused kernel on every device, and on the meta device CUDA's."""
-    for module in (ours, caches):
+    for module in (ours, caches, scoring):
         monkeypatch.setattr(module, "has_fused", lambda device, dtype, head_dim: dtype != torch.float64)
     for kernels in (ours.FLASH, ours.MASKED):
         monkeypatch.setitem(kernels, "meta", kernels["cuda"])
@@ -164,6 +170,43 @@ def test_prefill_in_parts_is_prefill_with_a_mask(request, monkeypatch, chunk):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     later = -(-64 // chunk) - 1
     assert recorder.count("flash_attention_for_cpu") == SHAPE.n_layer * (1 + 2 * later)  # SDPA's own, then two each
+
+
+@pytest.mark.parametrize("preamble", [0, 21])
+@pytest.mark.parametrize("args", [SHAPE, GROWING], ids=["plain", "longrope"])
+def test_many_prompts_are_read_without_masks(request, monkeypatch, args, preamble):
+    """Short prompts packed together, alone or behind what all or some share, and contexts that are read anew: no mask
+    is made of them or of an ancestor's slots. Oracle: the same without the fused kernels, in fp32."""
+    monkeypatch.setattr("layers.kernels.takes", lambda *_: False)
+    begin, group = random_tokens(args, preamble).tolist(), random_tokens(args, 70, seed=2).tolist()
+    rests = [random_tokens(args, length, seed=length).tolist() for length in (3, 17, 40, 90, 60)]
+    prompts = [Prompt(number, begin + (group if number % 2 else []) + rest) for number, rest in enumerate(rests)]
+    asked = Request(2, 12, Sampling(0.9, top_k=30), seed=1)
+
+    def drawn() -> list:
+        engine = Engine(random_model(args, torch.float32), compile=False)
+        return [(each.prompt.id, draws(each.samples)) for each in engine.generate_many(prompts, asked)]
+
+    expected = drawn()
+    request.getfixturevalue("fused")
+    reading, seen = [], []
+
+    def read(self, *given, method, **flags):
+        reading.append(True)
+        found = method(self, *given, **flags)
+        reading.pop()
+        return found
+
+    for owner, name in ((Contexts, "read"), (ModelRunner, "prefill")):
+        monkeypatch.setattr(owner, name, partialmethod(read, method=getattr(owner, name)))
+    slots = Link.visible
+    monkeypatch.setattr(
+        Link, "visible", lambda link: seen.append(bool(reading) and link.length is not None) or slots(link)
+    )
+    monkeypatch.setattr(Rows, "visible", property(lambda rows: pytest.fail("a mask of packed prompts")))
+    with Recorder() as recorder:
+        assert drawn() == expected
+    assert len(seen) > 10 and not any(seen) and recorder.count("flash_attention_for_cpu") > 10
 
 
 def meta_model(dtype: torch.dtype) -> Transformer:

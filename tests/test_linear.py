@@ -9,9 +9,11 @@ from functools import partial
 import pytest
 import torch
 from conftest import GQA, random_model, random_tokens, slow
+from torch._dynamo.testing import CompileCounter
 
 from cache import KVCache, NoCache
 from engine.graphs import StepInput, compiled
+from engine.plan import weigh
 from engine.runner import decode
 from layers import linear as packed
 from layers.kernels import multiplies
@@ -21,6 +23,7 @@ from layers.linear import (
     Int8Weight,
     PackedLinear,
     QuantisedLinear,
+    TinygemmLinear,
     WidenedLinear,
     bytes_read,
     can_pack,
@@ -208,6 +211,82 @@ def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     assert chosen("int4", 48, 96, torch.float32, 1) == chosen("int8", 48, 96, torch.bfloat16, 64) == "widened"
     monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: True)
     assert chosen("int8", 48, 96, torch.bfloat16, 16) == "widened" != chosen("int8", 48, 96, torch.bfloat16, 17)
+
+
+CUDA = torch.device("cuda")
+
+
+def test_on_a_gpu_weights_are_chosen_by_rows(monkeypatch):
+    """As a table: tinygemm up to 32 rows where it fits; beyond, products with the dequantised weight."""
+    monkeypatch.setattr(packed, "has_tinygemm", lambda device, dtype: dtype == torch.bfloat16)
+
+    def chosen(kind, outputs, inputs, rows, groupsize=32, dtype=torch.bfloat16):
+        return choose_way(random_weight(kind, outputs, inputs, groupsize), CUDA, dtype, rows)
+
+    each = "dequantised at each product"
+    assert [chosen("int4", 48, 96, rows) for rows in (1, 32, 33, 1024)] == ["tinygemm"] * 2 + ["dequantised"] * 2
+    assert [chosen("int8", 48, 96, rows) for rows in (1, 32, 33)] == [each, each, "dequantised"]
+    assert chosen("int4", 44, 96, 1) == chosen("int4", 48, 96, 1, dtype=torch.float16) == each  # tinygemm does not fit
+    assert chosen("int4", 48, 96, 1, 24) == each
+
+
+@pytest.fixture
+def tinygemm(monkeypatch) -> list[int]:
+    """A stand-in for the CUDA operators, whose packed form is the weight's bytes. Returns the rows of each product."""
+    rows: list[int] = []
+
+    def multiply(x, values, groupsize, grid):
+        if not torch.compiler.is_compiling():
+            rows.append(len(x))
+        weight = Int4Weight(values.byte(), *(each.T for each in grid.unbind(-1)))
+        assert torch.compiler.is_compiling() or weight.groupsize == groupsize
+        return torch.nn.functional.linear(x, weight.expand(x.dtype))
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda values, tiles: values.int())
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", multiply)
+    return rows
+
+
+def test_tinygemm_multiplies_few_rows_and_leaves_a_prompt_to_the_dequantised_weight(tinygemm):
+    """Up to 32 rows and positions together; both are the dequantised product. No tensor of it is looked at to choose,
+    so that the host need not wait: on the meta device."""
+    weight, bias = random_weight("int4", 48, 96), torch.randn(48).bfloat16()
+    linear, meta = TinygemmLinear(weight, bias, torch.bfloat16), deepcopy(TinygemmLinear(weight, bias, torch.bfloat16))
+    exact = dequantise(weight, torch.bfloat16)
+    for n, size in ((1, 1), (32, 1), (3, 10), (33, 1), (1, 200), (11, 3)):
+        x = torch.randn(n, size, 96, generator=torch.Generator().manual_seed(n)).bfloat16()
+        torch.testing.assert_close(linear(x), torch.nn.functional.linear(x, exact, bias), rtol=0.02, atol=0.05)
+    assert tinygemm == [1, 32, 30]
+    meta.to("meta")
+    for n, size in ((32, 1), (3, 11)):
+        assert meta(torch.empty(n, size, 96, device="meta", dtype=torch.bfloat16)).shape == (n, size, 48)
+
+
+def test_a_compiled_product_by_tinygemm_takes_any_rows(tinygemm):
+    """A graph for few rows and one for many, and none besides. Oracle: the dequantised product."""
+    torch.compiler.reset()
+    weight = random_weight("int4", 48, 96)
+    linear, exact = TinygemmLinear(weight, None, torch.bfloat16), dequantise(weight, torch.bfloat16)
+    counter = CompileCounter()
+    graph = torch.compile(linear.multiply, backend=counter, fullgraph=True, dynamic=False)
+    for n in (2, 31, 5, 32, 33, 100, 7):
+        x = torch.randn(n, 1, 96).bfloat16()
+        torch._dynamo.mark_dynamic(x, 0)
+        torch.testing.assert_close(graph(x), torch.nn.functional.linear(x, exact), rtol=0.02, atol=0.05)
+    assert counter.frame_count == 2
+
+
+def test_a_copy_in_tinygemms_layout_is_held_and_not_read_besides(tinygemm, monkeypatch):
+    """Oracle: the buffers of a model with one such layer."""
+    model = random_model(replace(GQA, dim=64), torch.bfloat16)
+    plain, made = weigh(model), random_weight("int4", 64, 64)
+    make = lambda name, _: TinygemmLinear(made, None, torch.bfloat16) if name.endswith("0.attention.wo") else None  # noqa: E731
+    swap_linears(model, make)
+    linear = model.layers[0].attention.wo
+    held, old = sum(each.nbytes for each in linear.buffers()), 64 * 60 * 2
+    copies = linear.packed.nbytes + linear.packed_scales.nbytes
+    assert weigh(model).total == plain.total - old + held
+    assert weigh(model).per_step == plain.per_step - old + held - copies
 
 
 def test_a_weight_in_the_networks_dtype_is_streamed_packed_or_left(monkeypatch):

@@ -13,6 +13,7 @@ from engine.layouts import copied
 from engine.plan import (
     Plan,
     Workspace,
+    choose_chunk,
     choose_compile,
     choose_device,
     choose_dtype,
@@ -20,6 +21,7 @@ from engine.plan import (
     estimate_step,
     human,
     longest_context,
+    missing_compiler,
     plan_run,
     weigh,
 )
@@ -104,7 +106,7 @@ def test_scores_are_planned_where_they_are_held(by_torch, monkeypatch):
     assert attention() == 4 * scores
     assert attention(drafted=2) == 3 * 4 * scores
     assert attention(torch.bfloat16) == 10 * scores
-    monkeypatch.setattr("engine.plan.has_compiler", lambda: True)
+    monkeypatch.setattr("engine.plan.missing_compiler", lambda device: "")
     assert attention(compile=True) == 2 * 4 * scores + 4 * 20_000 * 2 * 10
     assert attention(attention="contiguous") == 64 * 20_016 * 5  # what is visible: bool, and in fp32
     monkeypatch.setattr("engine.plan.takes", lambda *_: True)
@@ -183,11 +185,58 @@ def test_weights_are_packed_where_it_is_repaid(streaming):
 
 
 def test_compiling_pays_for_long_runs_only():
-    assert choose_compile(None, 12, 10, 0.01)[0] is False
-    long, why = choose_compile(None, 12, 10**5, 0.01)
+    assert choose_compile(None, CPU, 12, 10, 0.01)[0] is False
+    long, why = choose_compile(None, CPU, 12, 10**5, 0.01)
     assert long is True and why.startswith("auto: 100000 steps take about")
-    assert choose_compile(False, 12, 10**5, 0.01) == (False, "--no-compile")
-    assert choose_compile(True, 12, 1, 0.01) == (True, "--compile")
+    assert choose_compile(False, CPU, 12, 10**5, 0.01) == (False, "--no-compile")
+    assert choose_compile(True, CPU, 12, 1, 0.01) == (True, "--compile")
+
+
+LLAMA_7B = ModelArgs(4096, 32, 32, 32, 128, 11008, 32000, 1 << 20)
+
+
+@pytest.fixture
+def cuda(monkeypatch) -> torch.device:
+    """A device that is not there, with the fused kernels and a compiler."""
+    monkeypatch.setattr("engine.plan.has_fused", lambda *_: True)
+    monkeypatch.setattr("engine.plan.missing_compiler", lambda device: "")
+    return torch.device("cuda")
+
+
+def on_cuda(device: torch.device, steps: int, args: ModelArgs = LLAMA_7B, rows: int = 1, **flags) -> Plan:
+    with torch.device("meta"):
+        weights = weigh(empty_model(args).to(torch.bfloat16))
+    work = Workload(8192, rows, 200, runs=steps // 200)
+    return plan_run(args, weights, work, device, torch.bfloat16, 80 * 10**9, **flags)
+
+
+def test_on_a_gpu_compiling_pays_from_some_thousand_steps(cuda, monkeypatch):
+    """By hand, for Llama-2-7B after 8,192 tokens: 45 s of compiling against 3 to 4 ms a step. A CPU's constants asked
+    for a minute and more, and for steps that save twice as much."""
+    assert not on_cuda(cuda, 200).compiled and not on_cuda(cuda, 45_000 // 4).compiled
+    assert on_cuda(cuda, 45_000 // 3).compiled and "compiling about 45 s" in on_cuda(cuda, 15_000).compile_reason
+    assert on_cuda(cuda, 200, compile=True).compiled and not on_cuda(cuda, 10**6, compile=False).compiled
+    small = replace(LLAMA_7B, dim=768, n_layer=12, n_head=12, n_kv_head=12, head_dim=64, hidden_dim=2048)
+    assert not on_cuda(cuda, 200, small).compiled and on_cuda(cuda, 10**5, small).compiled
+    monkeypatch.setattr("engine.plan.missing_compiler", lambda device: "Triton")
+    found = on_cuda(cuda, 10**6)
+    assert (found.compiled, found.compile_reason) == (False, "no Triton found: running eagerly")
+
+
+@pytest.mark.parametrize("rows,ms", [(1, 11.2), (16, 11.6), (128, 14), (1024, 63)])
+def test_the_estimate_of_a_step_on_a_gpu_is_the_predicted_one(rows, ms):
+    """Within 30 %. Oracle: the predictions for uncompiled steps on an H100 in docs/benchmarks.md, not measured."""
+    with torch.device("meta"):
+        size = weigh(empty_model(LLAMA_7B).to(torch.bfloat16)).per_step + 8192 * LLAMA_7B.kv_values_per_token * 2
+    seconds = estimate_step(LLAMA_7B, torch.device("cuda"), torch.bfloat16, 8192, rows, size)
+    assert 0.7 < 1000 * seconds / ms < 1.3
+
+
+def test_on_a_gpu_compiling_needs_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    assert missing_compiler(torch.device("cuda")) in ("Triton", "C++ compiler or no Python.h")
+    assert "Triton" not in missing_compiler(CPU)
 
 
 STORIES110M = ModelArgs(768, 12, 12, 12, 64, 2048, 32000, 1 << 20)
@@ -209,7 +258,7 @@ def test_the_estimate_of_a_step_is_within_twice_what_was_measured(args, dtype, c
 def test_without_a_compiler_it_runs_eagerly_and_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    compiled, why = choose_compile(True, 12, 10**5, 0.01)
+    compiled, why = choose_compile(True, CPU, 12, 10**5, 0.01)
     assert compiled is False and "no C++ compiler" in why
 
 
@@ -251,7 +300,7 @@ def test_what_is_read_anew_is_held_thrice_meanwhile(context, times):
 def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(monkeypatch):
     """On a GPU of bfloat16: windows are masks, soft caps scores, of what a chunk of 512 sees. By hand."""
     monkeypatch.setattr("engine.plan.has_fused", lambda *_: True)
-    gpu = Workload(8000, 1, 20), torch.device("cuda"), torch.bfloat16, False
+    gpu = Workload(8000, 1, 20, prefill_chunk=512), torch.device("cuda"), torch.bfloat16, False
     plain, near, capped = (
         Workspace(replace(GQA, head_dim=64, **fields), *gpu).reading()
         for fields in ({}, {"windows": (100, 200, 100)}, {"score_softcap": 5.0})
@@ -259,6 +308,21 @@ def test_reading_counts_masks_and_scores_where_the_fused_kernels_do_not_serve(mo
     by_sdpa = 8 * 712 * 6 * (512 + 64)  # keys repeated for each head, and plain products
     assert near - plain == 512 * 712 * (10 + 3) + by_sdpa
     assert capped - plain > 6 * 512 * 8000 * 4
+
+
+def test_on_a_gpu_a_prompt_is_read_in_large_chunks_where_no_scores_are_held(monkeypatch):
+    """By hand, as above: 4,096 tokens, and 512 with a window, where the fused kernels do not serve, or on a CPU."""
+    monkeypatch.setattr("engine.plan.has_fused", lambda device, *_: device.type == "cuda")
+    gpu, args = (torch.device("cuda"), torch.bfloat16), replace(GQA, head_dim=64)
+    assert choose_chunk(None, args, *gpu) == 4096 and choose_chunk(77, args, *gpu) == 77
+    for fields in ({"windows": (100, None, 9)}, {"score_softcap": 5.0}, {"alibi": True}):
+        assert choose_chunk(None, replace(args, **fields), *gpu) == 512
+    assert choose_chunk(None, args, CPU, torch.bfloat16) == 512
+    few, default, many = (
+        Workspace(args, Workload(8000, 1, 20, prefill_chunk=chunk), *gpu, False).reading()
+        for chunk in (512, None, 4096)
+    )
+    assert default == many == 8 * few
 
 
 def test_prompts_behind_a_shared_context_are_planned_with_their_scores(by_torch):

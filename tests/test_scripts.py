@@ -1,5 +1,7 @@
 """The scripts, run as their users run them, at sizes that take seconds. Oracle: their output; the engine itself."""
 
+import argparse
+import contextlib
 import json
 import random
 import re
@@ -7,14 +9,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import warm
-from conftest import ROOT, TINY, slow
+from conftest import GQA, PROMPT, ROOT, TINY, random_model, request, slow
 
 import benchmark
 import common
+from cache import KVCache, Link
+from engine import runner
+from engine.engine import Engine
+from engine.graphs import RecordedStep
 
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 SMALL = ["--shape", "tiny", "--set", "n_layer=1", "--context", "33", "-n", "1", "3", "--steps", "2"]
@@ -216,6 +223,111 @@ def test_a_table_prints_a_row_at_once_and_writes_it_unrounded(tmp_path, capsys):
     assert written == {"shape": "tiny", "what": "step", "ms": 1.25, "share": None}
     with pytest.raises(ValueError):
         table.row("step", 1.25)
+
+
+class FakeClock:
+    """Stands in for torch.cuda: a device that takes 3 ms of its time for each kernel, and an event that notes it."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.log, clock = 0.0, [], self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.now
+                clock.log.append("record")
+
+            def synchronize(self) -> None:
+                clock.log.append("wait")
+
+            def elapsed_time(self, end: "Event") -> float:
+                assert clock.log[-1] == "wait", "read before the device was there"
+                return end.at - self.at
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.log.append("wait"))
+
+    def kernel(self) -> None:
+        self.now += 3.0
+        self.log.append("kernel")
+
+
+def test_calls_on_a_gpu_are_timed_by_its_events_without_a_wait_between_them(monkeypatch):
+    """Five calls within the budget, and two without; by hand. A first call, which tells how many fit, is waited for."""
+    clock = FakeClock(monkeypatch)
+    assert common.timed(clock.kernel, 5, torch.device("cuda")) == [0.003] * 5
+    assert clock.log == ["record", "kernel", "record", "wait", "record", *["kernel", "record"] * 4, "wait"]
+    assert common.timed(clock.kernel, 5, torch.device("cuda"), budget=0.0065) == [0.003] * 2
+    clock.log.clear()
+    assert common.median_ms(clock.kernel, 20, torch.device("cuda")) == 3
+    assert clock.log.count("kernel") == 1 + 3 + 20 and clock.log.count("wait") == 1 + 2 + 2
+
+
+def test_the_limits_of_a_gpu_are_measured_by_events(monkeypatch):
+    """A product of 8,192 rows and columns, and 1 GB copied and read, in 3 ms each. Oracle: arithmetic by hand."""
+    clock = FakeClock(monkeypatch)
+
+    class Tensors:
+        nbytes = 4 << 28
+
+        def __matmul__(self, other: "Tensors") -> None:
+            clock.kernel()
+
+        def copy_(self, other: "Tensors") -> None:
+            clock.kernel()
+
+        sum = __rmatmul__ = lambda self: clock.kernel()
+
+    asked = []
+    monkeypatch.setattr(torch, "ones", lambda *shape, **flags: asked.append(shape) or Tensors())
+    monkeypatch.setattr(torch, "ones_like", lambda like: Tensors())
+    rates = benchmark.machine_rates(torch.device("cuda"), torch.bfloat16)
+    assert asked == [(1 << 28,), (8192, 8192)]
+    assert rates == pytest.approx((2 * (4 << 28) / 0.003, 2 * 8192**3 / 0.003))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_benchmarked_cache_is_that_of_the_engine(rows):
+    """At N = 1 too: its own slots behind the context, by one link that shows all of it. Oracle: the engine's."""
+    engine = Engine(random_model(GQA, torch.float32), compile=False)
+    run = engine.single(PROMPT, request(rows, 20))
+    list(run.run())
+    expected = run.contexts.cache
+    root = engine.empty_cache(len(PROMPT))
+    found = benchmark.COLUMNS["bifurcated"].make(root, expected.rows, expected.slots)
+    for each in (found, expected):
+        (link,) = each.links
+        assert type(each) is KVCache and type(link) is Link and link.length is link.group is None
+    assert [each.shape for each in found.tensors] == [each.shape for each in expected.tensors]
+    assert found.links[0].cache.k[0].shape == expected.links[0].cache.k[0].shape
+
+
+def test_a_timed_step_on_a_gpu_replays_the_engines_recording(monkeypatch):
+    """One recording for all timed steps, at the warm-up, of slots in the engine's sizes. A stand-in replays."""
+    clock, recorded = FakeClock(monkeypatch), []
+
+    class OnCuda(Engine):
+        def __init__(self, *given, **flags) -> None:
+            super().__init__(*given, **flags)
+            self.device = torch.device("cuda")
+
+    def record(step, device):
+        recorded.append(step)
+        outputs = step()
+        return clock.kernel, outputs
+
+    monkeypatch.setattr(benchmark, "Engine", OnCuda)
+    monkeypatch.setattr(runner, "RecordedStep", partial(RecordedStep, record=record))
+    model = random_model(GQA, torch.float32)
+    options = argparse.Namespace(steps=12, budget=1e9, device=torch.device("cuda"), dtype=torch.float32)
+    bench = benchmark.Bench(options, "tiny", GQA, benchmark.Rates(1, 1), [], 0.0)
+    assert bench.slots == runner.bucket(20) == 64
+    cache = KVCache.fork(KVCache.empty(GQA.kv_shape, 1, 13, model.norm.weight), 1, bench.slots)
+    assert bench.ms(benchmark.step_of(model), cache, 13) == 3
+    assert len(recorded) == 1 and clock.log.count("kernel") == 1 + 3 + 12
 
 
 def test_sides_take_turns_and_the_warm_up_does_not_count():
