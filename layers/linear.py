@@ -403,13 +403,13 @@ def choose_way(
 
 
 def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
-    """Choose as choose_way for a quantised weight on CUDA. A compiled product of one row with int8 fuses the widening;
-    for more than TINYGEMM_ROWS rows the weight is held dequantised, as on a CPU."""
-    (outputs, inputs), small = weight.shape, rows <= TINYGEMM_ROWS
+    """Choose as choose_way for a quantised weight on CUDA, which stays quantised for any number of rows: its size may
+    be why the model fits. A compiled product of one row with int8 fuses the widening."""
+    outputs, inputs = weight.shape
     fits = weight.kind == "int4" and weight.groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
-    if small and fits and has_tinygemm(device, dtype):
+    if fits and rows <= TINYGEMM_ROWS and has_tinygemm(device, dtype):
         return "tinygemm"
-    return "dequantised at each product" if small else "dequantised"
+    return "dequantised at each product"
 
 
 def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
