@@ -5,7 +5,7 @@
 Samples go to stdout, everything else to stderr.
 """
 
-from cli.system import INTERRUPTED, LONGEST_INPUT, begin, cache_folder, finish, print_error, start
+from cli.system import INTERRUPTED, begin, cache_folder, finish, print_error, start
 from layers.notices import showing
 
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cli.options import changed, check_inputs_stay, check_outputs, open_prompts, read_options, read_prompt, request_of
+from cli.options import changed, check_inputs_stay, check_outputs, read_options, read_piped, read_prompt, request_of
 
 if __name__ == "__main__":
     begin(read_options().quiet)  # --help and invalid flags do not wait for the imports below
@@ -116,10 +116,11 @@ def decide(options: argparse.Namespace, several: bool) -> tuple[int, str, str | 
     dtype = choose_dtype(options.dtype, choose_device(options.device))
     begun = ResumeState() if options.output is None else read_begun(options.output)
     text = read_prompt(options) if options.prompts is None else None
-    seed, piped = options.seed, None
-    if several and options.prompts is not None and not os.path.isfile(options.prompts):
-        with open_prompts(options, None) as file:
-            piped = file.read(LONGEST_INPUT + 1)
+    seed, piped = options.seed, read_piped(options) if several else None
+    if piped is not None and restarted():
+        raise ValueError(
+            f"--prompts {options.prompts} cannot be read again after a restart: save the prompts in a file"
+        )
     if seed is None:
         seed = new_seed() if begun.header is None else begun.header["seed"]
     return seed, str(dtype).removeprefix("torch."), text, piped, begun

@@ -173,14 +173,17 @@ class Job:
         self, engine: Engine, request: Request, plan: Plan, stats: BatchStats, ranks: Ranks
     ) -> Iterator[tuple[Outcome, dict[str, Any]]]:
         """Yield the prompts that this replica takes as they finish, with the fields that are copied to their output."""
-        for number, window in enumerate(self.prompts.windows()):
+        begun = 0
+        for window in self.prompts.windows():
+            queue = ranks.queue(f"prompts from {begun}", begun + len(window) < len(self.prompts))
+            begun += len(window)
             prompts, fields = (
                 [line.prompt for line in window],
                 {json.dumps(line.prompt.id): line.fields for line in window},
             )
-            queue = ranks.queue(f"prompts {number}")
             for outcome in engine.generate_many(prompts, request, stats=stats, plan=plan, queue=queue):
                 yield outcome, fields[json.dumps(outcome.prompt.id)]
+            del window, prompts, fields  # before the next is read
 
 
 def make_header(
@@ -214,9 +217,11 @@ def set_up_job(
     for record in records:
         if json.dumps(record.id) not in begun.done:
             try:
-                prompts.append(Line(encode(record, dialogue, plain, request), record.fields), args, request)
+                prompt = encode(record, dialogue, plain, request)
             except ValueError as error:
                 bad.add(f"line {record.number}: {error}")
+            else:
+                prompts.append(Line(prompt, record.fields), args, request)
     bad.check()
     if not prompts and not begun.done:
         raise ValueError(f"--prompts {options.prompts} has no prompt: pass a file with at least one")

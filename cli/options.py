@@ -300,19 +300,29 @@ def check_inputs_stay(options: argparse.Namespace, models: Sequence[Path]) -> No
 
 
 @contextmanager
-def open_prompts(options: argparse.Namespace, piped: bytes | None) -> Iterator[BinaryIO]:
-    """Open the file or stdin that --prompts names. piped: what another rank has read of stdin. Raises ValueError if it
-    cannot be read."""
+def reading_prompts(options: argparse.Namespace) -> Iterator[None]:
+    """Raise ValueError instead of an OSError if --prompts cannot be read."""
     try:
-        if piped is not None:
-            yield io.BytesIO(piped)
-        elif options.prompts == "-":
-            yield sys.stdin.buffer
-        else:
-            with open(options.prompts, "rb") as file:
-                yield file
+        yield
     except OSError as error:
         raise ValueError(f"--prompts {options.prompts} cannot be read ({error.strerror}): pass a text file") from error
+
+
+def read_piped(options: argparse.Namespace) -> bytes | None:
+    """Read the prompts from stdin or a pipe, which only one rank can; None: they are in a file. Raises ValueError."""
+    name = options.prompts
+    if name is None or name != "-" and os.path.isfile(name):
+        return None
+    with reading_prompts(options):
+        return read_bytes(None if name == "-" else Path(name))
+
+
+def open_prompts(options: argparse.Namespace, piped: bytes | None) -> BinaryIO:
+    """Open the file or stdin that --prompts names. piped: what `read_piped` has read of it. Raises ValueError."""
+    if piped is not None:
+        return io.BytesIO(piped)
+    with reading_prompts(options):
+        return sys.stdin.buffer if options.prompts == "-" else open(options.prompts, "rb")
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:

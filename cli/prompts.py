@@ -14,6 +14,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
@@ -37,32 +38,37 @@ RESERVED_FIELDS = frozenset(
 )
 DEEPEST = 100  # nesting levels of a line of JSON
 BLOCK = 1 << 20  # bytes read at once
+SPOOL = 1 << 24  # bytes of prompts that are kept in memory
 # A window of prompts, which share what they begin with and are held in memory: at most so many prompts and tokens.
 WINDOW, WINDOW_TOKENS = 1 << 14, 1 << 22
 
 
 class Spool(Generic[T]):
-    """A list in a temporary file: appended to first, then read from its beginning by each iteration."""
+    """A list in a temporary file, if it is too long for memory: appended to first, then read from its beginning by each
+    iteration. Each method raises ValueError if the temporary folder cannot hold it."""
 
     def __init__(self) -> None:
-        self.file, self.count = tempfile.TemporaryFile(), 0
+        self.file, self.count = tempfile.SpooledTemporaryFile(SPOOL), 0
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            why = f"the prompts do not fit into the temporary folder ({error.strerror or error})"
+            raise ValueError(f"{why}: set TMPDIR to another one") from error
 
     def append(self, item: T) -> None:
-        """Raises ValueError if the temporary folder is full."""
-        try:
+        with self.writing():
             pickle.dump(item, self.file, pickle.HIGHEST_PROTOCOL)
-        except OSError as error:
-            where = tempfile.gettempdir()
-            raise ValueError(
-                f"{where} cannot hold the prompts ({error.strerror}): set TMPDIR to another folder"
-            ) from error
         self.count += 1
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[T]:
-        self.file.seek(0)
+        with self.writing():  # what is still in a buffer
+            self.file.seek(0)
         for _ in range(self.count):
             yield pickle.load(self.file)
 
@@ -194,12 +200,14 @@ def parts_of(file: BinaryIO, separator: str | None) -> Iterator[bytes]:
         escaped = re.escape(separator.replace("\r\n", "\n").encode())
         between = re.compile(escaped.replace(b"\\\n", b"\r?\n"))
     held, size, ends = b"", 0, has_end(file)
-    while block := file.read(max(BLOCK, len(held))):
+    while block := file.read(max(BLOCK, min(len(held), LONGEST_INPUT - len(held)))):
         size += len(block)
         *parts, held = between.split(held + block)
         yield from parts
-        if len(held) > LONGEST_INPUT or not ends and size > LONGEST_INPUT:
-            raise ValueError(f"the prompts are longer than {LONGEST_INPUT} bytes: pass a file of shorter ones")
+        if len(held) > LONGEST_INPUT:
+            raise ValueError(f"a prompt is longer than {LONGEST_INPUT} bytes: pass shorter ones")
+        if not ends and size > LONGEST_INPUT:
+            raise ValueError(f"the piped prompts are longer than {LONGEST_INPUT} bytes: save them in a file")
     # The last line may lack its newline, with which a separator may end too.
     *parts, last = between.split(held if held.endswith(b"\n") else held + b"\n")
     yield from (*parts, without_newline(last))
@@ -259,7 +267,8 @@ def read_records(file: BinaryIO, separator: str | None, bad: BadLines) -> Spool[
 def records_of(options: argparse.Namespace, piped: bytes | None) -> Spool[Record]:
     """Read the lines of --prompts. Raises ValueError if one is invalid."""
     bad = BadLines(options)
-    with open_prompts(options, piped) as file:
+    file = open_prompts(options, piped)
+    with nullcontext() if file is getattr(sys.stdin, "buffer", None) else file:
         records = read_records(file, options.prompt_separator, bad)
     bad.check()
     return records

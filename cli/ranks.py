@@ -124,9 +124,9 @@ class Ranks:
         assert self.store is not None, "a single process counts by itself"
         return self.store.add(name, more) - more
 
-    def queue(self, name: str) -> Queue | None:
+    def queue(self, name: str, more: bool = False) -> Queue | None:
         """Return a queue of numbers that all replicas share; all ranks of a network take the same. None: there is only
-        one replica."""
+        one replica. more: whether another queue follows."""
         if self.replicas == 1:
             return None
 
@@ -134,7 +134,7 @@ class Ranks:
             number = self.count(name) if self.shard.rank == 0 else 0
             return int(self.shard.broadcast(torch.tensor([number])))
 
-        return Queue(take, self.replicas, self.replica == 0)
+        return Queue(take, self.replicas, self.replica == 0, more)
 
     def describe(self, report: dict[str, Any]) -> dict[str, Any]:
         """Return the report's fields that cover all ranks, given that of rank 0."""

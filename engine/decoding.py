@@ -3,9 +3,10 @@
 Shapes: C rows that decode together, S positions, k tokens per row and step (at most), V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -107,7 +108,19 @@ class PlainDecoder:
         self.samples, self.seeds, self.kind, self.one = (self.token[:, 0].clone() for _ in range(4))
         self.one += 1
         self.seen = seen_in([[]] * len(seats), self.noted, device)
-        self.step = runner.step(plan, self.filters)
+        self.step = runner.step(plan, self.weak_filters())
+
+    def weak_filters(self) -> Callable[[], Filters | RowFilters]:
+        """Return `filters` of the present rows for the step, which would otherwise refer to this decoder, and keep the
+        caches of a finished batch until the next garbage collection."""
+        itself = ref(self)
+
+        def present() -> Filters | RowFilters:
+            decoder = itself()
+            assert decoder is not None, "a step runs while its decoder exists"
+            return decoder.filters()
+
+        return present
 
     def filters(self, kind: Tensor | None = None) -> Filters | RowFilters:
         """Return the sampling parameters of rows of these kinds [C]; None: of the present rows."""

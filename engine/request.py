@@ -121,6 +121,9 @@ class Request:
             raise ValueError(f"kv_dtype {self.kv_dtype!r} with {self.attention}: use auto, or int8 with bifurcated")
         if isinstance(self.stop, str) or not all(isinstance(each, str) for each in self.stop):
             raise ValueError(f"stop {self.stop!r} is not a tuple of texts: pass one, such as ('END',)")
+        object.__setattr__(self, "stop", tuple(self.stop))  # hashable, whatever was passed
+        if self.eos_ids is not None:
+            object.__setattr__(self, "eos_ids", frozenset(self.eos_ids))
         if "" in self.stop:
             raise ValueError("a stop string is empty: it would end every sample at once")
 

@@ -73,11 +73,13 @@ class BatchStats:
 
 class Queue(NamedTuple):
     """Queue of numbers shared by all replicas. take: return the next number. leads: whether this replica reports the
-    prompts that cannot be run."""
+    prompts that cannot be run. more: whether another queue follows, so that a replica need not leave prompts of this
+    one to others."""
 
     take: Callable[[], int]
     replicas: int
     leads: bool
+    more: bool = False
 
 
 class Given(NamedTuple):
@@ -130,7 +132,7 @@ class Scheduler:
         self.seats: list[Seat | None] = [None] * self.sizes.rows
         self.units, self.at = self.sharing.units(1 if queue is None else queue.replicas), self.sharing.places()
         self.take, replicas = (itertools.count().__next__, 1) if queue is None else (queue.take, queue.replicas)
-        self.share = -(-len(prompts) // replicas)
+        self.share = len(prompts) if queue is not None and queue.more else -(-len(prompts) // replicas)
         self.waiting: deque[int] = deque()
         self.starting: deque[ActivePrompt] = deque()
         self.ready: deque[Seat] = deque()

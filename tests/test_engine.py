@@ -628,3 +628,8 @@ def test_a_later_turn_allocates_nothing_while_it_decodes(speaking, watched, n):
         reply = conversation.turn([7 + turn] * 5)[0]
         assert len({tuple(at) for _, _, at in watched}) == 1, f"turn {turn}"
         conversation.keep(replace(reply, tokens=reply.tokens[:9]))
+
+
+def test_a_request_takes_stop_strings_and_end_tokens_in_any_collection(engine):
+    asked = Request(2, 9, seed=1, stop=["zz"], eos_ids={5})
+    assert asked == Request(2, 9, seed=1, stop=("zz",), eos_ids=frozenset([5])) and len({asked}) == 1

@@ -1,7 +1,10 @@
 """A batch as a job. Oracles: the run of each prompt alone, an uninterrupted run, the file cut at every byte."""
 
+import errno
+import itertools
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -49,6 +52,10 @@ def written(path: Path) -> list[dict]:
     header, *lines = path.read_text("utf-8").splitlines()
     assert json.loads(header).keys() == {"header"}
     return [json.loads(line) for line in lines]
+
+
+def written_ids(path: Path) -> set:
+    return {line["id"] for line in written(path)}
 
 
 def samples_of(lines: list[dict]) -> dict[tuple, list[float]]:
@@ -120,6 +127,27 @@ def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
     assert peaks[1] - peaks[0] < 64 * 1400, peaks
 
 
+@pytest.mark.parametrize("flags", [[], ["--skip_bad"]])
+@pytest.mark.parametrize("full", [0, 7, 8])
+def test_a_full_temporary_folder_is_no_bad_line(prompts, tmp_path, monkeypatch, flags, full):
+    """While the prompts are read, or once they are encoded; four are read and then written a second time."""
+    written, output = itertools.count(), tmp_path / "o"
+    dump = pickle.dump
+
+    def dumped(*given):
+        if next(written) == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        dump(*given)
+
+    monkeypatch.setattr(windowed.pickle, "dump", dumped)
+    result = run("--prompts", prompts, *FLAGS, *flags, "--output", output)
+    if full < 8:
+        told = "the prompts do not fit into the temporary folder (No space left on device): set TMPDIR to another one"
+        assert (result.returncode, result.stderr) == (2, f"error: {told}\n")
+    else:
+        assert result.returncode == 0 and len(written_ids(output)) == 4
+
+
 def test_a_line_may_have_settings_of_its_own(tmp_path):
     """Which replace the flags for that prompt, beside others in one batch, with a draft and an int8 context. Oracle:
     each prompt alone with those flags."""
@@ -151,7 +179,7 @@ def test_a_line_may_have_settings_of_its_own(tmp_path):
         ({"n": 0}, "n 0 is not a whole number from 1 on"),
         ({"stop": 3}, "stop 3 is not a text or a list of texts"),
         ({"presence_penalty": 1}, "the setting presence_penalty is not known"),
-        ({"seed": 3}, "the field seed is a sample's own"),
+        ({"seed": 3}, "the field seed is reserved"),
     ],
 )
 def test_settings_of_a_line_that_cannot_be_are_refused(tmp_path, own, told):

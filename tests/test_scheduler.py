@@ -1,8 +1,10 @@
 """Many prompts at once. Oracles: the run of each prompt alone; a plain trie; torch.compile that may not do so again."""
 
+import gc
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +21,7 @@ from engine.engine import Engine
 from engine.prefixes import Sharing
 from engine.request import Request, Sampling
 from engine.samples import Piece, Row, StopConditions
-from engine.scheduler import BatchStats, Outcome, Prompt, Scheduler, seed_of
+from engine.scheduler import BatchStats, Outcome, Prompt, Queue, Scheduler, seed_of
 from engine.speculate import DraftController, LayersDraft, ModelDraft, PromptDraft, Speculation
 from layers.moe import MoEConfig
 from layers.rope import RopeScaling
@@ -395,3 +397,35 @@ def test_one_compiled_step_serves_prompts_that_come_and_go(monkeypatch):
         assert drawn([*found, *steps]) == drawn(eager.generate_many(first, asked))
         second, other = prompts_of(33, 4, 66, seed=1), replace(asked, num_samples=2, rows_at_once=9)
         assert drawn(compiled.generate_many(second, other)) == drawn(eager.generate_many(second, other))
+
+
+@pytest.mark.parametrize("draft", [None, "prompt"])
+def test_the_caches_of_a_finished_batch_are_freed_at_once(draft, monkeypatch):
+    """Without the garbage collector, which seldom runs: the next batch is planned for all of the memory."""
+    made = []
+    init = Contexts.__init__
+
+    def noted(self, *given, **named):
+        init(self, *given, **named)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Contexts, "__init__", noted)
+    engine = Engine(random_model(TWO), compile=False)
+    if draft:
+        engine.use(Speculation(PromptDraft(), 3), 4)
+    prompts = [Prompt(at, random_tokens(GQA, 9 + at, seed=at).tolist()) for at in range(3)]
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert len(list(engine.generate_many(prompts, Request(2, 5, seed=1)))) == 3
+        assert len(made) == 2 and not any(each() for each in made)
+    finally:
+        gc.enable()
+
+
+def test_replicas_leave_prompts_to_others_only_in_the_last_queue():
+    engine = Engine(random_model(TWO), compile=False)
+    prompts = [Prompt(at, random_tokens(GQA, 9, seed=at).tolist()) for at in range(7)]
+    for more, share in ((False, 4), (True, 7)):
+        queue = Queue(itertools.count().__next__, 2, True, more)
+        assert Scheduler(engine, prompts, Request(1, 5, seed=1), queue=queue).share == share
