@@ -75,8 +75,8 @@ def raw_scores(q: Tensor, k: Tensor) -> Tensor:
     """Compute q k^T in fp32 (fp64 for fp64): q [B,G,Q,D], k [B,G,L,D] -> [B,G,Q,L].
 
     A product of bfloat16 matrices is rounded to bfloat16: a score of 20 is then off by up to 0.06, enough for shared
-    and unshared decoding to drift apart. A second product, accumulated onto minus the first, recovers the rounding
-    error; kernels accumulate in fp32, so the sum has about 16 bits. Three cases are widened instead: float16, which
+    and unshared decoding to drift apart. A second product minus the first, accumulated in fp32, recovers the rounding
+    error, so the sum has about 16 bits. Three cases are widened instead: float16, which
     would overflow on the way; a single query, whose conversion a compiled matrix-vector product fuses at no cost; and
     queries that require gradients, since the second product would be differentiated too.
     """
@@ -104,7 +104,7 @@ def partial_attention(
     On CUDA a fused kernel is used, elsewhere matrix products and a softmax: compiled on a CPU, they are faster than the
     fused kernels (docs/benchmarks.md). In eager mode large scores are computed a few heads at a time: no key is read
     twice, and at most SCORES_AT_ONCE scores, or one head's, are held. If q, k or v requires gradients, both results
-    have them: always by the matrix products, whose scores are recomputed in the backward pass instead of stored.
+    have them: matrix products are used, whose scores are recomputed in the backward pass instead of stored.
     """
     B, G, Q, D = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -130,8 +130,8 @@ class KVCache:
                 if slots >= buffer.shape[2]:
                     buffer = buffer.new_empty((*buffer.shape[:2], slots + 1, buffer.shape[3]))
                     buffer[:, :, : view.shape[2]] = view
-                # Zeroed since a masked slot is multiplied by a weight of 0, and 0 * nan is nan; only now since reserved
-                # memory that is not yet written costs nothing.
+                # Zero new slots: a masked slot is multiplied by a weight of 0, and 0 * nan is nan. Not earlier:
+                # reserved memory costs nothing until it is written.
                 buffer[:, :, view.shape[2] : slots].zero_()
                 views[layer], buffers[layer] = buffer[:, :, :slots], buffer
 
@@ -211,7 +211,7 @@ def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mo
 
 
 def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """As attend_by_torch, with the operator of kernels.py; if gradients are needed, which it lacks, with PyTorch."""
+    """Attend as attend_by_torch, with the op of kernels.py; with PyTorch if gradients are needed, which it lacks."""
     if torch.is_grad_enabled():
         chain = cache, *(link.cache for link in cache.links)
         if differentiated(q, *(tensor for each in chain for tensor in each.tensors)):
@@ -270,8 +270,8 @@ class Link:
 
 
 class Prefill:
-    """A one-row cache while `length` slots from `begin` on are written: causal attention to all written so far, in the
-    cache and its ancestors.
+    """View of a one-row cache that writes `length` slots from `begin` on and attends causally to all slots so far,
+    ancestors included.
 
     The visible keys are known on the host, so SDPA applies: without a mask for the first chunk, with one for later
     chunks. On CUDA, where SDPA has no fast kernel for a mask, and if there are ancestors, the chunk and what precedes

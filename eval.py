@@ -214,13 +214,13 @@ class Evaluator:
         return found
 
     def together(self, run: Callable[[], dict[int, T]]) -> list[T]:
-        """Run each replica's part, and return what all have found, in order of its number. If one fails all end."""
+        """Run each replica's part, and return the results of all, sorted by number. If one fails, all end."""
 
         def shown() -> dict[int, T]:
             with self.running():
                 return run()
 
-        # A rank that fails alone ends its network at once; its peers would wait in a sum.
+        # A rank that fails ends its network at once: peers would wait in an all-reduce.
         parts = self.ranks.gather(shown() if self.ranks.shard.world > 1 else self.ranks.agree(shown, patient=True))
         return [value for _, value in sorted((item for part in parts for item in part.items()), key=itemgetter(0))]
 
@@ -310,8 +310,8 @@ class Evaluator:
 
 
 def share_of(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], ranks: Ranks) -> list[int]:
-    """Return the numbers of the pairs that this replica scores: of those sorted by their tokens, which share prefixes,
-    a run with its share of the tokens."""
+    """Return the indices of the pairs that this replica scores: a run of them sorted by tokens, so that prefixes are
+    shared, with its share of the tokens."""
     if ranks.replicas == 1:
         return list(range(len(pairs)))
     order = sorted(range(len(pairs)), key=lambda at: tuple(pairs[at][0]))

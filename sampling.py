@@ -107,7 +107,7 @@ def uniform(seed: Tensor, sample: Tensor, position: Tensor) -> Tensor:
     """Return the random number of each (seed, sample, position): uniform in [0,1), fp64 with 53 bits.
 
     The arguments are int64 and broadcast; seed has no more dimensions than the others. A number depends on nothing
-    else, so a sample is the same for every N, wave, layout, device and number of new tokens.
+    else, so a sample is the same for any N, batch, layout, device and number of new tokens.
     """
     sample, position = torch.broadcast_tensors(sample, position)
     key = torch.stack([seed & WORD, seed >> 32]).view(2, *[1] * (sample.dim() - seed.dim()), *seed.shape)

@@ -29,7 +29,7 @@ from layers.linear import kernels
 from loading.files import counted, write_file
 from loading.tokenizer import Tokenizer
 
-tqdm.set_lock(threading.RLock())  # its own is shared by forks: one that is killed while it holds it stops all others
+tqdm.set_lock(threading.RLock())  # forks share its default lock: one killed while holding it would block all others
 
 
 def note_names(prompts: Iterable[str], tokenizer: Tokenizer) -> None:
@@ -255,8 +255,7 @@ def placed(each: Ranked) -> dict[str, int]:
 def largest_difference(
     options: argparse.Namespace, engine: Engine, prompt: Sequence[int], samples: Sequence[Sample]
 ) -> float:
-    """Score the samples that are printed again, in one pass each, and return the largest difference of a
-    log-probability."""
+    """Score the printed samples again, in one pass each, and return the largest difference of a log-probability."""
     drawn = [each.sample for each in rank(samples, options.rank)[: options.top]]
     scores = engine.score(prompt, [sample.tokens for sample in drawn])
     return max(

@@ -39,7 +39,7 @@ RESERVED_FIELDS = frozenset(
 DEEPEST = 100  # nesting levels of a line of JSON
 BLOCK = 1 << 20  # bytes read at once
 SPOOL = 1 << 24  # bytes of prompts that are kept in memory
-# A window of prompts, which share what they begin with and are held in memory: at most so many prompts and tokens.
+# Most prompts and tokens of a window, which is held in memory and whose prompts share prefixes.
 WINDOW, WINDOW_TOKENS = 1 << 14, 1 << 22
 
 
@@ -208,7 +208,7 @@ def parts_of(file: BinaryIO, separator: str | None) -> Iterator[bytes]:
             raise ValueError(f"a prompt is longer than {LONGEST_INPUT} bytes: pass shorter ones")
         if not ends and size > LONGEST_INPUT:
             raise ValueError(f"the piped prompts are longer than {LONGEST_INPUT} bytes: save them in a file")
-    # The last line may lack its newline, with which a separator may end too.
+    # The last line may lack its newline, which may also end a separator.
     *parts, last = between.split(held if held.endswith(b"\n") else held + b"\n")
     yield from (*parts, without_newline(last))
 
@@ -275,7 +275,7 @@ def records_of(options: argparse.Namespace, piped: bytes | None) -> Spool[Record
 
 
 def hash_of(id: Id) -> int:
-    """Hash an id to 64 bits, in which a million ids are held by 8 MB."""
+    """Hash an id to 64 bits: a million ids take 8 MB."""
     return int.from_bytes(blake2b(json.dumps(id).encode(), digest_size=8).digest(), signed=True)
 
 

@@ -5,8 +5,8 @@ depends on a clock, a terminal, free memory or chance, rank 0 decides for all. W
 and everything here returns what it is given.
 
 There are three ways to wait. `share` broadcasts the value of rank 0, which may wait for a person or a pipe. `gather`
-and `wait` are for uneven work. `all` and `agree` are for even work: they time out, which ends a run whose ranks have
-lost each other. In each, the death of a process is noticed at once.
+and `wait` are for uneven work. `all` and `agree` are for even work: they time out, which ends a run in which a rank
+hangs. In each, the death of a process is noticed at once.
 """
 
 import atexit
@@ -34,7 +34,7 @@ FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. shard: its part of the network. local: its rank on its machine; local_world_size: the
+    """Roles of this process. shard: its part of the network. local: its rank on its machine; local_world_size: the
     processes there. control: process group for Python objects with a short timeout; patient: the same with a long one;
     store: torch.distributed's, for counters; None for a single process."""
 
@@ -203,7 +203,7 @@ def take_device(device: torch.device, local: int) -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun --max-restarts has started this process again after the death of one."""
+    """Return whether torchrun --max-restarts started this process again after one died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 

@@ -72,8 +72,8 @@ class Repl:
         return not line or self.turn(line)
 
     def turn(self, text: str) -> bool:
-        """Run a turn; unless a reply is kept nothing changes: the turn was refused, or interrupted before its first
-        token or while picking. Returns whether the conversation continues."""
+        """Run a turn. If no reply is kept (refused, or interrupted before the first token or while picking), nothing
+        changes. Returns whether the conversation continues."""
         before, kept = (self.conversation.mark(), len(self.dialogue.messages)), len(self.turns)
         try:
             return self.draw(text)

@@ -146,7 +146,7 @@ def cache_folder() -> Path:
 
 
 def start() -> None:
-    """Prepare a command: open all three streams, show only Notices of all warnings, and let Ctrl-C end the imports
+    """Prepare a command: open all three streams, show no warnings but Notices, and let Ctrl-C end the imports
     without a traceback."""
     while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # or the next opened file would become one of the streams
         pass

@@ -1,6 +1,6 @@
 """From prompts to samples: `from engine import Engine, Request, rank`.
 
-The names are imported when they are asked for: a command reads its flags before PyTorch, which takes seconds.
+Names are imported on first access: a command reads its flags before it imports PyTorch, which takes seconds.
 """
 
 from importlib import import_module

@@ -1,5 +1,5 @@
-"""The chain of caches of a batch: the root, a prefix of all prompts, in one row; groups, prefixes of some; the rest of
-each prompt; the rows that decode.
+"""Chain of a batch's caches: the root (prefix of all prompts), groups (prefixes of some), the rest of each prompt, and
+the rows that decode.
 
 Rows of a cache are reused once their prompt or sample is finished: where a row begins, how much of it is written and
 which row it continues are tensors that change in place, so prompts come and go within one compiled step.
@@ -196,8 +196,8 @@ class Contexts:
                 mine[row, :, : context.slots] = theirs[0]
 
     def reread(self, row: int | None, tokens: Sequence[int], own: Sequence[int], at: int) -> int:
-        """Prefill a context again, and the tokens that the decoding row `at` has after it, since keys now rotate
-        otherwise. row: of the context as prefilled again for another sample; None: not yet. Return that row."""
+        """Prefill a context again, with the tokens decoded by row `at`, since the rotation has changed. row: that of
+        the context if already prefilled again for another sample; None: not yet. Return that row."""
         T, n = len(tokens), len(own)
         if row is None:
             row, context = self.prompts.take(0, T), self.runner.empty_cache(T + n)

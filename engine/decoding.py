@@ -37,8 +37,8 @@ class Prompt:
 
 @dataclass(eq=False)
 class ActivePrompt:
-    """A prompt that is prefilled, or about to be. place: of its context; longer: of the same, prefilled again for rows
-    that have outgrown its rotation. hidden [1,dim]: the last layer's output at its end. begun: samples that have a
+    """A prompt that is prefilled, or about to be. place: of its context; longer: of the same, prefilled again with the
+    long factors of longrope. hidden [1,dim]: the last layer's output at its end. begun: samples that have a
     first token. error: the reason why there will be no samples."""
 
     number: int
@@ -111,8 +111,8 @@ class PlainDecoder:
         self.step = runner.step(plan, self.weak_filters())
 
     def weak_filters(self) -> Callable[[], Filters | RowFilters]:
-        """Return `filters` of the present rows for the step, which would otherwise refer to this decoder, and keep the
-        caches of a finished batch until the next garbage collection."""
+        """Return `filters` behind a weak reference: with a strong one the step and this decoder form a cycle, which
+        keeps a finished batch's caches until garbage collection."""
         itself = ref(self)
 
         def present() -> Filters | RowFilters:
@@ -188,7 +188,7 @@ class PlainDecoder:
         self.seen = self.seen[rows]
 
     def reread(self, at: int) -> None:
-        """Prefill the context and the tokens of the row `at` again, since its keys now rotate otherwise."""
+        """Prefill the context and the tokens of the row `at` again, since the rotation has changed."""
         seat = self.seats[at]
         assert seat is not None
         active, contexts = seat.active, self.contexts  # alone: drafts are refused where rotations depend on the length

@@ -59,8 +59,8 @@ def compiled(step: Step) -> Step:
 
 
 def tuned(tokens: Tensor) -> AbstractContextManager[None]:
-    """Have Inductor tune what is compiled for a single token on CUDA by coordinate descent: only then does it compile
-    products of one row itself, and they reach the memory's bandwidth. For more rows that would only take longer."""
+    """Enable Inductor's coordinate descent tuning for a single token on CUDA: only then does it compile products of
+    one row itself, which reach the memory bandwidth. For more rows it would only compile longer."""
     if tokens.numel() > 1 or tokens.device.type != "cuda":
         return nullcontext()
     from torch._inductor import config  # as above

@@ -83,8 +83,8 @@ class Workspace:
 
     @property
     def activations(self) -> int:
-        """Bytes per token in one layer: queries, rotated queries in fp32 and attention output; then the feed-forward
-        part, with what an allocator keeps of the first."""
+        """Bytes per token in one layer: queries, rotated queries in fp32, attention output and the feed-forward part,
+        summed since an allocator may keep the former."""
         args, mixture = self.args, self.args.mixture
         width = mixture.used * (mixture.width + args.dim) + mixture.shared if mixture else args.hidden_dim
         return 24 * args.n_head * args.head_dim + (3 * width + 4 * args.dim) * self.dtype.itemsize
@@ -123,8 +123,8 @@ class Workspace:
         return windows + 8 * self.args.n_head * self.args.alibi + (1 + self.dtype.itemsize) * by_sdpa
 
     def by_sdpa(self, cached: int, queries: int, slots: int) -> int:
-        """Return the bytes for cache.sdpa: scores if it calls partial_attention, and on CUDA with grouped heads, where
-        a mask leaves PyTorch only plain products, over keys and values repeated for each head."""
+        """Return the bytes for cache.sdpa: scores if it calls partial_attention; on CUDA with grouped heads and a mask,
+        which no fused kernel supports, scores and K/V repeated for each head."""
         args = self.args
         if self.is_scored:
             return self.scores(cached, queries, slots)
@@ -289,7 +289,7 @@ def plan_run(
     anew = scaling is not None and scaling.crosses(context, total)  # recomputes the cache while the old one is held
     longer = replace(space, work=replace(work, context=scaling.original_context)) if scaling and anew else space
 
-    # Memory that is reserved takes none on a CPU until it is written, which frees what was prefilled.
+    # On a CPU reserved memory takes none until written, and writing it frees the prefilled context.
     stored = held if work.kv_dtype == "int8" and device.type == "cuda" else 0
 
     def needed(rows: int) -> int:
@@ -470,7 +470,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def choose_chunk(asked: int | None, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> int:
     """Return the prompt tokens per prefill step, unless `asked`. On CUDA a step launches some 70 kernels a layer for
-    any number of tokens, so it takes many, where fused attention holds neither scores nor masks of them."""
+    any number of tokens, so it takes many if fused attention stores no scores or masks."""
     if asked is not None:
         return asked
     plain = not (args.alibi or args.score_softcap is not None or any(args.windows))
@@ -486,8 +486,8 @@ def choose_packing(device: torch.device, dtype: torch.dtype, args: ModelArgs, st
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds to compile a step: compile, and per_layer of it; of an eager step: layer, byte read. saved: fraction of
-    an eager step that compiling saves."""
+    """Seconds. Compiling a step: compile, per_layer a layer; an eager step: layer a layer, byte a byte read.
+    saved: fraction of it that compiling cuts."""
 
     compile: float
     per_layer: float

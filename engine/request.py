@@ -25,7 +25,7 @@ def as_tokens(tokens: Sequence[int]) -> list[int]:
 
 
 def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError if a token has no row in the model's embedding."""
+    """Raise ValueError if a token has no row in the model's embedding."""
     for id in (min(tokens, default=0), max(tokens, default=0)):
         if not 0 <= id < vocab_size:
             raise ValueError(f"token {id} is not one of the model's {vocab_size}: use the model's own tokenizer")
@@ -89,8 +89,8 @@ class Workload:
 class Request:
     """Generation request. seed: same seed, same samples; None: random for each call, and recorded in its samples.
     attention: one of LAYOUT_NAMES. eos_ids: None: the engine's. stop: stop strings. prefill_chunk: prompt tokens per
-    prefill step; None: by the device (plan.choose_chunk). rows_at_once: most rows that decode together, which more
-    samples take in turn; None: as memory allows.
+    prefill step; None: by the device (plan.choose_chunk). rows_at_once: most rows that decode together, taken in turn
+    by more samples; None: as memory allows.
     kv_dtype: of the context's keys and values during decoding: auto, the network's, or int8. first_index: index of the
     first sample: a replica generates only a part of them."""
 
@@ -128,7 +128,7 @@ class Request:
             raise ValueError("a stop string is empty: it would end every sample at once")
 
     def check_length(self, limit: int, context: int) -> None:
-        """Raises ValueError if `context` is 0, or exceeds the model's limit together with the new tokens."""
+        """Raise ValueError if `context` is 0, or exceeds the model's limit together with the new tokens."""
         if context < 1:
             raise ValueError("the prompt is empty: pass at least one token")
         if (total := context + self.max_new_tokens) > limit:

@@ -130,7 +130,7 @@ class ModelRunner:
         return RecordedStep(step) if on_cuda and can_capture_graph(self.model) else step
 
     def chunk(self, asked: int | None) -> int:
-        """Return the prompt tokens per prefill step of a request that asks for so many."""
+        """Return the prompt tokens per prefill step. asked: as Request.prefill_chunk."""
         return choose_chunk(asked, self.args, self.device, self.dtype)
 
     def empty_cache(self, slots: int) -> KVCache:
@@ -186,7 +186,7 @@ class DecoderFactory(Protocol):
 def rows_to_keep(live: Sequence[bool]) -> list[int]:
     """Return the rows to keep: all until half have finished, then the live ones, padded to a power of two.
 
-    Never fewer than two of several, since the compiled step for many rows does not run one. Empty if none is live.
+    Never one of several, for which a compiled step would be compiled again. Empty if none is live.
     """
     alive = sum(live)
     size = max(2, 1 << (alive - 1).bit_length())

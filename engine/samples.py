@@ -134,7 +134,7 @@ def continuation_text(tokenizer: Tokenizer, context: Sequence[int], tokens: Sequ
 
 
 def check_finite(logprob: float) -> None:
-    """Raises FloatingPointError if a log-probability shows that its logits hold nan or infinity. Checked on the host,
+    """Raise FloatingPointError if a log-probability shows that its logits hold nan or infinity. Checked on the host,
     which reads the number anyway: no extra sync."""
     if not math.isfinite(logprob):
         raise FloatingPointError("the logits are not finite: damaged weights, or too large ones for this dtype")

@@ -4,9 +4,9 @@
     for outcome in engine.generate_many(prompts, Request(num_samples=8)):
         print(outcome.prompt.id, [sample.text for sample in outcome.samples])
 
-What prompts begin with alike is prefilled once (prefixes.py), then the rest of each. The rows that decode together are
-seats: a row whose sample has finished is taken by the next sample, of any prompt. When none waits, the batch is
-compacted to the rows still generating. Each prompt may have a request of its own.
+Prefixes that prompts share are prefilled once (prefixes.py), then the rest of each. Batching is continuous: a row whose
+sample has finished is taken by the next sample, of any prompt. When none waits, the batch is compacted to the rows
+still generating. Each prompt may have a request of its own.
 Shapes: C rows that decode together, S positions, k tokens per row and step (at most), V vocabulary.
 """
 
@@ -94,7 +94,7 @@ class Scheduler:
 
     seats: the sample of each row; None: idle. units: lists of prompt numbers, each taken together. waiting: those taken
     and not yet prefilled. starting: prompts with samples that have no first token. ready: samples that have one and
-    wait for a row. moved: whether rows may be idle that `admit` has not seen.
+    wait for a row. moved: whether rows may have become idle since `admit`.
     """
 
     def __init__(
@@ -369,14 +369,14 @@ class Scheduler:
         self.seats[:] = [None if seat is None or seat.done else seat for seat in self.seats]
 
     def reread(self, scaling: RopeScaling) -> None:
-        """Prefill again what the next step would rotate otherwise than the keys that are stored."""
+        """Prefill rows again if the next step's rotation does not match their stored keys."""
         for at, seat in enumerate(self.seats):
             if seat is not None and scaling.crosses(seat.position, seat.position + 1):
                 self.decoder.reread(at)
 
 
 def check_prompt(args: ModelArgs, request: Request, prompt: Prompt) -> None:
-    """Raises ValueError if a prompt cannot be run. request: that of the batch."""
+    """Raise ValueError if a prompt cannot be run. request: that of the batch."""
     (prompt.request or request).check_length(args.context_limit, len(prompt.tokens))
     check_tokens(prompt.tokens, args.vocab_size)
 
@@ -391,7 +391,7 @@ def rejection(args: ModelArgs, request: Request, prompt: Prompt) -> str | None:
 
 
 def check_ids(prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError if two prompts have the same id."""
+    """Raise ValueError if two prompts have the same id."""
     (id, times), *_ = Counter(json.dumps(prompt.id) for prompt in prompts).most_common(1) or [("", 0)]
     if times > 1:
         raise ValueError(f"{times} prompts have the id {id}: ids must be unique")

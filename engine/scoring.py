@@ -50,8 +50,8 @@ class Node:
     children: list["Node"] = field(default_factory=list)
 
     def walk(self) -> Iterator["Node"]:
-        """Yield this node and all below it, parents first. No recursion: a trajectory of a thousand prompts, each
-        extending the last, is a tree as deep."""
+        """Yield this node and all below it, parents first. No recursion: a thousand prompts, each extending
+        the last, form a tree of that depth."""
         todo = [self]
         while todo:
             node = todo.pop()

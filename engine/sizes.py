@@ -23,8 +23,8 @@ Asked = Counter[tuple[int, Request]]  # how many prompts have so many tokens, an
 
 
 def workload(asked: Asked, request: Request, device: torch.device) -> Workload:
-    """Return the workload to plan: the rows of a single prompt, or of many as many as decode together, after the
-    longest prompt, until all are done. request: how contexts are stored and prefilled."""
+    """Return the workload to plan: the rows that decode together (all, of a single prompt), the longest prompt, and
+    the runs that all samples take. request: how contexts are stored and prefilled."""
     total = samples(asked)
     rows = total if asked.total() == 1 else min(total, request.rows_at_once or ROWS[device.type])
     sampling, new = heaviest({each.sampling for _, each in asked}), max(each.max_new_tokens for _, each in asked)
@@ -38,7 +38,7 @@ def samples(asked: Asked) -> int:
 
 
 def heaviest(samplings: Collection[Sampling]) -> Sampling:
-    """Return parameters that need the memory of all these together, without repetitions."""
+    """Merge distinct parameters into ones that need at least the memory of each."""
     if len(samplings) == 1:
         return next(iter(samplings))
     drawn = [each for each in samplings if each.temperature]

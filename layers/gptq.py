@@ -41,7 +41,7 @@ def quantise_int4(weight: Tensor, groupsize: int) -> Int4Weight:
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of a damped Hessian [in,in]; damping grows until it is positive definite."""
+    """Compute the upper Cholesky factor of a damped Hessian's inverse [in,in]; damping grows until that succeeds."""
     damping = (0.01 * hessian.diagonal().mean()).clamp_min(1e-12)  # positive even if all inputs are 0
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(hessian + damping * torch.eye(len(hessian)))

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def check_own(path: Path) -> None:
-    """Raises PermissionError if another user owns or can write the path, and so could choose the code that runs."""
+    """Raise PermissionError if another user owns or can write the path, and so could choose the code that runs."""
     found = path.stat()
     if os.name == "posix" and (found.st_uid != os.getuid() or found.st_mode & 0o022):
         raise PermissionError(f"another user owns or can write {path}")
@@ -138,7 +138,7 @@ def load(path: Path) -> Library:
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the attention op supports such queries and is available. The first call may build it."""
+    """Return whether the attention op supports such queries and is available. The first call may build it."""
     fits = head_dim % 2 == 0 and head_dim <= LARGEST_HEAD_DIM and dtype in (torch.float32, torch.bfloat16)
     return device.type == "cpu" and fits and library().functions is not None
 
@@ -215,13 +215,13 @@ def pair(k: Tensor | None, v: Tensor | None) -> list[int]:
 
 
 def check_gradients(name: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError if autograd would need gradients of the op."""
+    """Raise NotImplementedError if autograd would need gradients of the op."""
     if differentiated(*tensors):
         raise NotImplementedError(f"{name} has no gradients: call it under torch.no_grad()")
 
 
 def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> None:
-    """Raises ValueError if a tensor, unless it is left out, is not as kernels.cpp expects it."""
+    """Raise ValueError if a tensor, unless it is left out, is not as kernels.cpp expects it."""
     if tensor is None:
         return
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
@@ -230,7 +230,7 @@ def check(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> 
 
 
 def check_part(part: Part, q: Tensor) -> None:
-    """Raises ValueError if a part is not as kernels.cpp expects it for queries q [N,H,S,D]."""
+    """Raise ValueError if a part is not as kernels.cpp expects it for queries q [N,H,S,D]."""
     k, v, k_scale, v_scale, start, rows, length, k_channel = part
     R, G, L, D = k.shape
     N, H, _, head_dim = q.shape
@@ -297,7 +297,7 @@ def attend_shape(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def multiplies(dtype: torch.dtype, inputs: int, groupsize: int) -> bool:
-    """Whether the CPU linear ops support weights of this dtype and shape and are available."""
+    """Return whether the CPU linear ops support weights of this dtype and shape and are available."""
     fits = dtype in (torch.float32, torch.bfloat16) and inputs % 32 == groupsize % 32 == 0
     return fits and library().functions is not None
 

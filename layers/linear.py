@@ -43,7 +43,7 @@ IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 multiply instructions. Without them (plain AVX-512) oneDNN's bfloat16 takes
+    """Return whether the CPU has bfloat16 multiply instructions. Without them (plain AVX-512) oneDNN's bfloat16 takes
     two thirds of the time of fp32 for a step of one row, which is memory-bound, but four times as long for 64 rows
     (docs/benchmarks.md), and prefill is compute-bound."""
     if IS_X86:
@@ -360,7 +360,7 @@ class TinygemmLinear(QuantisedLinear):
         return product if self.bias is None else product + self.bias
 
 
-# Of the ways to hold a weight those in int8 or int4, by name. All others hold the network's dtype.
+# Layers that hold a weight in int8 or int4, by kernel name. All others hold the network's dtype.
 QUANTISED_LINEARS: dict[str, Callable[..., nn.Module]] = {
     linear.kernel: linear for linear in (QuantisedLinear, WidenedLinear, TinygemmLinear)
 }
@@ -413,13 +413,13 @@ def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype
 
 
 def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
-    """Whether the GEMV is faster for a plain weight: on a CPU, except in bfloat16 if oneDNN has instructions for it."""
+    """Return whether the GEMV is faster for a plain weight: on a CPU, except in bfloat16 with native instructions."""
     fast = dtype == torch.bfloat16 and multiplies_bfloat16()
     return device.type == "cpu" and not fast and multiplies(dtype, inputs, inputs)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing may pay off: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN supports there."""
+    """Return whether packing may pay off: on an x86 CPU (measured with AVX-512), in a dtype that oneDNN supports."""
     if device.type != "cpu" or not IS_X86:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -434,12 +434,12 @@ def pays_to_pack(shape: tuple[int, int], device: torch.device, dtype: torch.dtyp
 
 
 def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device can run tinygemm: CUDA with compute capability 8.0 or higher, in bfloat16."""
+    """Return whether the device can run tinygemm: CUDA with compute capability 8.0 or higher, in bfloat16."""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
-    """Bytes that a decode step reads of the layer that make_linear would make."""
+    """Return the bytes that a decode step reads of make_linear's layer."""
     if choose_way(weight, device, dtype, rows) in QUANTISED_LINEARS:
         return sum(tensor.nbytes for tensor in tensors_of(weight).values())
     return math.prod(weight.shape) * dtype.itemsize

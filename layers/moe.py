@@ -48,7 +48,7 @@ class MoEConfig:
         return self.experts * (1 - (1 - self.used / self.experts) ** rows)
 
     def has(self, name: str) -> bool:
-        """Whether a tensor of that name belongs to a routed expert: a step reads only the chosen ones."""
+        """Return whether the named tensor is of a routed expert: a step reads only the chosen ones."""
         found = re.match(r"layers\.(\d+)\.feed_forward\.w\d", name)
         return found is not None and int(found[1]) not in self.dense
 
@@ -62,7 +62,7 @@ EXPERTS: "weakref.WeakValueDictionary[int, ExpertLinear]" = weakref.WeakValueDic
 
 
 def multiply(x: Tensor, ends: Tensor, number: int, features: int) -> Tensor:
-    """Multiply x [R,in], sorted by expert in runs that end at ends [E], by the experts of this number -> [R,out]."""
+    """Multiply x [R,in], sorted by expert in runs that end at ends [E], by the ExpertLinear `number` -> [R,out]."""
     product, begin = x.new_empty(x.shape[0], features), 0
     for linear, end in zip(EXPERTS[number], ends.tolist(), strict=True):
         if end > begin:
@@ -122,8 +122,8 @@ class GroupedLinear(nn.Module):
 
 
 def can_group(weight: Tensor) -> bool:
-    """Whether the device has a grouped GEMM for such weights [out,in]: bfloat16 at compute capability 9 or 10, with
-    rows aligned to 16 bytes. Elsewhere PyTorch's is a loop that syncs with the host."""
+    """Return whether the device has a grouped GEMM for such weights [out,in]: bfloat16 at compute capability 9 or 10,
+    with rows aligned to 16 bytes. Elsewhere PyTorch's is a loop that syncs with the host."""
     fast = weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
     return fast and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape)
 
@@ -144,7 +144,7 @@ def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -
 
 
 def can_capture_graph(model: nn.Module) -> bool:
-    """Whether a step can be captured as a CUDA graph: the loop over experts syncs with the host."""
+    """Return whether a step can be captured as a CUDA graph: the loop over experts syncs with the host."""
     return not any(isinstance(module, ExpertLinear) for module in model.modules())
 
 

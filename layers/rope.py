@@ -65,12 +65,12 @@ class RopeScaling:
         return self.kind in ("dynamic", "longrope")
 
     def regime(self, length: int) -> int:
-        """Key of a length so far: equal for lengths that rotate positions alike."""
+        """Return a key that is equal for lengths with the same rotation."""
         longer = max(0, length - self.original_context) if self.by_length else 0
         return longer if self.kind == "dynamic" else int(longer > 0)
 
     def crosses(self, first: int, last: int) -> bool:
-        """Whether the cache must be recomputed between lengths `first` and `last`, as in transformers' Phi-3: keys
+        """Return whether the cache goes stale between lengths `first` and `last`, as in transformers' Phi-3: keys
         rotated by the short factors do not match queries rotated by the long ones."""
         return self.kind == "longrope" and first <= self.original_context < last
 

@@ -135,7 +135,7 @@ def read_checkpoint(path: Path, choose: Callable[[Path], tuple[Path, ...]] = wei
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Raise what is wrong with a value that a file holds as a ValueError that begins with the file."""
+    """Re-raise errors about a value in a file as a ValueError that begins with its path."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, OverflowError) as error:  # a field has the wrong type or size
@@ -143,7 +143,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether a tied model stores no output of its own; one that differs is used, as in transformers."""
+    """Return whether a tied model stores no differing output: that would be used, as in transformers."""
     if checkpoint.recipe is not None and "output" in checkpoint.recipe.layers:
         return False
     stored = read_stored(checkpoint)
@@ -152,7 +152,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
 
 
 def is_quantised(found: object) -> bool:
-    """Whether an unpickled file has save_quantised's layout."""
+    """Return whether an unpickled file has save_quantised's layout."""
     return isinstance(found, dict) and found.keys() == {"recipe", "state"}
 
 
@@ -174,7 +174,7 @@ def read_recipe(values: Any, path: Path) -> Recipe:
 
 
 def has_type(value: object, kind: Any) -> bool:
-    """Whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
+    """Return whether a value has the type of a Recipe field: a plain type, or a dict or tuple of strings."""
     if not isinstance(kind, GenericAlias):
         return isinstance(value, kind)
     parts: Any = [*value, *value.values()] if isinstance(value, dict) else value
@@ -221,7 +221,7 @@ def read_stored(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
 
 
 def has_their_names(path: Path) -> bool:
-    """Whether a file's tensors have Hugging Face's names."""
+    """Return whether a file's tensors have Hugging Face's names."""
     return path.suffix in (".safetensors", ".bin")
 
 
@@ -237,7 +237,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def check_state(found: Any, path: Path) -> None:
-    """Raises ValueError if an unpickled value is not a dict of dense CPU tensors."""
+    """Raise ValueError if an unpickled value is not a dict of dense CPU tensors."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a plain state dict: convert it with scripts/convert_hf_checkpoint.py")
     for name, each in found.items():
@@ -276,7 +276,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Quantised]:
-    """The recipe's layers by name, on the meta device. Raises ValueError if the network lacks one."""
+    """Build the recipe's layers by name, on "meta". Raises ValueError if the network lacks one."""
     layers, groupsize = (recipe.layers, recipe.groupsize) if recipe else ({}, 0)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     if unknown := sorted(layers.keys() - linears.keys()):
@@ -288,7 +288,7 @@ def quantised_weights(model: Transformer, recipe: Recipe | None) -> dict[str, Qu
 
 
 def check_weights(checkpoint: Checkpoint, state: Mapping[str, StoredTensor]) -> None:
-    """Raises ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
+    """Raise ValueError if tensors are missing, unexpected or of the wrong shape or dtype; it gives the first few by
     their names in the files."""
     model, paths = empty_model(checkpoint.args), checkpoint.weights
     expected, exact = dict(model.state_dict()), dict[str, Tensor]()  # exact: dtypes matter too
@@ -406,7 +406,7 @@ def save_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tens
 
 
 def check_output(output: Path, checkpoint: Checkpoint, text: Path | None) -> None:
-    """Raises ValueError if the output would overwrite the model or text being read, cannot be written, or would be in
+    """Raise ValueError if the output would overwrite the model or text being read, cannot be written, or would be in
     the folder of another model."""
     if output.suffix != ".pth":
         raise ValueError(f"--output {output} must end in .pth")

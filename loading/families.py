@@ -58,7 +58,7 @@ def short_repr(value: object) -> str:
 
 
 def is_off(value: object) -> bool:
-    """Whether an unknown field has no effect: null, false, 0, 1.0 (a factor) or empty."""
+    """Return whether an unknown field has no effect: null, false, 0, 1.0 (a factor) or empty."""
     return not value or (type(value) in (int, float) and value == 1)
 
 
@@ -76,13 +76,13 @@ class TrackedConfig:
         self.unsupported: list[str] = []
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field's value; if it is missing or null, the family's default, else this one."""
+        """Return the field's value; if missing or null, the family's default, else this."""
         self.unread.discard(name)
         found = (values.get(name) for values in (self.config, self.defaults))
         return next((value for value in found if value is not None), default)
 
     def own(self, name: str) -> Any:
-        """The field's value, null included; if it is missing, the family's default."""
+        """Return the value, null included; if it is missing, the family's default."""
         self.unread.discard(name)
         return self.config.get(name, self.defaults.get(name))
 
@@ -124,7 +124,7 @@ class TrackedConfig:
 
 
 def check_read(*parts: TrackedConfig) -> None:
-    """Raises ValueError naming every field of config.json, or of an object in it, that is unsupported, or that is
+    """Raise ValueError naming every field of config.json, or of an object in it, that is unsupported, or that is
     neither read nor off."""
     for name in QUANTISED:
         if parts[0].config.get(name):
@@ -564,7 +564,7 @@ def expert_tensors(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def is_tinyllamas(found: object) -> bool:
-    """Whether an unpickled file has karpathy/tinyllamas' layout."""
+    """Return whether an unpickled file has karpathy/tinyllamas' layout."""
     return isinstance(found, dict) and {"model_args", "model"} <= found.keys()
 
 

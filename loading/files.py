@@ -117,7 +117,7 @@ def shards_of(index: Path) -> tuple[Path, ...]:
 
 
 def is_below(name: object) -> bool:
-    """Whether a relative path stays within its base folder."""
+    """Return whether a relative path stays within its base folder."""
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
@@ -162,13 +162,13 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def check_stays(read: Iterable[Path], output: Path) -> None:
-    """Raises ValueError if the output would overwrite a file that is read, under any of its names."""
+    """Raise ValueError if the output would overwrite a file that is read, under any of its names."""
     if (found := identity(output)) is not None and found in map(identity, read):
         raise ValueError(f"{output} is an input and would be overwritten: choose another output file")
 
 
 def check_plain(path: Path) -> None:
-    """Raises ValueError if an existing path is not a regular file: a folder, or a pipe, which would block."""
+    """Raise ValueError if an existing path is not a regular file: a folder, or a pipe, which would block."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} must be a regular file, not a folder or a pipe")
 

@@ -62,7 +62,7 @@ def readable(count: int) -> str:
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Raises ValueError if the disk of `out`, which need not exist yet, has less than `needed` bytes free."""
+    """Raise ValueError if the disk of `out`, which need not exist yet, has less than `needed` bytes free."""
     free = shutil.disk_usage(next(folder for folder in (out, *out.absolute().parents) if folder.exists())).free
     if needed > free:
         raise ValueError(
@@ -159,7 +159,7 @@ def fetch(repo: str, revision: str | None, out: Path, files: Sequence[str] = ())
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder has a model with every file that it names, and no download into it was interrupted."""
+    """Return whether a folder has a model with every file that it names, and no download into it was interrupted."""
     # Without an index, only this marker distinguishes some shards from all of them.
     if (folder / UNFINISHED).exists() or not (folder / "config.json").is_file():
         return False

@@ -232,8 +232,8 @@ class Tokenizer(Protocol):
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer, whose names are ordinary text in a text, although its library may find them
-    there: in some models they are pieces, or entries of the vocabulary."""
+    """Control tokens of a tokenizer. In user text their names are ordinary text, although the library may match them:
+    in some models they are pieces, or entries of the vocabulary."""
 
     def __init__(self, added: Mapping[str, AddedToken], encode: Callable[[str], list[int]]) -> None:
         """encode: the library's."""
@@ -347,7 +347,7 @@ class JSONTokenizer(ControlTokens):
         made = self.backend.made
 
         def encode(text: str, **options: Any) -> Any:
-            # Of a long text, which Ctrl-C may end, the one that releases the GIL; its threads do not bear forks.
+            # For a long text, so that Ctrl-C can end it, the method that releases the GIL; it is not fork-safe.
             return (
                 made.encode(text, **options) if len(text) < LONG_CALL else made.encode_batch_fast([text], **options)[0]
             )
@@ -360,7 +360,7 @@ class JSONTokenizer(ControlTokens):
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether a file has lines of `base64 rank`; a SentencePiece model is a binary protobuf."""
+    """Return whether a file has lines of `base64 rank`; a SentencePiece model is a binary protobuf."""
     with path.open("rb") as file:
         return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2}\s+\d+\s*", file.readline(1024)) is not None
 
