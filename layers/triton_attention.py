@@ -11,7 +11,6 @@ Shapes: N rows, S positions, H query heads, G key/value heads, P = H // G, L slo
 dimension.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
-from layers.kernels import Chain, check_gradients
+from layers.kernels import LARGEST_HEAD_DIM, Chain, check_gradients
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-LARGEST_HEAD_DIM = 256
-SLOTS_PER_SPLIT, MOST_SPLITS = 128, 64
+# Arguments that change from step to step or call to call: not compiled for their values 1 and multiples of 16.
+VARYING = ("slots", "n", "S", "first_split", "all_splits", "N", "scale_row", "scale_head")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -54,17 +53,15 @@ def attend_keys(
 ):  # fmt: skip
     """Attend from x [BM,BD] to the slots [first, last) of one row and head -> the peak and the sum of the weights [BM],
     base 2, and the weighted sum of the values [BM,BD]."""
-    BM: tl.constexpr = x.shape[0]
-    BD: tl.constexpr = x.shape[1]
-    d, n = tl.arange(0, BD), tl.arange(0, BN)
-    peak = tl.full([BM], float("-inf"), tl.float32)
-    total, out = tl.zeros([BM], tl.float32), tl.zeros([BM, BD], tl.float32)
+    d, n = tl.arange(0, x.shape[1]), tl.arange(0, BN)
+    peak, total = tl.full([x.shape[0]], float("-inf"), tl.float32), tl.zeros([x.shape[0]], tl.float32)
+    out = tl.zeros(x.shape, tl.float32)
     for at in range(first, last, BN):
         slot = at + n
         written = slot < last
         where, there = slot[:, None] * key_stride + d, written[:, None] & (d < D)
         keys = tl.load(k + where, mask=there, other=0.0).to(x.dtype)
-        scores = dot(x, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (D**-0.5)
+        scores = dot(x, tl.trans(keys), tl.zeros([x.shape[0], BN], tl.float32)) * (D**-0.5)
         if k_scale is not None:
             scores *= tl.load(k_scale + slot, mask=written, other=0.0).to(tl.float32)
         if SOFTCAP > 0:
@@ -116,7 +113,7 @@ def merge(peak, total, out, outs, lses, query, every, splits, valid, inside, D: 
     return total, out
 
 
-@triton.jit(do_not_specialize=["slots", "n", "S", "first_split", "all_splits", "N"])
+@triton.jit(do_not_specialize=VARYING)
 def attend_part(
     q, k, v, k_scale, v_scale, k_channel, start, length, group, place, input_pos, slopes, outs, lses, y,
     slots, n, S, first_split, all_splits, N, q_row, q_head, q_pos, row_stride, head_stride, key_stride,
@@ -128,8 +125,7 @@ def attend_part(
 
     Tensors as in Part; input_pos [N,S], slopes [H]. Stores out and lse, base 2, in outs [splits,N,H,S,D] and lses
     [splits,N,H,S]; with MERGE instead all splits and this part, merged, in y [N,S,H,D]."""
-    blocks = tl.cdiv(n * S * P, BM)
-    block, split = tl.program_id(0), tl.program_id(1)
+    blocks, block, split = tl.cdiv(n * S * P, BM), tl.program_id(0), tl.program_id(1)
     r, g = (block // blocks // G).to(tl.int64), (block // blocks % G).to(tl.int64)
     m, d = block % blocks * BM + tl.arange(0, BM), tl.arange(0, BD)
     valid, at, s, head = m < n * S * P, r * n + m // (S * P), m // P % S, g * P + m % P
@@ -146,9 +142,7 @@ def attend_part(
     last = tl.minimum(last, first + each)
     inside = valid[:, None] & (d < D)
     x = tl.load(q + (row * q_row + head * q_head + s * q_pos)[:, None] + d, mask=inside, other=0.0)
-    slope = None
-    if slopes is not None:
-        slope = tl.load(slopes + head)
+    slope = tl.load(slopes + head) if slopes is not None else None
     base, scales = r * row_stride + g * head_stride, r * scale_row + g * scale_head
     if k_channel is not None:
         channel = tl.load(k_channel + (r * G + g) * D + d, mask=d < D, other=0.0)
@@ -163,12 +157,13 @@ def attend_part(
     query, every = (row * H + head) * S + s, N.to(tl.int64) * H * S
     if MERGE:
         total, out = merge(peak, total, out, outs, lses, query, every, all_splits, valid, inside, D)
-        out = out / tl.where(total == 0, 1.0, total)[:, None]
+    some = tl.where(total == 0, 1.0, total)  # of a query that sees nothing, out is 0
+    out = out / some[:, None]
+    if MERGE:
         tl.store(y + ((row * S + s) * H + head)[:, None] * D + d, out.to(y.dtype.element_ty), mask=inside)
     else:
         query += (first_split + split) * every
-        some = tl.where(total == 0, 1.0, total)
-        tl.store(outs + query[:, None] * D + d, out / some[:, None], mask=inside & (total > 0)[:, None])
+        tl.store(outs + query[:, None] * D + d, out, mask=inside & (total > 0)[:, None])
         tl.store(lses + query, peak + tl.log2(some), mask=valid)
 
 
@@ -188,40 +183,30 @@ class Part(NamedTuple):
     place: Tensor | None
 
 
-class Tile(NamedTuple):
-    """Queries, padded head dimension and keys of a tile, and the warps that compute it."""
-
-    BM: int
-    BD: int
-    BN: int
-    warps: int
-
-
-def tile(queries: int, head_dim: int, itemsize: int) -> Tile:
-    """Choose the tile for queries that share keys, such that registers hold it and shared memory (99 KB on compute
-    capability 8.9) three stages of keys. A product needs 16 of each; a larger tile reads keys less often."""
+def tile(queries: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Choose the tile for queries that share keys -> queries, padded head dimension, keys, warps. Registers hold it,
+    and shared memory (99 KB on compute capability 8.9) three stages of keys. A product needs 16 of each."""
     width = max(16, triton.next_power_of_2(head_dim))
     keys = min(64, max(16, (1 << 15) // (width * itemsize**2)))
     BM = 16 if itemsize == 4 else min(keys, max(16, triton.next_power_of_2(queries)))
-    return Tile(BM, width, keys, 4 if BM == 16 and itemsize == 2 else 8)
+    return BM, width, keys, 4 if BM == 16 and itemsize == 2 else 8
 
 
 def split_count(slots: int, programs: int, multiprocessors: int) -> int:
     """Choose into how many splits the slots of each row and head are divided: as many as fill the device once, at two
-    programs on a multiprocessor. programs: without a split."""
-    return max(1, min(2 * multiprocessors // programs, slots // SLOTS_PER_SPLIT, MOST_SPLITS))
+    programs on a multiprocessor, of at least 128 slots each. programs: without a split."""
+    return max(1, min(2 * multiprocessors // programs, slots // 128, 64))
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device; in the interpreter, of a small one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the operator supports such queries on this device: CUDA, from compute capability 8.0 on."""
-    if device.type != "cuda" or dtype not in DTYPES or head_dim > LARGEST_HEAD_DIM:
-        return False
-    return torch.cuda.get_device_properties(device).major >= 8
+    fits = device.type == "cuda" and dtype in DTYPES and head_dim <= LARGEST_HEAD_DIM
+    return fits and torch.cuda.get_device_properties(device).major >= 8
 
 
 def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
@@ -241,33 +226,34 @@ def attend_split(
     check_gradients("attention in Triton", q, slopes, *tensors)
     size, (N, H, S, D) = len(Part._fields), q.shape
     own, *links = (Part(*tensors[i : i + size]) for i in range(0, len(tensors), size))  # type: ignore[arg-type]
-    G = own.k.shape[1]
-    P, cores = H // G, multiprocessors(q.device)
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
-    plans: list[tuple[Part, int, Tile, int]] = []  # with the rows that share keys, and the splits
+    G, launches, done = own.k.shape[1], [], 0
     for part in (own, *links):
-        R, _, L, _ = part.k.shape
-        n = (N if part.group is None else len(part.group)) // R
-        fits = tile(min(n * S * P, 32) if part is own else n * S * P, D, q.element_size())
-        plans.append((part, n, fits, split_count(L, R * G * triton.cdiv(n * S * P, fits.BM), cores)))
-    last = plans.pop(0) if plans[0][3] == 1 else (*plans[0][:3], 1)
-    total, y = sum(splits for *_, splits in plans), attend_shape(q)
+        n = (N if part.group is None else len(part.group)) // len(part.k)
+        queries = n * S * (H // G)
+        *sizes, warps = tile(min(queries, 32) if part is own else queries, D, q.element_size())
+        programs = len(part.k) * G * triton.cdiv(queries, sizes[0])
+        splits = split_count(part.k.shape[2], programs, multiprocessors(q.device))
+        launches.append((part, n, sizes, warps, programs, splits))
+    merges = (*launches[0][:-1], 1)  # last, over the own slots unless these are split too
+    launches, slots = (launches[1:], own.k.shape[2]) if launches[0][-1] == 1 else (launches, 0)
+    total, y = sum(splits for *_, splits in launches), attend_shape(q)
     outs = q.new_empty(total, N, H, S, D, dtype=torch.float32)
     lses = outs.new_empty(total, N, H, S)
     if any(part.group is not None for part in links):
         lses.fill_(-math.inf)  # rows that continue no row of a link
-    done = 0
-    for part, n, fits, splits in (*plans, last):
+    for launch in (*launches, merges):
+        part, n, sizes, warps, programs, splits = launch
         k, v, *others = part
         if k.shape[1:] != (G, k.shape[2], D) or k.stride() != v.stride() or k.stride(3) != 1 or H % G:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} do not fit queries {list(q.shape)}")
-        merges = done == total and part is own
-        slots = 0 if merges and len(plans) > len(links) else k.shape[2]  # already split
         scales = (0, 0) if part.k_scale is None else part.k_scale.stride()[:2]
-        attend_part[(len(k) * G * triton.cdiv(n * S * P, fits.BM), splits)](
-            q, k, v, *others, input_pos, slopes, outs, lses, y, slots, n, S, done, total, N, *q.stride()[:3],
-            *k.stride()[:3], *scales, G, P, D, window, softcap, part is own, merges, *fits[:3], num_warps=fits.warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            attend_part[(programs, splits)](
+                q, k, v, *others, input_pos, slopes, outs, lses, y, slots if launch is merges else k.shape[2], n, S,
+                done, total, N, *q.stride()[:3], *k.stride()[:3], *scales, G, H // G, D, window, softcap,
+                part is own, launch is merges, *sizes, num_warps=warps,
+            )  # fmt: skip
         done += splits
     return y
 
