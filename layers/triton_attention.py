@@ -23,9 +23,6 @@ from torch import Tensor
 from bifurcated_attention import ScoreMod
 from layers.kernels import LARGEST_HEAD_DIM, Chain, check_gradients
 
-DTYPES = torch.float32, torch.bfloat16, torch.float16
-# Arguments that change from step to step or call to call: not compiled for their values 1 and multiples of 16.
-VARYING = ("slots", "n", "S", "first_split", "all_splits", "N", "scale_row", "scale_head")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -36,6 +33,15 @@ def dot(a, b, total):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round to dtype; the interpreter would cut bfloat16 off instead, and reinterpret integers as its bits."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -60,7 +66,7 @@ def attend_keys(
         slot = at + n
         written = slot < last
         where, there = slot[:, None] * key_stride + d, written[:, None] & (d < D)
-        keys = tl.load(k + where, mask=there, other=0.0).to(x.dtype)
+        keys = narrow(tl.load(k + where, mask=there, other=0.0), x.dtype)
         scores = dot(x, tl.trans(keys), tl.zeros([x.shape[0], BN], tl.float32)) * (D**-0.5)
         if k_scale is not None:
             scores *= tl.load(k_scale + slot, mask=written, other=0.0).to(tl.float32)
@@ -80,8 +86,8 @@ def attend_keys(
         total = total * old + tl.sum(weights, 1)
         if v_scale is not None:
             weights *= tl.load(v_scale + slot, mask=written, other=0.0).to(tl.float32)
-        values = tl.load(v + where, mask=there, other=0.0).to(x.dtype)
-        out = dot(weights.to(x.dtype), values, out * old[:, None])
+        values = narrow(tl.load(v + where, mask=there, other=0.0), x.dtype)
+        out = dot(narrow(weights, x.dtype), values, out * old[:, None])
     return peak, total, out
 
 
@@ -113,7 +119,8 @@ def merge(peak, total, out, outs, lses, query, every, splits, valid, inside, D: 
     return total, out
 
 
-@triton.jit(do_not_specialize=VARYING)
+# Not compiled anew for values of 1 and multiples of 16, which come and go as caches grow.
+@triton.jit(do_not_specialize=["slots", "n", "S", "first_split", "all_splits", "N", "scale_row", "scale_head"])
 def attend_part(
     q, k, v, k_scale, v_scale, k_channel, start, length, group, place, input_pos, slopes, outs, lses, y,
     slots, n, S, first_split, all_splits, N, q_row, q_head, q_pos, row_stride, head_stride, key_stride,
@@ -138,29 +145,27 @@ def attend_part(
         slots = tl.minimum(slots, tl.load(length + r).to(tl.int32))
     first, last = visible_slots(pos - key_start, valid, slots, WINDOW, CAUSAL)
     each = tl.cdiv(tl.cdiv(last - first, BN), tl.num_programs(1)) * BN
-    first += split * each
-    last = tl.minimum(last, first + each)
+    first, last = first + split * each, tl.minimum(last, first + (split + 1) * each)
     inside = valid[:, None] & (d < D)
     x = tl.load(q + (row * q_row + head * q_head + s * q_pos)[:, None] + d, mask=inside, other=0.0)
     slope = tl.load(slopes + head) if slopes is not None else None
     base, scales = r * row_stride + g * head_stride, r * scale_row + g * scale_head
     if k_channel is not None:
         channel = tl.load(k_channel + (r * G + g) * D + d, mask=d < D, other=0.0)
-        x = (x.to(tl.float32) * channel.to(tl.float32)).to(x.dtype)
+        x = narrow(x.to(tl.float32) * channel.to(tl.float32), x.dtype)
         k_scale += scales
         v_scale += scales
     peak, total, out = attend_keys(
         x, pos, slope, k + base, v + base, k_scale, v_scale, key_stride, key_start, first, last,
         D, WINDOW, SOFTCAP, CAUSAL, BN,
     )  # fmt: skip
-    H: tl.constexpr = G * P
-    query, every = (row * H + head) * S + s, N.to(tl.int64) * H * S
+    query, every = (row * G * P + head) * S + s, N.to(tl.int64) * G * P * S
     if MERGE:
         total, out = merge(peak, total, out, outs, lses, query, every, all_splits, valid, inside, D)
     some = tl.where(total == 0, 1.0, total)  # of a query that sees nothing, out is 0
     out = out / some[:, None]
     if MERGE:
-        tl.store(y + ((row * S + s) * H + head)[:, None] * D + d, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + ((row * S + s) * G * P + head)[:, None] * D + d, narrow(out, y.dtype.element_ty), mask=inside)
     else:
         query += (first_split + split) * every
         tl.store(outs + query[:, None] * D + d, out, mask=inside & (total > 0)[:, None])
@@ -198,23 +203,20 @@ def split_count(slots: int, programs: int, multiprocessors: int) -> int:
     return max(1, min(2 * multiprocessors // programs, slots // 128, 64))
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a device; in the interpreter, of a small one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
-
-
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the operator supports such queries on this device: CUDA, from compute capability 8.0 on."""
-    fits = device.type == "cuda" and dtype in DTYPES and head_dim <= LARGEST_HEAD_DIM
-    return fits and torch.cuda.get_device_properties(device).major >= 8
+    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return head_dim <= LARGEST_HEAD_DIM and torch.cuda.get_device_properties(device).major >= 8
 
 
 def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
     """Attend from q [N,H,S,D] at input_pos [N,S] to a cache and all its ancestors -> [N,H,S,D]."""
-    mod, tensors = mod or ScoreMod(), list[Tensor | None]()
-    for each, *link in ((cache, *[None] * 3), *((a.cache, a.length, a.group, a.place) for a in cache.links)):
+    tensors: list[Tensor | None] = []
+    for each, *link in [(cache, None, None, None)] + [(a.cache, a.length, a.group, a.place) for a in cache.links]:
         k, v, *scales = each.tensors[layer :: len(each.k)]
         tensors += [k, v, *(scales or [None] * 3), each.start, *link]
+    mod = mod or ScoreMod()
     return torch.ops.bifurcated.attend_split(q, tensors, input_pos, mod.slopes, mod.window or 0, mod.softcap or 0.0)
 
 
@@ -228,12 +230,13 @@ def attend_split(
     own, *links = (Part(*tensors[i : i + size]) for i in range(0, len(tensors), size))  # type: ignore[arg-type]
     q, input_pos = q if q.stride(3) == 1 else q.contiguous(), input_pos.contiguous()
     G, launches, done = own.k.shape[1], [], 0
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 16
     for part in (own, *links):
         n = (N if part.group is None else len(part.group)) // len(part.k)
         queries = n * S * (H // G)
         *sizes, warps = tile(min(queries, 32) if part is own else queries, D, q.element_size())
         programs = len(part.k) * G * triton.cdiv(queries, sizes[0])
-        splits = split_count(part.k.shape[2], programs, multiprocessors(q.device))
+        splits = split_count(part.k.shape[2], programs, cores)
         launches.append((part, n, sizes, warps, programs, splits))
     merges = (*launches[0][:-1], 1)  # last, over the own slots unless these are split too
     launches, slots = (launches[1:], own.k.shape[2]) if launches[0][-1] == 1 else (launches, 0)
