@@ -194,7 +194,7 @@ def tile(queries: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int
     width = max(16, triton.next_power_of_2(head_dim))
     keys = min(64, max(16, (1 << 15) // (width * itemsize**2)))
     BM = 16 if itemsize == 4 else min(keys, max(16, triton.next_power_of_2(queries)))
-    return BM, width, keys, 4 if BM == 16 and itemsize == 2 else 8
+    return BM, width, keys, 4 if BM == 16 and width * itemsize <= 512 else 8
 
 
 def split_count(slots: int, programs: int, multiprocessors: int) -> int:

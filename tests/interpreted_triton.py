@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ALIBI, GQA, PROMPT, WINDOW, draws, positions, prefilled, random_model, random_tokens, request
 from test_bifurcated_attention import assert_error_at_most_twice
+from test_speculate import always  # noqa: F401, a fixture
 from torch import Tensor
 
 import cache as caches
@@ -166,6 +167,7 @@ def test_a_query_that_sees_nothing_gives_zero():
     """A row whose ancestor is empty, before its own first slot; the other row sees both."""
     cache, q, _ = build(Case(2, 1, 2, 1, 64, ((2, 9),), 3), torch.Generator().manual_seed(0))
     cache.extend_from(Link(cache.links[0].cache, [0, 1], torch.tensor([0, 9])))
+    cache.start.copy_(torch.tensor([0, 9]))
     for tensor in (*cache.tensors, *cache.links[0].cache.tensors):
         tensor.normal_()
     input_pos = cache.start[:, None] + torch.tensor([[-1], [0]])
@@ -257,6 +259,7 @@ def test_steps_and_drafts_of_a_model_equal_those_by_torch(args, forced):
 
 
 @pytest.mark.parametrize("kv_dtype,draft,prompts", [("auto", False, 1), ("int8", False, 1), ("auto", True, 2)])
+@pytest.mark.usefixtures("always")
 def test_the_engine_draws_the_same_tokens(kv_dtype, draft, prompts, forced, monkeypatch):
     """Three samples of each prompt, with the context as it is and in int8, and with a draft of two tokens. Prefill does
     not run by Triton. Oracle: the engine by PyTorch alone, in fp32."""
