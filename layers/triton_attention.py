@@ -205,9 +205,8 @@ def split_count(slots: int, programs: int, multiprocessors: int) -> int:
 
 def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the operator supports such queries on this device: CUDA, from compute capability 8.0 on."""
-    if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    return head_dim <= LARGEST_HEAD_DIM and torch.cuda.get_device_properties(device).major >= 8
+    fits = dtype in (torch.float32, torch.bfloat16, torch.float16) and head_dim <= LARGEST_HEAD_DIM
+    return device.type == "cuda" and fits and torch.cuda.get_device_properties(device).major >= 8
 
 
 def attend_chain(cache: Chain, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
@@ -245,17 +244,16 @@ def attend_split(
     lses = outs.new_empty(total, N, H, S)
     if any(part.group is not None for part in links):
         lses.fill_(-math.inf)  # rows that continue no row of a link
-    for launch in (*launches, merges):
-        part, n, sizes, warps, programs, splits = launch
+    for part, n, sizes, warps, programs, splits in (*launches, merges):
         k, v, *others = part
         if k.shape[1:] != (G, k.shape[2], D) or k.stride() != v.stride() or k.stride(3) != 1 or H % G:
             raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} do not fit queries {list(q.shape)}")
         scales = (0, 0) if part.k_scale is None else part.k_scale.stride()[:2]
         with torch.cuda.device_of(q):
             attend_part[(programs, splits)](
-                q, k, v, *others, input_pos, slopes, outs, lses, y, slots if launch is merges else k.shape[2], n, S,
+                q, k, v, *others, input_pos, slopes, outs, lses, y, slots if done == total else k.shape[2], n, S,
                 done, total, N, *q.stride()[:3], *k.stride()[:3], *scales, G, H // G, D, window, softcap,
-                part is own, launch is merges, *sizes, num_warps=warps,
+                part is own, done == total, *sizes, num_warps=warps,
             )  # fmt: skip
         done += splits
     return y

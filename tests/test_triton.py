@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FOLDERS, GQA, ROOT, TINY, random_model
+from conftest import FOLDERS, GQA, ROOT, TINY, random_model, slow
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
 from cache import KVCache, Link, Prefill, attend_by_kernel, attend_by_torch, chain_operator
+from cli.console import decode_kernel
 from engine.layouts import Int8Context
 from layers.rope import alibi_slopes
 
@@ -33,7 +34,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", t
 
 def test_in_the_interpreter():
     """In a process of its own, as Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "tests/interpreted_triton.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "tests/interpreted_triton.py"]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's too
     done = subprocess.run(command, cwd=ROOT, env=kept | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
@@ -108,7 +109,7 @@ def compile_launch(launch: dict, arch: int, cubin: Path) -> tuple[int, int, int,
 
 
 ALL = ScoreMod(4096, alibi_slopes(64), 50.0)
-LAUNCHES = {  # arguments of `decode`, and the most registers a thread may have
+LAUNCHES: dict[str, tuple[tuple, int]] = {  # arguments of `decode`, and the most registers a thread may have
     "one row": ((torch.bfloat16, 1, 1, (1, 32, 128)), 168),
     "int8, all at once": ((torch.bfloat16, 9, 9, (8, 8, 128), True, True, ALL), 255),
     "heads of 256": ((torch.bfloat16, 9, 4, (4, 2, 256), False, True, ALL), 255),
@@ -117,8 +118,14 @@ LAUNCHES = {  # arguments of `decode`, and the most registers a thread may have
 }
 
 
+SELDOM = "heads of 256", "fp16, many rows"  # to compile all takes 40 s
+
+
 @pytest.mark.parametrize("arch", SHARED)
-@pytest.mark.parametrize("given,most", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize(
+    "given,most",
+    [pytest.param(*each, id=name, marks=[slow] * (name in SELDOM)) for name, each in LAUNCHES.items()],
+)
 def test_no_register_spills(given, most, arch, recorder, tmp_path):
     """Of each launch of a step. Two programs of 128 threads and 168 registers, or of 256 and 128, share a
     multiprocessor's 65,536."""
@@ -195,6 +202,7 @@ def test_where_it_is_chosen(monkeypatch):
     kinds = [(torch.bfloat16, 128), (torch.float16, 80), (torch.float32, 10), (torch.float64, 64), (torch.float32, 257)]
     chosen = [chain_operator(CUDA, *kind) for kind in kinds]
     assert chosen == [triton_attention.attend_chain] * 3 + [None] * 2
+    assert [decode_kernel(CUDA, *kind) for kind in kinds] == ["Triton"] * 3 + ["torch"] * 2
     as_gpu(monkeypatch, 7)
     assert chain_operator(CUDA, torch.bfloat16, 128) is None
     as_gpu(monkeypatch, 9)
