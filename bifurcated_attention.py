@@ -15,7 +15,7 @@ T context length, L slots of decoded keys, D head dimension; R rows of keys, eac
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ def fused_partial(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, c
         out, lse = FLASH[q.device.type](q, k, v, is_causal=causal)[:2]  # [B,H,Q,D] [B,H,Q]
         return out.to(dtype), lse[..., None].to(dtype)
     L = mask.shape[-1]
-    bias = q.new_zeros(*mask.shape[:-1], -(-L // 8) * 8)[..., :L]  # the kernel needs rows aligned to 16 bytes
+    # The kernel needs rows aligned to 16 bytes. Never contiguous: torch.compile would guard on L being a multiple of 8.
+    bias = q.new_zeros(*mask.shape[:-1], (L // 8 + 1) * 8)[..., :L]
     bias = bias.masked_fill_(~mask, -math.inf).expand(*q.shape[:3], L)
     out, lse = MASKED[q.device.type](q, k, v, bias)[:2]
     seen = mask.any(-1, keepdim=True)  # [...,1]; the kernel returns nan for a query that sees no key
@@ -157,10 +158,11 @@ def merge_partials(partials: Sequence[Partial]) -> Partial:
     """
     if len(partials) == 1:
         return partials[0]
-    lses = torch.stack([lse for _, lse in partials])  # [parts,...,1]
-    peak = lses.detach().amax(0)  # detached and floored as in attend_heads
-    weights = (lses - peak.clamp_min(torch.finfo(lses.dtype).min)).exp()  # [parts,...,1]
-    total = weights.sum(0).clamp_min(1)
+    # No stack of the parts: compiled on CUDA it is a kernel for each.
+    peak = reduce(torch.maximum, (lse.detach() for _, lse in partials))  # detached and floored as in attend_heads
+    floor = peak.clamp_min(torch.finfo(peak.dtype).min)
+    weights = [(lse - floor).exp() for _, lse in partials]
+    total = sum(weights[1:], weights[0]).clamp_min(1)
     out = sum(out * weight for (out, _), weight in zip(partials, weights, strict=True))
     return out / total, peak + total.log()
 
