@@ -361,7 +361,8 @@ def token_uniforms(rows: Tensor, tokens: Tensor) -> Tensor:
 OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
 OPERATORS.define(
     "attend(Tensor q, Tensor?[] tensors, Tensor input_pos, Tensor? slopes, int window, float softcap) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    tags=(torch.Tag.flexible_layout,),  # or a compiled step would copy the keys and values that it has written
 )
 OPERATORS.impl("attend", run_attend, "CPU")
 OPERATORS.impl("attend", attend_shape, "Meta")

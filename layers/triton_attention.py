@@ -267,7 +267,8 @@ def attend_shape(q: Tensor, *_: object) -> Tensor:
 
 OPERATORS = torch.library.Library("bifurcated", "FRAGMENT")
 OPERATORS.define(
-    "attend_split(Tensor q, Tensor?[] tensors, Tensor input_pos, Tensor? slopes, int window, float softcap) -> Tensor"
+    "attend_split(Tensor q, Tensor?[] tensors, Tensor input_pos, Tensor? slopes, int window, float softcap) -> Tensor",
+    tags=(torch.Tag.flexible_layout,),  # or a compiled step would copy the keys and values that it has written
 )
 OPERATORS.impl("attend_split", attend_split, "CPU" if INTERPRETED.value else "CUDA")
 OPERATORS.impl("attend_split", attend_shape, "Meta")
