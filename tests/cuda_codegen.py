@@ -59,12 +59,13 @@ H100 = SimpleNamespace(
 @dataclass(frozen=True)
 class Case:
     """Steps of a network of `layers` layers of Llama-2-7B's shape with G key/value heads, one after another: for each
-    the rows N, the tokens T of the context and the own slots of a row. positions: S."""
+    the rows N, the tokens T of the context and the own slots of a row. positions: S. triton: attend by its kernels."""
 
     groups: int
     steps: list[tuple[int, int, int]]
     positions: int = 1
     layers: int = 1
+    triton: bool = True
 
 
 class Generated(Exception):
@@ -147,7 +148,8 @@ def generate(case: Case) -> list[str]:
             with torch.device("cuda"):
                 tokens = torch.zeros(rows, case.positions, dtype=torch.long)
                 inputs = StepInput(tokens, tokens + length, tokens[:, 0].clone(), tokens[0, 0].clone())
-            with patch.object(torch, "tensor", tensor):
+            chosen = caches.chain_operator if case.triton else lambda *_: None
+            with patch.object(torch, "tensor", tensor), patch.object(caches, "chain_operator", chosen):
                 cache = KVCache.fork(KVCache.empty(args.kv_shape, 1, length, model.norm.weight), rows, slots, 256)
             mark_dynamic(inputs, cache)
             with patch.object(GraphLowering, "compile_to_module", module_of), suppress(Generated):
