@@ -176,9 +176,15 @@ def test_a_query_that_sees_nothing_gives_zero():
     torch.testing.assert_close(found[1:].double(), both(cache, q, input_pos, ScoreMod())[0][1:], rtol=0, atol=1e-6)
 
 
-def test_rows_are_seated_anew_in_place():
+def new_nan(like: Tensor, *shape: int, dtype: torch.dtype | None = None, **how: object) -> Tensor:
+    """Tensor.new_empty, of memory that was used before."""
+    made = torch.empty(*shape, dtype=dtype or like.dtype, **how)
+    return made.fill_(math.nan) if made.is_floating_point() else made
+
+
+def test_rows_are_seated_anew_in_place(monkeypatch):
     """A pool of four rows: unequal shares, an idle row, whose output is not used but must be finite; then other rows,
-    lengths and positions in the same tensors. Oracle: fp64."""
+    lengths and positions in the same tensors. New memory holds nan. Oracle: fp64."""
     generator = torch.Generator().manual_seed(0)
     pool = KVCache.empty((1, 2, 16), 4, 33, torch.empty(0))
     cache = KVCache.empty((1, 2, 16), 6, 9, torch.empty(0))
@@ -192,7 +198,9 @@ def test_rows_are_seated_anew_in_place():
         length.copy_(torch.tensor(lengths))
         cache.start.copy_(length[link.index])
         input_pos = cache.start[:, None] + torch.randint(0, 9, (6, 1), generator=generator)
-        found = attend_chain(cache, 0, q, input_pos, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "new_empty", new_nan)
+            found = attend_chain(cache, 0, q, input_pos, None)
         used = [row for row, parent in enumerate(seats) if parent is not None]
         expected, _ = both(cache, q, input_pos, ScoreMod())
         torch.testing.assert_close(found[used].double(), expected[used], rtol=0, atol=1e-6)

@@ -32,6 +32,7 @@ FOLDED = TORCH | {"copy of queries": 1, "mask": 2}  # where queries of several h
 KINDS = {
     "mm": "product", "bmm": "product", "addmm": "product", "sin": "rotate or write", "index_put": "rotate or write",
     "rsqrt": "norm", "silu": "activation", "exp": "merge", "ge": "mask", "clone": "copy of queries",
+    "copy": "copy of queries",
 }  # fmt: skip
 
 
@@ -46,12 +47,12 @@ def steps(new: int, width: int) -> list[tuple[int, int, int]]:
     return [*((16, 8192, slots) for slots in own_slots(new, width)), (1024, 777, 104), (3, 64, 99), (2, 8, 8)]
 
 
-ROTATED = {"rotate or write": 1}  # keys apart from queries
+ROTATED, COPIED = {"rotate or write": 1}, {"copy of queries": 1}  # keys apart from queries; several positions
 # Each with the kernels that a layer has beyond LAYER.
 CASES: dict[str, tuple[dict, dict[str, int]]] = {
     "MHA": ({"groups": MHA, "steps": steps(NEW, 1)}, {}),
     "GQA": ({"groups": GQA, "steps": steps(NEW, 1)}, ROTATED),
-    "GQA, draft": ({"groups": GQA, "steps": steps(NEW + 1, WIDTH), "positions": WIDTH}, ROTATED),
+    "GQA, draft": ({"groups": GQA, "steps": steps(NEW + 1, WIDTH), "positions": WIDTH}, ROTATED | COPIED),
     "MHA without Triton": ({"groups": MHA, "steps": steps(NEW, 1), "triton": False}, TORCH),
 }
 ONE_ROW = [(1, 8192, slots) for slots in own_slots(NEW, 1)]
