@@ -25,7 +25,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 
-from layers.linear import KINDS, MappedFiles, Quantised, bytes_read, make_linear, replace_module, tensors_of
+from layers.linear import (
+    KINDS,
+    MappedFiles,
+    Quantised,
+    bytes_read,
+    join_linears,
+    make_linear,
+    replace_module,
+    tensors_of,
+)
 from layers.moe import group_experts
 from loading.families import (
     args_from_config,
@@ -343,6 +352,16 @@ def load_model(
     group_experts(model)
     model.place_constants()
     shard.attach(model)
+    return model
+
+
+def load_joined(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
+) -> Transformer:
+    """As load_model, with layers of the same input joined where that copies no mapped file: for a network that is only
+    run."""
+    model = load_model(checkpoint, device, dtype, rows, shard)
+    join_linears(model)
     return model
 
 
