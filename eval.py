@@ -51,7 +51,7 @@ from engine.request import Request, Sampling, check_tokens, new_seed
 from engine.samples import Sample, not_finite
 from engine.scheduler import BatchStats, Outcome, Prompt, seed_of
 from engine.scoring import Scorer
-from loading.checkpoint import load_model, read_checkpoint
+from loading.checkpoint import load_joined, read_checkpoint
 from loading.files import check_stays, counted, files_of, read_text, write_file
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer, read_metadata
@@ -442,7 +442,7 @@ def open_evaluator(options: argparse.Namespace, ranks: Ranks, rows: int | None =
         checkpoint, device = read_checkpoint(locate(options.checkpoint_path)), choose_device(options.device)
         check_output(options.output, files_of(checkpoint.folder))
         dtype, shard = choose_dtype(options.dtype, device), ranks.shard
-        model = load_model(checkpoint, device, dtype, rows or options.batch_tokens, shard)
+        model = load_joined(checkpoint, device, dtype, rows or options.batch_tokens, shard)
         free = available_memory(device, ranks.local_world_size)
         free = free if ranks.control is None else min(ranks.all(free))  # all ranks plan alike
         engine = Engine(model, load_tokenizer(checkpoint.folder), options.compile, shard, available=free)

@@ -74,7 +74,7 @@ from engine.request import Request, new_seed
 from engine.samples import Sample, not_finite
 from engine.scheduler import BatchStats, workload
 from engine.speculate import Speculation, choose_draft
-from loading.checkpoint import Checkpoint, load_model, read_checkpoint, weight_sizes
+from loading.checkpoint import Checkpoint, load_joined, read_checkpoint, weight_sizes
 from loading.files import counted, files_of, write_file
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
@@ -225,7 +225,7 @@ def resolve(options: argparse.Namespace, ranks: Ranks) -> Session:
 def open_engine(session: Session) -> Engine:
     """Load a session's model and prepare it to run as planned."""
     options, plan, shard = session.options, session.plan, session.ranks.shard
-    model = load_model(session.checkpoint, session.device, session.dtype, plan.workload.num_samples, shard)
+    model = load_joined(session.checkpoint, session.device, session.dtype, plan.workload.num_samples, shard)
     compile = options.compile if session.ranks.control is None else plan.compiled
     engine = Engine(model, session.dialogue.tokenizer, compile, shard, plan, options.compile_prefill)
     if session.speculation is not None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
+from layers.joined import Joinable
 from layers.moe import MixtureOfExperts, MoEConfig
 from layers.rope import RopeConfig, RopeScaling, alibi_slopes, all_frequencies, angles, rotate
 
@@ -120,7 +121,9 @@ class Embedding(nn.Embedding):
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-class Attention(nn.Module):
+class Attention(Joinable):
+    names = "wq", "wk", "wv"
+
     def __init__(self, args: ModelArgs, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim, self.angle_slice = layer, args.head_dim, args.rope.angle_slice(layer, args.head_dim)
@@ -136,7 +139,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.products(x))
         q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))  # [N,H,S,D] [N,G,S,D] twice
         if self.angle_slice is not None:
             cos, sin = cos[..., self.angle_slice], sin[..., self.angle_slice]
@@ -146,8 +149,10 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).flatten(2))  # [N,S,dim]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Joinable):
     """Gated linear unit; Shazeer 2020 (arXiv 2002.05202)."""
+
+    names = "w1", "w3"
 
     def __init__(self, args: ModelArgs, width: int) -> None:
         super().__init__()
@@ -156,7 +161,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(width, args.dim, bias=args.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(self.activation(self.w1(x)) * self.w3(x))
+        gate, up = self.products(x)
+        return self.w2(self.activation(gate) * up)
 
 
 def make_feed_forward(args: ModelArgs, layer: int) -> FeedForward | MixtureOfExperts:

@@ -29,7 +29,7 @@ from engine.scheduler import (
     samples_of,
 )
 from engine.scoring import Scored, Scorer
-from loading.checkpoint import load_model, read_checkpoint
+from loading.checkpoint import load_joined, read_checkpoint
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
 
@@ -45,7 +45,7 @@ class Engine(ModelRunner):
         Raises FileNotFoundError or ValueError if they cannot be read (loading/checkpoint.py, loading/tokenizer.py).
         """
         checkpoint, place = read_checkpoint(locate(path)), choose_device(device)
-        model = load_model(checkpoint, place, choose_dtype(dtype, place))
+        model = load_joined(checkpoint, place, choose_dtype(dtype, place))
         engine = cls(model, load_tokenizer(checkpoint.folder), compile)
         engine.eos_ids |= checkpoint.eos_ids
         return engine

@@ -35,7 +35,7 @@ from engine.plan import WeightSizes, Workload
 from engine.request import Request
 from engine.runner import ModelRunner
 from engine.samples import Row
-from loading.checkpoint import Checkpoint, load_model, read_checkpoint, unpickle, weight_sizes
+from loading.checkpoint import Checkpoint, load_joined, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
 from model import ModelArgs, Transformer
@@ -531,7 +531,7 @@ def choose_draft(
         check_vocabulary(checkpoint, target)
         weights = sum(weight_sizes(checkpoint, *place).values())
         token_bytes = checkpoint.args.kv_values_per_token * place[1].itemsize
-        draft = ModelDraft(checkpoint.args, partial(load_model, checkpoint), weights, token_bytes)
+        draft = ModelDraft(checkpoint.args, partial(load_joined, checkpoint), weights, token_bytes)
     elif kind == "layers" and len(names) == 1 and count.isdecimal() and 1 <= int(count) < target.args.n_layer:
         draft = LayersDraft(int(count))
     elif kind == "medusa" and len(names) == 2:

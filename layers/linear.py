@@ -18,11 +18,11 @@ import mmap
 import platform
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn as nn
@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bifurcated_attention import differentiated
+from layers.joined import Joinable, JoinedLinear
 from layers.kernels import STREAMED_ROWS, check_gradients, multiplies
 from layers.moe import GroupedLinear
 
@@ -118,6 +119,12 @@ class MappedFiles:
             mine.copy_(theirs)
             self.release(theirs)
         return made
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is mapped from a file."""
+        if tensor.device.type != "cpu":
+            return False
+        return any(begin <= tensor.data_ptr() < end for begin, end in self.ranges)
 
     def release(self, tensor: Tensor) -> None:
         """Free the whole pages that a tensor covers, if they are mapped from a file."""
@@ -287,16 +294,21 @@ OPERATORS.impl("packed_linear", multiply, "CPU")
 OPERATORS.impl("packed_linear", multiply_shape, "Meta")
 
 
-class DequantisedLinear(nn.Linear):
+class FixedLinear(nn.Linear):
+    """nn.Linear of a given weight, without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: str) -> None:
+        nn.Module.__init__(self)
+        self.kernel, (self.out_features, self.in_features) = kernel, weight.shape
+        self.weight = Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else Parameter(bias, requires_grad=False))
+
+
+class DequantisedLinear(FixedLinear):
     """nn.Linear with a weight dequantised at construction: as large and as fast as an unquantised one."""
 
-    kernel = "dequantised"
-
     def __init__(self, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.weight = Parameter(dequantise(weight, dtype), requires_grad=False)
-        self.register_parameter("bias", None if bias is None else Parameter(bias, requires_grad=False))
+        super().__init__(dequantise(weight, dtype), bias, "dequantised")
 
 
 class QuantisedLinear(HeldLinear):
@@ -308,9 +320,23 @@ class QuantisedLinear(HeldLinear):
         super().__init__()
         self.held, self.names = type(weight), tuple(tensors_of(weight))  # torch.compile does not trace fields()
         self.bias: Tensor | None
+        self.scales: Tensor
         for name, tensor in tensors_of(weight).items():
             self.register_buffer(name, tensor.contiguous())  # GPTQ leaves it transposed
         self.register_buffer("bias", bias)
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def groupsize(self) -> int:
+        return self.weight.groupsize
+
+    def joined(self, parts: Sequence[Any], bias: Tensor | None) -> Self:
+        """Make a layer with the outputs of all `parts`, each a layer such as this."""
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in self.names)
+        return type(self)(self.held(*tensors), bias, self.scales.dtype)
 
     @property
     def weight(self) -> Quantised:
@@ -465,10 +491,43 @@ def held(linear: nn.Linear, way: str) -> nn.Module:
     return PackedLinear(linear) if way.endswith("packed") else StreamedLinear(linear)
 
 
+def joined(parts: Sequence[nn.Module], files: MappedFiles, pack: bool) -> JoinedLinear | None:
+    """Join layers of the same input. None if they are held in different ways, trained, hooked, or plain and mapped from
+    a file: a copy would read the file at once and take memory. pack: plain weights will be copied anyway."""
+    first = parts[0]
+    ways = {(type(part), kernel_of(part), getattr(part, "groupsize", None)) for part in parts}
+    biases = [bias for part in parts if isinstance(bias := getattr(part, "bias", None), Tensor)]
+    trained = any(parameter.requires_grad for part in parts for parameter in part.parameters())
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if len(ways) > 1 or trained or hooked or len(biases) not in (0, len(parts)):
+        return None
+    bias = torch.cat(biases) if biases else None
+    if isinstance(first, QuantisedLinear):
+        return JoinedLinear(first.joined(parts, bias), [int(part.features) for part in parts])  # type: ignore[arg-type]
+    if type(first).forward not in (nn.Linear.forward, StreamedLinear.forward):
+        return None
+    weights: list[Tensor] = [part.get_parameter("weight") for part in parts]
+    if len({weight.dtype for weight in weights}) > 1 or not pack and any(map(files.hold, weights)):
+        return None
+    return JoinedLinear(FixedLinear(torch.cat(weights), bias, form_of(first)), [len(weight) for weight in weights])
+
+
+def join_linears(model: nn.Module, pack: bool = False) -> None:
+    """Make one product of layers of the same input, such as w1 and w3, a few at a time, so that only their weights are
+    held twice. Their names and parameters are gone, so this is for a model that is only run. pack: as in `joined`."""
+    make = partial(joined, files=MappedFiles(), pack=pack)
+    for module in [each for each in model.modules() if isinstance(each, Joinable)]:
+        module.join(make)
+        torch.cuda.empty_cache()  # the parts' blocks are too small to reuse for the next
+
+
 def hold_linears(model: nn.Module, pack: bool = False, tied_output: bool = False) -> None:
     """Replace every plain or dequantised layer by one that holds its weight in the way that choose_way finds. Packing
-    copies weights, so shared ones are left as they are; tied_output: pack the output that is tied to the embedding."""
+    copies weights, so layers of the same input are joined, and shared weights are left as they are; tied_output: pack
+    the output that is tied to the embedding."""
     files = MappedFiles()
+    if pack:
+        join_linears(model, pack)
 
     def make(name: str, linear: nn.Linear) -> nn.Module | None:
         if type(linear).forward not in (nn.Linear.forward, StreamedLinear.forward):  # a subclass of the user's

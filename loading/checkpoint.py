@@ -31,6 +31,7 @@ from layers.linear import (
     TinygemmLinear,
     bytes_read,
     choose_way,
+    join_linears,
     make_linear,
     replace_module,
     tensors_of,
@@ -354,6 +355,16 @@ def load_model(
     group_experts(model)
     model.place_constants()
     shard.attach(model)
+    return model
+
+
+def load_joined(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, rows: int = 1, shard: Shard = WHOLE
+) -> Transformer:
+    """As load_model, with layers of the same input joined where that copies no mapped file: for a network that is only
+    run."""
+    model = load_model(checkpoint, device, dtype, rows, shard)
+    join_linears(model)
     return model
 
 

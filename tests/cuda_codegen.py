@@ -42,6 +42,7 @@ import cache as caches
 from cache import KVCache
 from engine.graphs import StepInput, mark_dynamic
 from engine.runner import decode
+from layers.linear import join_linears
 from model import ModelArgs, Transformer
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -143,6 +144,7 @@ def generate(case: Case) -> list[str]:
             torch.set_default_dtype(torch.bfloat16)
             model = Transformer(args).eval().requires_grad_(False)
             torch.set_default_dtype(torch.float32)
+            join_linears(model)
         step = torch.compile(partial(decode, model, numbers), fullgraph=True, dynamic=False)
         for rows, length, slots in case.steps:
             with torch.device("cuda"):

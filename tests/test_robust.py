@@ -270,7 +270,7 @@ def test_an_output_that_is_no_file_is_refused_before_the_run(tmp_path, flag, kin
         path.mkdir()
     else:
         path.symlink_to(tmp_path / "none" / "file")
-    with mock.patch("generate.load_model", side_effect=AssertionError("it runs")):
+    with mock.patch("generate.load_joined", side_effect=AssertionError("it runs")):
         result = run(*SHORT, flag, path)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert (
@@ -799,7 +799,7 @@ def test_an_error_is_one_line_of_300_characters_with_value_and_remedy():
     ],
     ids=["CPU", "Python", "CUDA"],
 )
-@pytest.mark.parametrize("where", ["generate.load_model", "engine.contexts.KVCache.empty"])
+@pytest.mark.parametrize("where", ["generate.load_joined", "engine.contexts.KVCache.empty"])
 def test_where_memory_runs_out_the_flags_that_help_are_named(fail, told, where):
     with mock.patch(where, side_effect=fail):
         result = run(*SHORT, "-n", 3)
