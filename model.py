@@ -215,10 +215,12 @@ class Transformer(nn.Module):
         self.place_constants()
         return self
 
-    def tie_output(self) -> None:
-        """Share the embedding table with the output layer if args.tied_output. Loading by assignment unties it."""
+    def tie_output(self, begin: int = 0, end: int | None = None) -> None:
+        """Share the embedding table, or a view of its rows from `begin` to `end`, with the output layer if
+        args.tied_output. Loading by assignment unties it."""
+        table = self.tok_embeddings.weight
         if self.args.tied_output:
-            self.output.weight = self.tok_embeddings.weight
+            self.output.weight = table if end is None else nn.Parameter(table[begin:end], requires_grad=False)
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
         """Return the last layer's output [N,S,dim] before the final norm, for callers that need few logits. layers:

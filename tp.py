@@ -2,8 +2,10 @@
 
 Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053), section 3: of two consecutive linear layers the first is split by
 outputs and the second by inputs, so a layer needs two all-reduces of [N,S,dim], one after attention and one after
-feed-forward. Attention, and so the cache, holds a rank's own heads. The network is unchanged: the all-reduces are hooks
-on its modules. The collectives are functional, so a compiled step stays one graph.
+feed-forward. Attention, and so the cache, holds a rank's own heads. The output layer is split by vocabulary; the
+embedding is held whole by each rank, which saves an all-reduce in every step, and a tied output is a view of it. The
+network is unchanged: the all-reduces are hooks on its modules. The collectives are functional, so a compiled step stays
+one graph.
 
 Shapes: N rows, S positions, V vocabulary.
 """
@@ -13,12 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers.moe import ExpertLinear
-from model import Embedding, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 
 COLLECTIVES = torch.ops._c10d_functional
 
@@ -37,7 +37,6 @@ TABLE = {
     "feed_forward.shared.w1": (0, "shared"),
     "feed_forward.shared.w3": (0, "shared"),
     "feed_forward.shared.w2": (1, "shared"),
-    "tok_embeddings": (0, "vocab_size"),
     "output": (0, "vocab_size"),
 }
 
@@ -84,12 +83,11 @@ class Shard:
         return dim, begin * size, end * size
 
     def part(self, name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
-        """Return this rank's slice of a parameter, copied so that the mapped file can be released."""
+        """Return this rank's slice of a parameter, copied so that the mapped file can be released; one that is not
+        divided as it is, so that the ranks of a machine share the pages of its file."""
         module, _, kind = name.rpartition(".")
-        if self.world == 1:
-            return tensor
         if (cut := self.cut(module, args)) is None:
-            return tensor.clone()
+            return tensor
         dim, begin, end = cut
         if kind == "bias" and dim == 1:  # added on rank 0 only, since the outputs are all-reduced
             return tensor.clone() if self.rank == 0 else torch.zeros_like(tensor)
@@ -109,10 +107,13 @@ class Shard:
         for name, module in model.named_modules():
             if isinstance(module, ExpertLinear) and (cut := self.cut(f"{name}.0", args)) is not None and cut[0] == 0:
                 module.features = cut[2] - cut[1]
-        if self.cut("output", args) is not None:
+        if (cut := self.cut("output", args)) is not None:
             model.output.register_forward_hook(lambda module, inputs, output: self.gather(output))
-        if (cut := self.cut("tok_embeddings", args)) is not None:
-            model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, cut[1], self)
+            model.tie_output(*cut[1:])
+
+    def parts(self, args: ModelArgs) -> int:
+        """Return among how many ranks the output layer is divided."""
+        return 1 if self.cut("output", args) is None else self.world
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks; the result is the same on each."""
@@ -141,18 +142,3 @@ def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:
 
 
 WHOLE = Shard()
-
-
-class VocabularyEmbedding(Embedding):
-    """Vocabulary-parallel embedding: each rank holds in `weight` the rows of the table from `begin` on."""
-
-    def __init__(self, weight: Tensor, begin: int, shard: Shard) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.begin, self.shard = weight, begin, shard
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up own tokens and all-reduce: tokens [N,S] -> [N,S,dim]."""
-        own = tokens - self.begin
-        foreign = (own < 0) | (own >= len(self.weight))
-        x = F.embedding(own.masked_fill(foreign, 0), self.weight)  # [N,S,dim]
-        return self.shard.sum(x.masked_fill(foreign[..., None], 0))

@@ -77,7 +77,7 @@ class ModelRunner:
         self.eos_ids = frozenset(id for id in ends if id is not None)
         hold_linears(model)
         self.weighed = plan is not None
-        self.weights = weigh(model) if plan is None else plan.weights
+        self.weights = weigh(model, shard.parts(model.args)) if plan is None else plan.weights
         free = available_memory(self.device) if available is None else available
         self.available = free + self.weights.total if plan is None else plan.available
         self.packed = False

@@ -26,7 +26,9 @@ import generate
 from cache import KVCache, NoCache
 from cli.ranks import Ranks
 from engine.engine import Engine
+from engine.plan import sum_weight_sizes, weigh
 from engine.request import Request, Sampling
+from layers.linear import hold_linears, swap_linears
 from layers.moe import MoEConfig
 from layers.rope import RopeConfig
 from loading.checkpoint import Checkpoint, Recipe, load_model, weight_sizes
@@ -127,8 +129,8 @@ EXPERTS = replace(GQA, mixture=MoEConfig(5, 2, 48, True, shared=24, dense=(1,)))
 
 @pytest.mark.parametrize("args", [ALIBI, ROPE, EXPERTS], ids=["ALiBi", "rotary", "experts"])
 def test_parts_sum_to_the_whole_in_fp64(args):
-    """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
-    and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
+    """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the logits side
+    by side and the whole embedding, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
     args = replace(args, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
     args = replace(args, out_bias=True, mlp_bias=True)
     tokens, at = torch.tensor([[0, 89], [44, 45], [15, 30]]), positions(0, 3, 2)  # at the borders of the table's parts
@@ -148,7 +150,7 @@ def test_parts_sum_to_the_whole_in_fp64(args):
                     module.register_parameter(kind, torch.nn.Parameter(own, requires_grad=False))
             shard.attach(part)
         x = whole.hidden(tokens, at, NoCache())  # any input will do
-        assert_sums(whole.tok_embeddings(tokens), [part.tok_embeddings(tokens) for part in parts])
+        assert all(torch.equal(part.tok_embeddings(tokens), whole.tok_embeddings(tokens)) for part in parts)
         for layer, block in enumerate(whole.layers):
             rotation = whole.rotation(at)
             assert_sums(block.feed_forward(x), [part.layers[layer].feed_forward(x) for part in parts])
@@ -156,6 +158,35 @@ def test_parts_sum_to_the_whole_in_fp64(args):
             assert_sums(y, [part.layers[layer].attention(x, *rotation, at, empty_cache(local)) for part in parts])
         assert torch.cat([part.logits(x) for part in parts], -1).sub(whole.logits(x)).abs().max() < 1e-12
         assert local.kv_values_per_token * world >= args.kv_values_per_token
+
+
+def test_a_tied_output_is_a_view_of_the_whole_embedding(tmp_path):
+    """It is weighed once, a step reads a rank's rows of it alone, and packing leaves it. Oracles: the file; the sizes
+    from metadata; the storage. Two ranks of a vocabulary that they divide and of one that they do not."""
+    for vocab_size, own in ((92, 46), (97, 97)):
+        args = replace(BASE, vocab_size=vocab_size, tied_output=True)
+        checkpoint, shard = saved(tmp_path, str(vocab_size), args, None), Shard(1, 2)
+        table = torch.load(checkpoint.weights[0])["tok_embeddings.weight"]
+        model = load_model(checkpoint, "cpu", torch.float32, 3, shard)
+        weight = model.output.weight
+        assert torch.equal(model.tok_embeddings.weight, table) and torch.equal(weight, table[-own:])
+        found = weigh(model, shard.parts(args))
+        assert found == sum_weight_sizes(
+            weight_sizes(checkpoint, "cpu", torch.float32, 3, shard), args, shard.parts(args)
+        )
+        every = sum(each.nbytes for name, each in model.named_parameters() if name != "output.weight")
+        assert (found.total, found.tied) == (every, own * 64 * 4)
+        assert found.per_step == every - table.nbytes + found.tied
+        assert "output" not in replaceable(model)
+        hold_linears(model)
+        assert model.output.weight.untyped_storage().data_ptr() == model.tok_embeddings.weight.data_ptr()
+
+
+def replaceable(model: torch.nn.Module) -> list[str]:
+    """The linear layers that packing may replace."""
+    seen: list[str] = []
+    swap_linears(model, lambda name, _: seen.append(name))
+    return seen
 
 
 def test_a_part_has_a_share_of_heads_and_widths():
@@ -219,8 +250,8 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
         tokens, held, counted = found[name]
         assert tokens == alone(checkpoint, each), name
         args, divided = checkpoint.args, checkpoint.args.vocab_size % world == 0
-        for n in (1, 3):  # two sums a layer, and for a divided vocabulary one of its embeddings and the logits' parts
-            sums = (2 * args.n_layer + divided) * [["all_reduce", n * args.dim]]
+        for n in (1, 3):  # two sums a layer, and the parts of the logits of a divided vocabulary
+            sums = 2 * args.n_layer * [["all_reduce", n * args.dim]]
             assert counted[str(n)] == sums + divided * [["all_gather_into_tensor", n * args.vocab_size // world]], name
         whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
         replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)

@@ -141,7 +141,8 @@ def draw_cases(cases: str, out: str) -> None:
         model = load_model(checkpoint, "cpu", torch.float32, 3, ranks.shard)
         engine = Engine(model, None, compile, ranks.shard)
         engine.available = 1 << 40
-        held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+        stored = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]  # a view's once
+        held = sum({each.data_ptr(): each.nbytes() for each in stored}.values())
         steps = {n: partial(step, engine, n) for n in (1, 3)}
         counted = {n: collectives(each) if ranks.leads else each() for n, each in steps.items()}
         drawn[name] = tokens_of(engine, prompt, requests), held, counted
