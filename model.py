@@ -235,10 +235,12 @@ class Transformer(nn.Module):
         """Return cos and sin of the rotary angles: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
         return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.rope.scale)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]."""
+    def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
+        """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]. own: without the hooks that gather
+        the parts of a divided vocabulary (tp.py)."""
         cap, scale, x = self.args.logit_softcap, self.args.logit_scale, self.norm(hidden)
-        logits = self.output(x if scale == 1 else x * scale)
+        output = self.output.forward if own else self.output
+        logits = output(x if scale == 1 else x * scale)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:

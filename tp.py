@@ -7,7 +7,7 @@ embedding is held whole by each rank, which saves an all-reduce in every step, a
 network is unchanged: the all-reduces are hooks on its modules. The collectives are functional, so a compiled step stays
 one graph.
 
-Shapes: N rows, S positions, V vocabulary.
+Shapes: N rows, S positions, V vocabulary, K candidate tokens of a rank.
 """
 
 import re
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from layers.moe import ExpertLinear
 from model import ModelArgs, Transformer
+from sampling import Filters, deciding, likeliest
+
+MOST_GATHERED = 1024  # candidates of a rank and row; for more of them the logits are gathered
 
 COLLECTIVES = torch.ops._c10d_functional
 
@@ -125,15 +128,43 @@ class Shard:
         """All-gather the logits: each rank's [N,S,V/world] -> [N,S,V]."""
         if not self.group:
             return logits
-        parts = COLLECTIVES.all_gather_into_tensor(logits.contiguous(), self.world, self.group)
-        parts = COLLECTIVES.wait_tensor(parts).unflatten(0, (self.world, -1))  # [world,N,S,V/world]
-        return parts.movedim(0, -2).flatten(-2)  # [N,S,V]
+        return self.stacked(logits).movedim(0, -2).flatten(-2)  # [N,S,V]
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """All-gather a tensor: each rank's [N,...] -> [world,N,...]."""
+        parts = COLLECTIVES.all_gather_into_tensor(tensor.contiguous(), self.world, self.group)
+        return COLLECTIVES.wait_tensor(parts).unflatten(0, (self.world, -1))
+
+    def deciding(self, rows: Sequence[Filters], args: ModelArgs) -> int | None:
+        """Return how many of each rank's likeliest tokens to gather for the draws of rows, instead of the logits. None:
+        the logits, if all of them are needed or are not much more."""
+        most, parts = deciding(rows), self.parts(args)
+        small = most is not None and parts > 1 and most <= MOST_GATHERED and 2 * most < args.vocab_size // parts
+        return most if small else None
+
+    def candidates(self, logits: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather the `most` likeliest tokens K of each rank's logits [N,V/world] -> logits fp32 [N,world*K], token ids
+        [N,world*K], and the log-sum-exp of the whole vocabulary, fp32 [N,1]. In one all-gather of 2K + 1 words of 32
+        bits a row. Ranks are in the order of their tokens, so argmax finds the lowest id among equals."""
+        values, ids, total = likeliest(logits, most)
+        words = torch.cat([values, total], 1).view(torch.int32)  # [N,K+1]
+        parts = self.stacked(torch.cat([words, (ids + self.rank * logits.shape[-1]).int()], 1))  # [world,N,2K+1]
+        found, ids = parts.split([words.shape[1], ids.shape[1]], -1)  # [world,N,K+1] [world,N,K]
+        values, total = found.view(torch.float32).split([ids.shape[-1], 1], -1)  # [world,N,K] [world,N,1]
+        return values.movedim(0, 1).flatten(1), ids.movedim(0, 1).flatten(1).long(), total.logsumexp(0)
 
     def broadcast(self, tokens: Tensor) -> Tensor:
         """Broadcast rank 0's tokens to all: on another type of CPU rounding may change a draw."""
         if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
+
+    def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Broadcast tokens and log-probabilities, so that all ranks of a network finish the same rows."""
+        if self.world == 1:
+            return drawn
+        both = self.broadcast(torch.stack([each.double() for each in drawn]))  # exact for token ids
+        return both[0].long(), both[1]
 
 
 def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:

@@ -167,7 +167,7 @@ class SpeculativeDecoder(PlainDecoder):
         if isinstance(filters, RowFilters):
             filters = filters.map(lambda each: each.repeat_interleave(where.shape[1], 0))
         drawn = self.runner.draw(logits.flatten(0, 1), numbers, filters, seen.flatten(0, 1), names)
-        tokens, logprobs = self.agreed(drawn)
+        tokens, logprobs = self.shard.agreed(drawn)
         return tokens.view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:

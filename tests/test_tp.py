@@ -20,7 +20,7 @@ import torch.distributed as dist
 import warm
 from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens, slow
 from test_cli import lines_of, run
-from tp_worker import collectives, tokens_of
+from tp_worker import COUNTED, collectives, tokens_of
 
 import generate
 from cache import KVCache, NoCache
@@ -34,6 +34,7 @@ from layers.rope import RopeConfig
 from loading.checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
+from sampling import RowFilters, draw
 from tp import WHOLE, Shard
 
 BASE = ModelArgs(
@@ -81,7 +82,11 @@ def requests(name: str) -> list[Request]:
         Request(4, 20, sampling, seed=5),
         Request(3, 6, Sampling(0), seed=4, attention="contiguous"),
     ]
-    return {"gqa": every, "packed": every[3:4], "compiled": every[:1]}.get(name, every[1:2])
+    filtered = [Request(2, 6, Sampling(0.9, min_p=0.05), seed=6), Request(3, 6, Sampling(0), seed=4)]
+    filtered += [Request(2, 6, Sampling(0.8, 9, 0.9, repetition_penalty=1.2), seed=7)]
+    recorded = [Request(5, 70, Sampling(0.9, top_k=20), seed=5, eos_ids=frozenset(range(3, 92, 30)))]
+    named = {"gqa": every, "packed": every[3:4], "compiled": every[:1], "recorded": recorded}
+    return named.get(name, every[1:2]) + filtered * (name == "mha")
 
 
 PROMPT = random_tokens(BASE, 11).tolist()
@@ -219,6 +224,54 @@ def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:
     return KVCache.empty(args.kv_shape, 3, 4, torch.empty(0, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_of_ranks_are_drawn_from_as_the_whole_vocabulary_is(monkeypatch, dtype):
+    """Logits of which three ranks have 67 tokens each, N = 5. Oracle: the draw from all of them. Tokens are equal, and
+    log-probabilities to rounding; the last rows are greedy, with all logits equal, or the largest on several ranks."""
+    logits = torch.linspace(-8, 8, 201).repeat(5, 1).to(dtype)  # without equal ones, in bfloat16 too near the largest
+    logits = torch.stack([row[torch.randperm(201, generator=torch.Generator().manual_seed(4))] for row in logits])
+    logits[3], logits[4, [66, 67, 80, 200]] = 0.5, 9.0
+    numbers, given = torch.linspace(0.01, 0.99, 5, dtype=torch.float64), list[torch.Tensor]()
+
+    class Collectives:
+        wait_tensor = staticmethod(lambda tensor: tensor)
+        all_gather_into_tensor = staticmethod(lambda own, *_: given.append(own) or torch.cat((given * 3)[-3:]))
+
+    monkeypatch.setattr("tp.COLLECTIVES", Collectives)
+    args, greedy = replace(BASE, vocab_size=201), Sampling(0)
+    for first in (Sampling(0.7, 20), Sampling(1.3, 9, 0.8), Sampling(1.0, 32, 0.9, 0.1), greedy):
+        for rows in ([first, first, Sampling(0.9, 5), greedy, greedy], [greedy] * 5):
+            most = Shard(0, 3, "some").deciding(rows, args)
+            assert most == max(each.top_k or 1 for each in rows)
+            sampling = greedy if rows[0] == greedy else RowFilters.of(rows, 201, torch.device("cpu"))
+            given.clear()
+            for rank in range(3):
+                found = Shard(rank, 3, "some").candidates(logits[:, 67 * rank : 67 * rank + 67], most)
+            expected = draw(logits, numbers, sampling)
+            tokens, logprobs = draw(found[0], numbers, sampling, names=found[1], total=found[2])
+            assert torch.equal(tokens, expected[0]) and tokens[3:].tolist() == [0, 66]
+            torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=2e-6)
+
+
+def test_candidates_are_gathered_where_they_decide():
+    """Not where all of the vocabulary does, where it is not divided, or where the logits are hardly more."""
+    shard, args = Shard(0, 2, "some"), replace(BASE, vocab_size=6000)
+    few, every = Sampling(0.9, 200, 0.9, 0.1), (Sampling(0.9), Sampling(0.9, top_p=0.9), Sampling(0.9, min_p=0.1))
+    assert (
+        shard.deciding([few, Sampling(0), Sampling(0.3, 7)], args) == 200 and shard.deciding([Sampling(0)], args) == 1
+    )
+    for each in (
+        *every,
+        Sampling(0, repetition_penalty=1.1),
+        Sampling(0.9, 1025),
+        replace(few, repetition_penalty=0.9),
+    ):
+        assert shard.deciding([few, each], args) is None
+    assert shard.deciding([Sampling(0.9, 1024)], args) == 1024 and WHOLE.deciding([few], args) is None
+    assert shard.deciding([few], replace(args, vocab_size=800)) is None
+    assert shard.deciding([few], replace(args, vocab_size=6001)) is None
+
+
 def test_a_bias_is_added_once():
     """Of a layer whose products are summed; that of one whose outputs are divided goes with them."""
     bias = torch.arange(64.0)
@@ -241,18 +294,23 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     if world == 2:  # one graph, with the sums in it
         shallow = saved(tmp_path, "shallow", replace(BASE, n_layer=1), None)
         cases.append(("compiled", shallow, PROMPT, requests("compiled"), True))
+        cases.append(("recorded", shallow, PROMPT, requests("recorded"), False))
     (tmp_path / "cases").write_bytes(pickle.dumps(cases))
     files = tmp_path / "cases", tmp_path / "out"
     result = torchrun(world, "tests/tp_worker.py", *files)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out").read_text())
     for name, checkpoint, _, each, _ in cases:
-        tokens, held, counted = found[name]
+        tokens, held, counted, recorded = found[name]
         assert tokens == alone(checkpoint, each), name
         args, divided = checkpoint.args, checkpoint.args.vocab_size % world == 0
-        for n in (1, 3):  # two sums a layer, and the parts of the logits of a divided vocabulary
+        for (n, sampling), collected in zip(COUNTED, counted, strict=True):
             sums = 2 * args.n_layer * [["all_reduce", n * args.dim]]
-            assert counted[str(n)] == sums + divided * [["all_gather_into_tensor", n * args.vocab_size // world]], name
+            k, part = sampling.top_k or 1, args.vocab_size // world
+            whole = sampling.temperature and sampling.top_k is None or 2 * k >= part
+            gathers = divided * [["all_gather_into_tensor", n * (part if whole else 2 * k + 1)]]
+            assert collected == [*sums, *gathers, ["broadcast", 2 * n]], name
+        assert recorded[1:] == recorded[:-1] and (len(recorded[0]) > 2) == (name == "recorded")
         whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
         replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)
         assert held == sum(part.values())
