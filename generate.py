@@ -181,7 +181,8 @@ def arrange(
     local, work = shard.local(args), request.workload(length, options.num_runs)
     if job is not None:
         work = workload(job.prompts.asked or Counter([(1, request)]), request, device)
-    weights = sum_weight_sizes(weight_sizes(checkpoint, device, dtype, work.num_samples, shard), args)
+    sizes = weight_sizes(checkpoint, device, dtype, work.num_samples, shard)
+    weights = sum_weight_sizes(sizes, args, shard.parts(args))
     drafting = options.draft, options.draft_checkpoint_path, options.speculate_k
     speculation = choose_draft(*drafting, checkpoint, (device, dtype, request.num_samples))
     if speculation is not None:

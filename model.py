@@ -221,10 +221,12 @@ class Transformer(nn.Module):
         self.place_constants()
         return self
 
-    def tie_output(self) -> None:
-        """Share the embedding table with the output layer if args.tied_output. Loading by assignment unties it."""
+    def tie_output(self, begin: int = 0, end: int | None = None) -> None:
+        """Share the embedding table, or a view of its rows from `begin` to `end`, with the output layer if
+        args.tied_output. Loading by assignment unties it."""
+        table = self.tok_embeddings.weight
         if self.args.tied_output:
-            self.output.weight = self.tok_embeddings.weight
+            self.output.weight = table if end is None else nn.Parameter(table[begin:end], requires_grad=False)
 
     def hidden(self, tokens: Tensor, input_pos: Tensor, cache: Attend, layers: int | None = None) -> Tensor:
         """Return the last layer's output [N,S,dim] before the final norm, for callers that need few logits. layers:
@@ -239,10 +241,12 @@ class Transformer(nn.Module):
         """Return cos and sin of the rotary angles: input_pos [N,S] -> [N,1,S,D/2] fp32, twice."""
         return angles(input_pos, self.frequencies, self.args.rope_scaling, self.args.rope.scale)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]."""
+    def logits(self, hidden: Tensor, own: bool = False) -> Tensor:
+        """Apply the final norm and the output layer: hidden [N,S,dim] -> [N,S,V]. own: without the hooks that gather
+        the parts of a divided vocabulary (tp.py)."""
         cap, scale, x = self.args.logit_softcap, self.args.logit_scale, self.norm(hidden)
-        logits = self.output(x if scale == 1 else x * scale)
+        output = self.output.forward if own else self.output
+        logits = output(x if scale == 1 else x * scale)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def forward(self, tokens: Tensor, input_pos: Tensor, cache: Attend) -> Tensor:

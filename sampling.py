@@ -161,6 +161,24 @@ def sorted_candidates(rows: Sequence[Filters], vocabulary: int) -> int | None:
     return max(row.top_k or vocabulary for row in rows)
 
 
+def deciding(rows: Sequence[Filters]) -> int | None:
+    """Return how many of the likeliest tokens decide the draws of all rows, with `candidates`; None: all of the
+    vocabulary, as in a row without top_k, or with a repetition penalty, which changes the order."""
+    if any(row.repetition_penalty != 1 or (row.temperature and row.top_k is None) for row in rows):
+        return None
+    return max((row.top_k or 1) if row.temperature else 1 for row in rows)
+
+
+def likeliest(logits: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the `most` largest of logits [N,V], descending, as draw_rows takes them: fp32 [N,K], their token ids
+    [N,K], and the log-sum-exp of all, fp32 [N,1]. The first is argmax's; of others that are equal any may be kept."""
+    values, ids = logits.topk(min(most, logits.shape[-1]))
+    first = logits.argmax(-1, keepdim=True)  # not always topk's first
+    ids = torch.cat([first, ids.where(ids != first, ids[:, :1])[:, 1:]], 1)
+    rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
+    return values.float(), ids, torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(rows)])
+
+
 def candidates(logits: Tensor, sampling: Filters | RowFilters) -> tuple[Tensor, Tensor | None]:
     """Return the distribution to draw from: probs [N,K] and their token ids [N,K].
 
@@ -191,16 +209,19 @@ def draw(
     seen: Tensor = NOTHING,
     names: Tensor | None = None,
     numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run draw_rows in chunks of rows, so that their fp32 logits stay within LOGITS_AT_ONCE.
+    """Run draw_rows in chunks of rows, so that their fp32 logits stay within LOGITS_AT_ONCE. names [V] or [N,V].
 
     Outputs are allocated first so that they do not fragment what each chunk frees.
     """
     rows = max(1, LOGITS_AT_ONCE[logits.device.type] // logits.shape[-1])
     tokens, logprobs = (torch.empty_like(uniform, dtype=each) for each in (torch.long, torch.float32))
+    names = None if names is None else names.expand(len(logits), -1)
     for part in (slice(first, first + rows) for first in range(0, len(logits), rows)):
         own = sampling.map(itemgetter(part)) if isinstance(sampling, RowFilters) else sampling
-        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], own, names, numbers)
+        ids, whole = (None if each is None else each[part] for each in (names, total))
+        tokens[part], logprobs[part] = draw_rows(logits[part], uniform[part], seen[part], own, ids, numbers, whole)
     return tokens, logprobs
 
 
@@ -211,10 +232,11 @@ def draw_rows(
     sampling: Filters | RowFilters,
     names: Tensor | None = None,
     numbers: Callable[[Tensor, Tensor], Tensor] = token_uniforms,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw a token per row. logits [N,V], uniform [N] in [0,1), seen: tokens that each row already has, bool [N,V] or
-    [N,0], names [V]: token id of each logit, None: its index, numbers: `token_uniforms` or a kernel that equals it
-    -> tokens [N], log-probabilities [N].
+    [N,0], names [N,V]: token id of each logit, None: its index, numbers: `token_uniforms` or a kernel that equals it,
+    total [N,1]: log-sum-exp of the whole vocabulary, None: that of `logits` -> tokens [N], log-probabilities [N].
 
     The draw is a race: each candidate arrives after an exponential time of rate p, so candidate i is first with
     probability p_i, and rounding changes the winner only in near-ties. The log-probability is the model's own, before
@@ -230,16 +252,16 @@ def draw_rows(
         index = index if ids is None else ids.gather(-1, index)
     if isinstance(sampling, RowFilters):
         index = torch.where(sampling.temperature == 0, scores.argmax(-1, keepdim=True), index)
-    token = index if names is None else names[index]
-    return token[:, 0], (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0]
+    token = index if names is None else names.gather(-1, index)
+    total = logits.logsumexp(-1, keepdim=True) if total is None else total
+    return token[:, 0], (logits.gather(-1, index) - total)[:, 0]
 
 
 def named(ids: Tensor | None, names: Tensor | None, probs: Tensor) -> Tensor:
     """Return the token ids [N,K] of the candidates; ids None: every logit is a candidate."""
     if ids is not None:
-        return ids if names is None else names[ids]
-    names = torch.arange(probs.shape[1], device=probs.device) if names is None else names
-    return names.expand_as(probs)
+        return ids if names is None else names.gather(-1, ids)
+    return torch.arange(probs.shape[1], device=probs.device).expand_as(probs) if names is None else names
 
 
 def exponential_race(probs: Tensor, numbers: Tensor) -> Tensor:

@@ -2,10 +2,12 @@
 
 Shoeybi et al. 2019 (Megatron-LM, arXiv 1909.08053), section 3: of two consecutive linear layers the first is split by
 outputs and the second by inputs, so a layer needs two all-reduces of [N,S,dim], one after attention and one after
-feed-forward. Attention, and so the cache, holds a rank's own heads. The network is unchanged: the all-reduces are hooks
-on its modules. The collectives are functional, so a compiled step stays one graph.
+feed-forward. Attention, and so the cache, holds a rank's own heads. The output layer is split by vocabulary; the
+embedding is held whole by each rank, which saves an all-reduce in every step, and a tied output is a view of it. The
+network is unchanged: the all-reduces are hooks on its modules. The collectives are functional, so a compiled step stays
+one graph.
 
-Shapes: N rows, S positions, V vocabulary.
+Shapes: N rows, S positions, V vocabulary, K candidate tokens of a rank.
 """
 
 import re
@@ -13,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from layers.moe import ExpertLinear
-from model import Embedding, ModelArgs, Transformer
+from model import ModelArgs, Transformer
+from sampling import Filters, deciding, likeliest
+
+MOST_GATHERED = 1024  # candidates of a rank and row; for more of them the logits are gathered
 
 COLLECTIVES = torch.ops._c10d_functional
 
@@ -37,7 +40,6 @@ TABLE = {
     "feed_forward.shared.w1": (0, "shared"),
     "feed_forward.shared.w3": (0, "shared"),
     "feed_forward.shared.w2": (1, "shared"),
-    "tok_embeddings": (0, "vocab_size"),
     "output": (0, "vocab_size"),
 }
 
@@ -84,12 +86,11 @@ class Shard:
         return dim, begin * size, end * size
 
     def part(self, name: str, tensor: Tensor, args: ModelArgs) -> Tensor:
-        """Return this rank's slice of a parameter, copied so that the mapped file can be released."""
+        """Return this rank's slice of a parameter, copied so that the mapped file can be released; one that is not
+        divided as it is, so that the ranks of a machine share the pages of its file."""
         module, _, kind = name.rpartition(".")
-        if self.world == 1:
-            return tensor
         if (cut := self.cut(module, args)) is None:
-            return tensor.clone()
+            return tensor
         dim, begin, end = cut
         if kind == "bias" and dim == 1:  # added on rank 0 only, since the outputs are all-reduced
             return tensor.clone() if self.rank == 0 else torch.zeros_like(tensor)
@@ -109,10 +110,13 @@ class Shard:
         for name, module in model.named_modules():
             if isinstance(module, ExpertLinear) and (cut := self.cut(f"{name}.0", args)) is not None and cut[0] == 0:
                 module.features = cut[2] - cut[1]
-        if self.cut("output", args) is not None:
+        if (cut := self.cut("output", args)) is not None:
             model.output.register_forward_hook(lambda module, inputs, output: self.gather(output))
-        if (cut := self.cut("tok_embeddings", args)) is not None:
-            model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, cut[1], self)
+            model.tie_output(*cut[1:])
+
+    def parts(self, args: ModelArgs) -> int:
+        """Return among how many ranks the output layer is divided."""
+        return 1 if self.cut("output", args) is None else self.world
 
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce over the ranks; the result is the same on each."""
@@ -124,15 +128,43 @@ class Shard:
         """All-gather the logits: each rank's [N,S,V/world] -> [N,S,V]."""
         if not self.group:
             return logits
-        parts = COLLECTIVES.all_gather_into_tensor(logits.contiguous(), self.world, self.group)
-        parts = COLLECTIVES.wait_tensor(parts).unflatten(0, (self.world, -1))  # [world,N,S,V/world]
-        return parts.movedim(0, -2).flatten(-2)  # [N,S,V]
+        return self.stacked(logits).movedim(0, -2).flatten(-2)  # [N,S,V]
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """All-gather a tensor: each rank's [N,...] -> [world,N,...]."""
+        parts = COLLECTIVES.all_gather_into_tensor(tensor.contiguous(), self.world, self.group)
+        return COLLECTIVES.wait_tensor(parts).unflatten(0, (self.world, -1))
+
+    def deciding(self, rows: Sequence[Filters], args: ModelArgs) -> int | None:
+        """Return how many of each rank's likeliest tokens to gather for the draws of rows, instead of the logits. None:
+        the logits, if all of them are needed or are not much more."""
+        most, parts = deciding(rows), self.parts(args)
+        small = most is not None and parts > 1 and most <= MOST_GATHERED and 2 * most < args.vocab_size // parts
+        return most if small else None
+
+    def candidates(self, logits: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gather the `most` likeliest tokens K of each rank's logits [N,V/world] -> logits fp32 [N,world*K], token ids
+        [N,world*K], and the log-sum-exp of the whole vocabulary, fp32 [N,1]. In one all-gather of 2K + 1 words of 32
+        bits a row. Ranks are in the order of their tokens, so argmax finds the lowest id among equals."""
+        values, ids, total = likeliest(logits, most)
+        words = torch.cat([values, total], 1).view(torch.int32)  # [N,K+1]
+        parts = self.stacked(torch.cat([words, (ids + self.rank * logits.shape[-1]).int()], 1))  # [world,N,2K+1]
+        found, ids = parts.split([words.shape[1], ids.shape[1]], -1)  # [world,N,K+1] [world,N,K]
+        values, total = found.view(torch.float32).split([ids.shape[-1], 1], -1)  # [world,N,K] [world,N,1]
+        return values.movedim(0, 1).flatten(1), ids.movedim(0, 1).flatten(1).long(), total.logsumexp(0)
 
     def broadcast(self, tokens: Tensor) -> Tensor:
         """Broadcast rank 0's tokens to all: on another type of CPU rounding may change a draw."""
         if not self.group:
             return tokens
         return COLLECTIVES.wait_tensor(COLLECTIVES.broadcast(tokens.contiguous(), 0, self.group))
+
+    def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Broadcast tokens and log-probabilities, so that all ranks of a network finish the same rows."""
+        if self.world == 1:
+            return drawn
+        both = self.broadcast(torch.stack([each.double() for each in drawn]))  # exact for token ids
+        return both[0].long(), both[1]
 
 
 def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:
@@ -141,18 +173,3 @@ def divides(world: int, heads: int, groups: int, widths: Sequence[int]) -> bool:
 
 
 WHOLE = Shard()
-
-
-class VocabularyEmbedding(Embedding):
-    """Vocabulary-parallel embedding: each rank holds in `weight` the rows of the table from `begin` on."""
-
-    def __init__(self, weight: Tensor, begin: int, shard: Shard) -> None:
-        nn.Module.__init__(self)
-        self.weight, self.begin, self.shard = weight, begin, shard
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up own tokens and all-reduce: tokens [N,S] -> [N,S,dim]."""
-        own = tokens - self.begin
-        foreign = (own < 0) | (own >= len(self.weight))
-        x = F.embedding(own.masked_fill(foreign, 0), self.weight)  # [N,S,dim]
-        return self.shard.sum(x.masked_fill(foreign[..., None], 0))

@@ -108,7 +108,7 @@ class PlainDecoder:
         self.samples, self.seeds, self.kind, self.one = (self.token[:, 0].clone() for _ in range(4))
         self.one += 1
         self.seen = seen_in([[]] * len(seats), self.noted, device)
-        self.step = runner.step(plan, self.weak_filters())
+        self.step = runner.step(plan, self.weak_filters(), samplings)
 
     def weak_filters(self) -> Callable[[], Filters | RowFilters]:
         """Return `filters` behind a weak reference: with a strong one the step and this decoder form a cycle, which
@@ -140,7 +140,7 @@ class PlainDecoder:
         else:
             logits, seen = logits[index], seen[index]
         drawn = self.runner.draw(logits, uniform(seeds, samples, end + 1), self.filters(kind), seen)
-        token, logprob = self.agreed(drawn)
+        token, logprob = self.shard.agreed(drawn)
         return token[:, None], logprob[:, None], torch.ones_like(token)
 
     def entry(self, seat: Seat | None) -> tuple[int, int, int, int, int, int]:
@@ -153,13 +153,6 @@ class PlainDecoder:
         last = sample.tokens[-1] if sample.tokens else active.tokens[-1]
         start, kind = len(active.tokens), self.kind_of[active.request.sampling]
         return last, seat.position, start, sample.index, active.seed, kind
-
-    def agreed(self, drawn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Broadcast tokens and log-probabilities, so that all ranks of a sharded network finish the same rows."""
-        if self.shard.world == 1:
-            return drawn
-        both = self.shard.broadcast(torch.stack([each.double() for each in drawn]))  # exact for token ids
-        return both[0].long(), both[1]
 
     def seat(self, rows: Sequence[int]) -> None:
         """Start the samples now in `seats` in these rows."""
@@ -207,6 +200,6 @@ class PlainDecoder:
         """Run one decode step."""
         self.input_pos = self.input_pos.minimum(self.last)  # clamp: a finished row may be past the visible slots
         inputs = StepInput(self.token, self.input_pos, self.samples, self.seeds, add(self.seen, self.token))
-        token, logprob = self.agreed(self.step(inputs, self.contexts.cache))
+        token, logprob = self.step(inputs, self.contexts.cache)
         self.token, self.input_pos = token[:, None], self.input_pos + 1
         return token[:, None], logprob[:, None], self.one

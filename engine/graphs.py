@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cache import KVCache
 from layers.notices import Notice, showing
@@ -113,7 +114,8 @@ def record(step: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> R
 
 class RecordedStep:
     """A step as a CUDA graph, recorded again when an input's shape or the cache's memory changes: when rows leave or
-    more slots come into view.
+    more slots come into view. Ranks of a sharded network record the same steps, since a recording runs the step more
+    often than a replay, and each run waits for the other ranks' sums.
 
     Recording also runs the step. To write its keys and values more than once is harmless: a position's slot is fixed.
     """
@@ -139,10 +141,14 @@ class RecordedStep:
 
 
 def cache_signature(cache: KVCache) -> list[tuple]:
-    """List what a recording depends on in a chain: the type of each cache, and the address, shape, strides and dtype of
-    its tensors. Freed memory is reused, so an address alone does not tell a new cache from an old one."""
+    """List what a recording depends on in a chain: the type of each cache, and the storage, offset, shape, strides and
+    dtype of its tensors. An allocator that gives the memory of a freed tensor to a new one may do so on one rank only,
+    so addresses would not change on all ranks together; storages do, as all run the same program."""
     tensors = [(type(cache), tensor) for tensor in (*cache.tensors, cache.start)]
     for link in cache.links:
         own = (*link.cache.tensors, link.cache.start, link.length, link.group, link.place)
         tensors += [(type(link.cache), tensor) for tensor in own if tensor is not None]
-    return [(kind, each.data_ptr(), each.shape, each.stride(), each.dtype) for kind, each in tensors]
+    return [
+        (kind, StorageWeakRef(each.untyped_storage()), each.storage_offset(), each.shape, each.stride(), each.dtype)
+        for kind, each in tensors
+    ]

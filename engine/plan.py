@@ -162,8 +162,8 @@ class Workspace:
 @dataclass(frozen=True)
 class WeightSizes:
     """Weight sizes of a network in bytes. per_step: weights that a decode step reads, all but an untied embedding.
-    experts: the expert weights among them, of which a step reads only those that its rows are routed to. tied: an
-    embedding shared with the output head, of which a packed copy may be made."""
+    experts: the expert weights among them, of which a step reads only those that its rows are routed to. tied: the
+    part of an embedding that is the output head too, of which a packed copy may be made."""
 
     total: int
     per_step: int
@@ -180,21 +180,24 @@ class WeightSizes:
         return replace(self, total=self.total + tied, tied=0)
 
 
-def weigh(model: Transformer) -> WeightSizes:
-    """Return the weight sizes of a network, in memory or on the meta device."""
-    tensors = chain(model.named_parameters(), model.named_buffers())  # a tied tensor is listed once
-    return sum_weight_sizes({name: tensor.nbytes for name, tensor in tensors}, model.args)
+def weigh(model: Transformer, parts: int = 1) -> WeightSizes:
+    """Return the weight sizes of a network, in memory or on the meta device. parts: as in sum_weight_sizes."""
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    if model.args.tied_output:  # the embedding, or a view of it
+        tensors.pop("output.weight", None)
+    return sum_weight_sizes({name: tensor.nbytes for name, tensor in tensors.items()}, model.args, parts)
 
 
-def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs) -> WeightSizes:
-    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes). A step reads a packed copy
-    instead of its weight, of the same size."""
+def sum_weight_sizes(sizes: Mapping[str, int], args: ModelArgs, parts: int = 1) -> WeightSizes:
+    """Sum tensor sizes. sizes: bytes of each tensor, by name (checkpoint.weight_sizes). parts: ranks among which the
+    output layer is divided, each of which holds the whole embedding. A step reads a packed copy instead of its weight,
+    of the same size."""
     total, mixture = sum(sizes.values()), args.mixture
     read = {name: size for name, size in sizes.items() if not name.endswith((".packed", ".packed_scales"))}
     experts = 0 if mixture is None else sum(size for name, size in read.items() if mixture.has(name))
     embedding = sizes["tok_embeddings.weight"]
-    unread, tied = (0, embedding) if args.tied_output else (embedding, 0)
-    return WeightSizes(total, sum(read.values()) - unread, experts, tied)
+    tied = embedding // parts if args.tied_output else 0
+    return WeightSizes(total, sum(read.values()) - embedding + tied, experts, tied)
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,13 @@ class ModelRunner:
         self.eos_ids = frozenset(id for id in ends if id is not None)
         hold_linears(model)
         self.weighed = plan is not None
-        self.weights = weigh(model) if plan is None else plan.weights
+        self.weights = weigh(model, shard.parts(model.args)) if plan is None else plan.weights
         free = available_memory(self.device) if available is None else available
         self.available = free + self.weights.total if plan is None else plan.available
         self.packed = False
         self.hidden = torch.compile(model.hidden, dynamic=True) if compile_prefill else model.hidden
         self.draw = partial(draw, numbers=kernels.token_uniforms)
-        self.compiled: Step | None = None
+        self.compiled: dict[bool, Step] = {}  # by whether the logits are a rank's own
         self.decoder: DecoderFactory | None = None  # None: plain decoding
 
     def seeded(self, request: Request) -> Request:
@@ -114,18 +114,26 @@ class ModelRunner:
         if plan.packed and not self.packed:
             hold_linears(self.model, pack=True, tied_output=plan.packed_tied > 0)
             self.packed, self.weights = True, self.weights.with_packed(plan.packed_tied)
-        if plan.compiled and self.compiled is None:
-            self.compiled = compiled(partial(decode, self.model, uniform))
+        if plan.compiled and not self.compiled:
+            self.compiled = {own: compiled(partial(decode, self.model, uniform, own=own)) for own in (False, True)}
 
-    def step(self, plan: Plan, filters: Callable[[], Filters | RowFilters]) -> Step:
-        """Return a decode step, sampling included: (inputs, cache) -> tokens [C], log-probabilities [C]. filters:
-        called at each step for the sampling parameters of the present rows."""
+    def step(
+        self, plan: Plan, filters: Callable[[], Filters | RowFilters], samplings: Sequence[Filters] | None = None
+    ) -> Step:
+        """Return a decode step, sampling included: (inputs, cache) -> tokens [C], log-probabilities [C], the same on
+        all ranks. filters: called at each step for the sampling parameters of the present rows. samplings: those that
+        occur, which decide what the ranks gather; None: one, the plan's."""
         on_cuda = self.device.type == "cuda"
-        eager = partial(decode, self.model, uniform if on_cuda else UniformBlocks())
-        network = self.compiled if plan.compiled and self.compiled is not None else eager
+        most = self.shard.deciding(samplings or [plan.workload.sampling], self.model.args)
+        eager = partial(decode, self.model, uniform if on_cuda else UniformBlocks(), own=most is not None)
+        network = self.compiled[most is not None] if plan.compiled and self.compiled else eager
 
         def step(inputs: StepInput, cache: KVCache) -> tuple[Tensor, Tensor]:
-            return self.draw(*network(inputs, cache), filters(), inputs.seen)
+            logits, numbers = network(inputs, cache)
+            if most is None:
+                return self.shard.agreed(self.draw(logits, numbers, filters(), inputs.seen))
+            logits, names, total = self.shard.candidates(logits, most)
+            return self.shard.agreed(self.draw(logits, numbers, filters(), names=names, total=total))
 
         return RecordedStep(step) if on_cuda and can_capture_graph(self.model) else step
 
@@ -154,10 +162,11 @@ class ModelRunner:
 
 
 def decode(
-    model: Transformer, numbers: Callable[..., Tensor], inputs: StepInput, cache: KVCache
+    model: Transformer, numbers: Callable[..., Tensor], inputs: StepInput, cache: KVCache, own: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Run a decode step up to its logits [C,V]; also return each row's random number [C]. numbers: as `uniform`."""
-    logits = model(inputs.tokens, inputs.input_pos, cache)[:, -1]
+    """Run a decode step up to its logits [C,V]; also return each row's random number [C]. numbers: as `uniform`. own:
+    as of Transformer.logits."""
+    logits = model.logits(model.hidden(inputs.tokens, inputs.input_pos, cache), own)[:, -1]
     return logits, numbers(inputs.seed, inputs.samples, inputs.input_pos[:, -1] + 1)
 
 

@@ -38,9 +38,8 @@ from engine.samples import Row
 from loading.checkpoint import Checkpoint, load_joined, read_checkpoint, unpickle, weight_sizes
 from loading.hub import locate
 from loading.tokenizer import load_tokenizer
-from model import ModelArgs, Transformer
+from model import Embedding, ModelArgs, Transformer
 from sampling import NOTHING, RowFilters, UniformBlocks, seen_prefixes
-from tp import WHOLE, VocabularyEmbedding
 
 DEFAULT_K, LARGEST_K = 4, 16  # proposals per step: the default; the most that `auto` tries
 
@@ -168,7 +167,7 @@ class SpeculativeDecoder(PlainDecoder):
         if isinstance(filters, RowFilters):
             filters = filters.map(lambda each: each.repeat_interleave(where.shape[1], 0))
         drawn = self.runner.draw(logits.flatten(0, 1), numbers, filters, seen.flatten(0, 1), names)
-        tokens, logprobs = self.agreed(drawn)
+        tokens, logprobs = self.shard.agreed(drawn)
         return tokens.view_as(where), logprobs.view_as(where)
 
     def proposed(self, k: int) -> Tensor | None:
@@ -404,6 +403,19 @@ class LayersDraft(Draft):
         return sound(self, torch.cat(tokens[1:], 1), torch.cat(logprobs, 1))
 
 
+class PaddedEmbedding(Embedding):
+    """Embedding whose table is continued by zeros."""
+
+    def __init__(self, weight: Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight = weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look up tokens [N,S] -> [N,S,dim]."""
+        foreign = tokens >= len(self.weight)
+        return F.embedding(tokens.masked_fill(foreign, 0), self.weight).masked_fill(foreign[..., None], 0)
+
+
 class ModelDraft(LayersDraft):
     """A second model of the same vocabulary, with its own chain of caches over the same context. Its embedding may have
     more or fewer rows than the target's: the surplus rows are padding."""
@@ -421,7 +433,7 @@ class ModelDraft(LayersDraft):
     def place(self, runner: ModelRunner, rows: int) -> None:
         model = self.load(runner.device, runner.dtype, rows)
         if self.args.vocab_size < runner.args.vocab_size:  # tokens that only the target has embed as 0
-            model.tok_embeddings = VocabularyEmbedding(model.tok_embeddings.weight, 0, WHOLE)
+            model.tok_embeddings = PaddedEmbedding(model.tok_embeddings.weight)
         self.runner = ModelRunner(model)
         self.weights = self.runner.weights.total
         self.token_bytes = self.args.kv_values_per_token * runner.dtype.itemsize

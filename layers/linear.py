@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from bifurcated_attention import differentiated
@@ -64,17 +65,22 @@ def swap_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | 
     """Replace every nn.Linear by make(name, linear), unless that is None; one at a time, so that at most one weight is
     held twice.
 
-    shared: also those whose weight another module has, such as a tied embedding: a copy would be in memory twice.
+    shared: also those whose weight is an embedding's, or a part of it: a copy would be in memory twice.
     """
-    used = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    tables = {storage_of(module) for module in model.modules() if isinstance(module, nn.Embedding)}
     parents = [(name, module) for name, module in model.named_modules() if not isinstance(module, nn.Linear)]
     for prefix, parent in parents:
         for name in list(parent._modules):
             child = parent._modules[name]
-            if isinstance(child, nn.Linear) and (shared or used[id(child.weight)] == 1):
+            if isinstance(child, nn.Linear) and (shared or storage_of(child) not in tables):
                 made = make(f"{prefix}.{name}" if prefix else name, child)
                 if made is not None:
                     replace_module(parent, name, made)
+
+
+def storage_of(module: nn.Linear | nn.Embedding) -> StorageWeakRef:
+    """Return the identity of the memory that holds a module's weight."""
+    return StorageWeakRef(module.weight.untyped_storage())
 
 
 def replace_module(parent: nn.Module, name: str, made: nn.Module) -> None:

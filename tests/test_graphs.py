@@ -55,7 +55,7 @@ def test_a_step_is_recorded_when_the_cache_changes(model, monkeypatch, n):
         return replay, outputs
 
     monkeypatch.setattr(
-        Engine, "step", lambda self, plan, filters: RecordedStep(step_of(self.model, filters()), record)
+        Engine, "step", lambda self, plan, filters, _: RecordedStep(step_of(self.model, filters()), record)
     )
     assert draws(engine.generate(PROMPT, asked)) == draws(expected)
     counted, steps = len(recordings), max(len(each.tokens) for each in expected)
@@ -111,6 +111,34 @@ def test_memory_that_is_handed_out_again_is_recorded_anew(model):
         found, expected = recorded(given, cache_of(*call)), step(given, cache_of(*call))
         assert all(map(torch.equal, found, expected)), call
     assert len(counted) >= 4
+
+
+def test_ranks_record_together_whatever_their_allocators_do(model):
+    """A cache is replaced by one of the same shapes, on one rank in the same memory and on the other elsewhere: both
+    record anew. While it stays, also by views made anew, both replay."""
+    step, memory = step_of(model, Sampling(0.9)), [bytearray(1 << 16) for _ in range(2 * GQA.n_layer * 2)]
+
+    def cache_over(buffers: list[bytearray]) -> KVCache:
+        cache, parts = KVCache.empty(GQA.kv_shape, 3, 0, torch.empty(0), 4), iter(buffers)
+        for views in cache.buffers:
+            views[:] = [
+                torch.frombuffer(next(parts), dtype=torch.float32)[: each.numel()].view_as(each) for each in views
+            ]
+        cache.resize(4)
+        return cache
+
+    seen = []
+    for later in (memory[: len(memory) // 2], memory[len(memory) // 2 :]):
+        first, counted = cache_over(memory[: len(memory) // 2]), []
+        record = lambda step, device: counted.append(1) or (lambda: None, step())  # noqa: E731, B023
+        recorded, pattern = RecordedStep(step, record), []
+        for cache in (first, first, cache_over(later)):
+            recorded(inputs_of(3, 2), cache)
+            cache.resize(3)
+            cache.resize(4)
+            pattern.append(len(counted))
+        seen.append(pattern)
+    assert seen == [[1, 1, 2], [1, 1, 2]]
 
 
 def test_tokens_of_another_shape_are_recorded_anew(model):

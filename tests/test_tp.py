@@ -20,18 +20,21 @@ import torch.distributed as dist
 import warm
 from conftest import ALIBI, GQA, ROOT, TINY, positions, random_model, random_tokens, slow
 from test_cli import lines_of, run
-from tp_worker import collectives, tokens_of
+from tp_worker import COUNTED, collectives, tokens_of
 
 import generate
 from cache import KVCache, NoCache
 from cli.ranks import Ranks
 from engine.engine import Engine
+from engine.plan import sum_weight_sizes, weigh
 from engine.request import Request, Sampling
+from layers.linear import hold_linears, swap_linears
 from layers.moe import MoEConfig
 from layers.rope import RopeConfig
 from loading.checkpoint import Checkpoint, Recipe, load_model, weight_sizes
 from model import ModelArgs
 from quantize import choose_layers, plain_layers, quantised_state
+from sampling import RowFilters, draw
 from tp import WHOLE, Shard
 
 BASE = ModelArgs(
@@ -79,7 +82,11 @@ def requests(name: str) -> list[Request]:
         Request(4, 20, sampling, seed=5),
         Request(3, 6, Sampling(0), seed=4, attention="contiguous"),
     ]
-    return {"gqa": every, "packed": every[3:4], "compiled": every[:1]}.get(name, every[1:2])
+    filtered = [Request(2, 6, Sampling(0.9, min_p=0.05), seed=6), Request(3, 6, Sampling(0), seed=4)]
+    filtered += [Request(2, 6, Sampling(0.8, 9, 0.9, repetition_penalty=1.2), seed=7)]
+    recorded = [Request(5, 70, Sampling(0.9, top_k=20), seed=5, eos_ids=frozenset(range(3, 92, 30)))]
+    named = {"gqa": every, "packed": every[3:4], "compiled": every[:1], "recorded": recorded}
+    return named.get(name, every[1:2]) + filtered * (name == "mha")
 
 
 PROMPT = random_tokens(BASE, 11).tolist()
@@ -127,8 +134,8 @@ EXPERTS = replace(GQA, mixture=MoEConfig(5, 2, 48, True, shared=24, dense=(1,)))
 
 @pytest.mark.parametrize("args", [ALIBI, ROPE, EXPERTS], ids=["ALiBi", "rotary", "experts"])
 def test_parts_sum_to_the_whole_in_fp64(args):
-    """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the embedding,
-    and the logits side by side, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
+    """Without any process group, so that no sum is made: attention and feed-forward part of each layer, the logits side
+    by side and the whole embedding, with odd sizes, all biases and N = 3, S = 2; every head's own slopes."""
     args = replace(args, n_head=6, n_kv_head=2, vocab_size=90, qkv_bias=True, qk_norm=True, hidden_dim=54)
     args = replace(args, out_bias=True, mlp_bias=True)
     tokens, at = torch.tensor([[0, 89], [44, 45], [15, 30]]), positions(0, 3, 2)  # at the borders of the table's parts
@@ -148,7 +155,7 @@ def test_parts_sum_to_the_whole_in_fp64(args):
                     module.register_parameter(kind, torch.nn.Parameter(own, requires_grad=False))
             shard.attach(part)
         x = whole.hidden(tokens, at, NoCache())  # any input will do
-        assert_sums(whole.tok_embeddings(tokens), [part.tok_embeddings(tokens) for part in parts])
+        assert all(torch.equal(part.tok_embeddings(tokens), whole.tok_embeddings(tokens)) for part in parts)
         for layer, block in enumerate(whole.layers):
             rotation = whole.rotation(at)
             assert_sums(block.feed_forward(x), [part.layers[layer].feed_forward(x) for part in parts])
@@ -156,6 +163,35 @@ def test_parts_sum_to_the_whole_in_fp64(args):
             assert_sums(y, [part.layers[layer].attention(x, *rotation, at, empty_cache(local)) for part in parts])
         assert torch.cat([part.logits(x) for part in parts], -1).sub(whole.logits(x)).abs().max() < 1e-12
         assert local.kv_values_per_token * world >= args.kv_values_per_token
+
+
+def test_a_tied_output_is_a_view_of_the_whole_embedding(tmp_path):
+    """It is weighed once, a step reads a rank's rows of it alone, and packing leaves it. Oracles: the file; the sizes
+    from metadata; the storage. Two ranks of a vocabulary that they divide and of one that they do not."""
+    for vocab_size, own in ((92, 46), (97, 97)):
+        args = replace(BASE, vocab_size=vocab_size, tied_output=True)
+        checkpoint, shard = saved(tmp_path, str(vocab_size), args, None), Shard(1, 2)
+        table = torch.load(checkpoint.weights[0])["tok_embeddings.weight"]
+        model = load_model(checkpoint, "cpu", torch.float32, 3, shard)
+        weight = model.output.weight
+        assert torch.equal(model.tok_embeddings.weight, table) and torch.equal(weight, table[-own:])
+        found = weigh(model, shard.parts(args))
+        assert found == sum_weight_sizes(
+            weight_sizes(checkpoint, "cpu", torch.float32, 3, shard), args, shard.parts(args)
+        )
+        every = sum(each.nbytes for name, each in model.named_parameters() if name != "output.weight")
+        assert (found.total, found.tied) == (every, own * 64 * 4)
+        assert found.per_step == every - table.nbytes + found.tied
+        assert "output" not in replaceable(model)
+        hold_linears(model)
+        assert model.output.weight.untyped_storage().data_ptr() == model.tok_embeddings.weight.data_ptr()
+
+
+def replaceable(model: torch.nn.Module) -> list[str]:
+    """The linear layers that packing may replace."""
+    seen: list[str] = []
+    swap_linears(model, lambda name, _: seen.append(name))
+    return seen
 
 
 def test_a_part_has_a_share_of_heads_and_widths():
@@ -188,6 +224,54 @@ def empty_cache(args: ModelArgs, dtype: torch.dtype = torch.float64) -> KVCache:
     return KVCache.empty(args.kv_shape, 3, 4, torch.empty(0, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_of_ranks_are_drawn_from_as_the_whole_vocabulary_is(monkeypatch, dtype):
+    """Logits of which three ranks have 67 tokens each, N = 5. Oracle: the draw from all of them. Tokens are equal, and
+    log-probabilities to rounding; the last rows are greedy, with all logits equal, or the largest on several ranks."""
+    logits = torch.linspace(-8, 8, 201).repeat(5, 1).to(dtype)  # without equal ones, in bfloat16 too near the largest
+    logits = torch.stack([row[torch.randperm(201, generator=torch.Generator().manual_seed(4))] for row in logits])
+    logits[3], logits[4, [66, 67, 80, 200]] = 0.5, 9.0
+    numbers, given = torch.linspace(0.01, 0.99, 5, dtype=torch.float64), list[torch.Tensor]()
+
+    class Collectives:
+        wait_tensor = staticmethod(lambda tensor: tensor)
+        all_gather_into_tensor = staticmethod(lambda own, *_: given.append(own) or torch.cat((given * 3)[-3:]))
+
+    monkeypatch.setattr("tp.COLLECTIVES", Collectives)
+    args, greedy = replace(BASE, vocab_size=201), Sampling(0)
+    for first in (Sampling(0.7, 20), Sampling(1.3, 9, 0.8), Sampling(1.0, 32, 0.9, 0.1), greedy):
+        for rows in ([first, first, Sampling(0.9, 5), greedy, greedy], [greedy] * 5):
+            most = Shard(0, 3, "some").deciding(rows, args)
+            assert most == max(each.top_k or 1 for each in rows)
+            sampling = greedy if rows[0] == greedy else RowFilters.of(rows, 201, torch.device("cpu"))
+            given.clear()
+            for rank in range(3):
+                found = Shard(rank, 3, "some").candidates(logits[:, 67 * rank : 67 * rank + 67], most)
+            expected = draw(logits, numbers, sampling)
+            tokens, logprobs = draw(found[0], numbers, sampling, names=found[1], total=found[2])
+            assert torch.equal(tokens, expected[0]) and tokens[3:].tolist() == [0, 66]
+            torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=2e-6)
+
+
+def test_candidates_are_gathered_where_they_decide():
+    """Not where all of the vocabulary does, where it is not divided, or where the logits are hardly more."""
+    shard, args = Shard(0, 2, "some"), replace(BASE, vocab_size=6000)
+    few, every = Sampling(0.9, 200, 0.9, 0.1), (Sampling(0.9), Sampling(0.9, top_p=0.9), Sampling(0.9, min_p=0.1))
+    assert (
+        shard.deciding([few, Sampling(0), Sampling(0.3, 7)], args) == 200 and shard.deciding([Sampling(0)], args) == 1
+    )
+    for each in (
+        *every,
+        Sampling(0, repetition_penalty=1.1),
+        Sampling(0.9, 1025),
+        replace(few, repetition_penalty=0.9),
+    ):
+        assert shard.deciding([few, each], args) is None
+    assert shard.deciding([Sampling(0.9, 1024)], args) == 1024 and WHOLE.deciding([few], args) is None
+    assert shard.deciding([few], replace(args, vocab_size=800)) is None
+    assert shard.deciding([few], replace(args, vocab_size=6001)) is None
+
+
 def test_a_bias_is_added_once():
     """Of a layer whose products are summed; that of one whose outputs are divided goes with them."""
     bias = torch.arange(64.0)
@@ -210,18 +294,23 @@ def test_ranks_draw_what_one_process_draws(checkpoints, tmp_path, world):
     if world == 2:  # one graph, with the sums in it
         shallow = saved(tmp_path, "shallow", replace(BASE, n_layer=1), None)
         cases.append(("compiled", shallow, PROMPT, requests("compiled"), True))
+        cases.append(("recorded", shallow, PROMPT, requests("recorded"), False))
     (tmp_path / "cases").write_bytes(pickle.dumps(cases))
     files = tmp_path / "cases", tmp_path / "out"
     result = torchrun(world, "tests/tp_worker.py", *files)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out").read_text())
     for name, checkpoint, _, each, _ in cases:
-        tokens, held, counted = found[name]
+        tokens, held, counted, recorded = found[name]
         assert tokens == alone(checkpoint, each), name
         args, divided = checkpoint.args, checkpoint.args.vocab_size % world == 0
-        for n in (1, 3):  # two sums a layer, and for a divided vocabulary one of its embeddings and the logits' parts
-            sums = (2 * args.n_layer + divided) * [["all_reduce", n * args.dim]]
-            assert counted[str(n)] == sums + divided * [["all_gather_into_tensor", n * args.vocab_size // world]], name
+        for (n, sampling), collected in zip(COUNTED, counted, strict=True):
+            sums = 2 * args.n_layer * [["all_reduce", n * args.dim]]
+            k, part = sampling.top_k or 1, args.vocab_size // world
+            whole = sampling.temperature and sampling.top_k is None or 2 * k >= part
+            gathers = divided * [["all_gather_into_tensor", n * (part if whole else 2 * k + 1)]]
+            assert collected == [*sums, *gathers, ["broadcast", 2 * n]], name
+        assert recorded[1:] == recorded[:-1] and (len(recorded[0]) > 2) == (name == "recorded")
         whole, part = (weight_sizes(checkpoint, "cpu", torch.float32, 3, shard) for shard in (WHOLE, Shard(0, world)))
         replicated = sum(size for tensor, size in whole.items() if part[tensor] == size)
         assert held == sum(part.values())

@@ -7,6 +7,7 @@ python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.
 python -m torch.distributed.run --standalone --nproc_per_node=2 tests/tp_worker.py memory FLAGS
 """
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
@@ -34,7 +35,8 @@ from cli.ranks import join, leave
 from engine import runner
 from engine.chat import Conversation
 from engine.engine import Engine
-from engine.request import Request
+from engine.graphs import RecordedStep, Recording, StepInput
+from engine.request import Request, Sampling
 from engine.scheduler import Prompt, Scheduler
 from engine.speculate import (
     Draft,
@@ -46,6 +48,7 @@ from engine.speculate import (
     SpeculativeDecoder,
 )
 from loading.checkpoint import load_model
+from sampling import uniform
 
 
 def die_while_decoding(flags: list[str]) -> int:
@@ -119,19 +122,49 @@ def collectives(function: Callable[[], object]) -> list[tuple[str, int]]:
     return counted
 
 
+# Rows and sampling of the steps whose collectives are counted.
+COUNTED = [(n, Sampling(0.9, top_k)) for n in (1, 3, 64) for top_k in (20, None)] + [(3, Sampling(0))]
+
+
 @torch.no_grad()
-def step(engine: Engine, n: int) -> None:
+def step(engine: Engine, n: int, sampling: Sampling) -> None:
+    """A decode step with its draw."""
     cache = KVCache.empty(engine.args.kv_shape, n, 4, engine.model.norm.weight)
-    engine.model(torch.zeros(n, 1, dtype=torch.long), torch.zeros(n, 1, dtype=torch.long), cache)
+    tokens, samples = torch.zeros(n, 1, dtype=torch.long), torch.arange(n)
+    plan = replace(engine.plan(1, Request(n, 4, sampling)), compiled=False)
+    engine.step(plan, lambda: sampling)(StepInput(tokens, tokens, samples, torch.tensor(0)), cache)
 
 
 def tokens_of(engine: Engine, prompt: list[int], requests: list[Request]) -> list[list[list[int]]]:
-    """The samples of each request, and where there are several, of the prompt and its beginning in one batch."""
+    """The samples of each request, and where there are several, of the prompt and its beginning in one batch, one of
+    them greedy."""
     tokens = [[each.tokens for each in engine.generate(prompt, request)] for request in requests]
-    prompts = [Prompt("whole", prompt), Prompt("part", prompt[:5])] if len(requests) > 1 else []
-    for outcome in engine.generate_many(prompts, replace(requests[0], num_samples=3, rows_at_once=4)):
+    batch = replace(requests[0], num_samples=3, rows_at_once=4)
+    prompts = [Prompt("whole", prompt), Prompt("part", prompt[:5], replace(batch, sampling=Sampling(0)))]
+    for outcome in engine.generate_many(prompts if len(requests) > 1 else [], batch):
         tokens.append([each.tokens for each in outcome.samples])
     return tokens
+
+
+def record_steps() -> list[list[int]]:
+    """Run steps as on CUDA from now on, with a stand-in for the recording that also runs a step three times. Returns
+    the rows of each recording to come, and the steps before it."""
+    made, steps, plain = list[list[int]](), itertools.count(), Engine.step
+
+    def record(step: Callable[[], Any], device: torch.device) -> Recording:
+        outputs = [step() for _ in range(3)][-1]
+        made.append([len(outputs[0]), next(steps)])
+
+        def replay() -> None:
+            next(steps)
+            for mine, new in zip(outputs, step(), strict=True):
+                mine.copy_(new)
+
+        return replay, outputs
+
+    runner.UniformBlocks = lambda: uniform  # type: ignore[assignment, misc]  # which keeps nothing between two steps
+    Engine.step = lambda *given: RecordedStep(plain(*given), record)  # type: ignore[assignment, method-assign]
+    return made
 
 
 def draw_cases(cases: str, out: str) -> None:
@@ -141,10 +174,12 @@ def draw_cases(cases: str, out: str) -> None:
         model = load_model(checkpoint, "cpu", torch.float32, 3, ranks.shard)
         engine = Engine(model, None, compile, ranks.shard)
         engine.available = 1 << 40
-        held = sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
-        steps = {n: partial(step, engine, n) for n in (1, 3)}
-        counted = {n: collectives(each) if ranks.leads else each() for n, each in steps.items()}
-        drawn[name] = tokens_of(engine, prompt, requests), held, counted
+        stored = [each.untyped_storage() for each in (*model.parameters(), *model.buffers())]  # a view's once
+        held = sum({each.data_ptr(): each.nbytes() for each in stored}.values())
+        steps = [partial(step, engine, n, sampling) for n, sampling in COUNTED]
+        counted = [collectives(each) if ranks.leads else each() for each in steps]
+        made = record_steps() if name == "recorded" else []
+        drawn[name] = tokens_of(engine, prompt, requests), held, counted, ranks.all(made)
     if ranks.leads:
         Path(out).write_text(json.dumps(drawn))
     leave()
