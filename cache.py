@@ -7,7 +7,7 @@ Shapes: N rows, S positions in this call, H query heads, G key/value heads, T co
 D head dimension; R rows of an ancestor cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Self
 
@@ -29,6 +29,20 @@ try:
     from layers import kernels
 except ImportError:  # this file and bifurcated_attention.py also work alone
     kernels = None  # type: ignore[assignment]
+
+
+def chain_operator(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
+    """Choose the function that attends over whole chains: of kernels.py, on CUDA of triton_attention.py; None: PyTorch
+    runs instead."""
+    if kernels is None:
+        return None
+    if device.type != "cuda":
+        return kernels.attend_chain if kernels.takes(device, dtype, head_dim) else None
+    try:
+        from layers import triton_attention  # imports Triton, which only CUDA needs
+    except ImportError:
+        return None
+    return triton_attention.attend_chain if triton_attention.takes(device, dtype, head_dim) else None
 
 
 def causal(input_pos: Tensor, key_pos: Tensor) -> Tensor:
@@ -69,8 +83,8 @@ class KVCache:
         rows, heads, slots, head_dim = shape
         self.start, self.like = start, like.new_empty(0)
         self.links: tuple[Link, ...] = ()
-        by_kernel = kernels is not None and kernels.takes(like.device, like.dtype, head_dim)
-        self.over_chain = attend_by_kernel if by_kernel else attend_by_torch
+        self.operator = chain_operator(like.device, like.dtype, head_dim)
+        self.over_chain = attend_by_torch if self.operator is None else attend_by_kernel
         # Over-allocate one slot so that the view is never contiguous: torch.compile would guard on it.
         room = (rows, heads, max(slots, reserve) + 1, head_dim)
         self.buffers = [[like.new_empty(room) for _ in range(layers)] for _ in range(2)]
@@ -211,12 +225,13 @@ def attend_by_torch(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mo
 
 
 def attend_by_kernel(cache: KVCache, layer: int, q: Tensor, input_pos: Tensor, mod: ScoreMod | None) -> Tensor:
-    """As attend_by_torch, with the operator of kernels.py; if gradients are needed, which it lacks, with PyTorch."""
+    """As attend_by_torch, with the cache's operator; if gradients are needed, which it lacks, with PyTorch."""
+    assert cache.operator is not None
     if torch.is_grad_enabled():
         chain = cache, *(link.cache for link in cache.links)
         if differentiated(q, *(tensor for each in chain for tensor in each.tensors)):
             return attend_by_torch(cache, layer, q, input_pos, mod)
-    return kernels.attend_chain(cache, layer, q, input_pos, mod)
+    return cache.operator(cache, layer, q, input_pos, mod)
 
 
 class Link:
@@ -275,7 +290,7 @@ class Prefill:
 
     The visible keys are known on the host, so SDPA applies: without a mask for the first chunk, with one for later
     chunks. On CUDA, where SDPA has no fast kernel for a mask, and if there are ancestors, the chunk and what precedes
-    it are partial attentions. If there is a kernel for whole chains, prefill attends to its chain like any other.
+    it are partial attentions. The operator of kernels.py also reads whole chunks; Triton's is for a decode step alone.
     """
 
     def __init__(self, cache: KVCache, begin: int, length: int) -> None:
@@ -284,7 +299,9 @@ class Prefill:
         like = cache.k[0]
         fused = has_fused(like.device, like.dtype, like.shape[-1])
         self.in_parts = fused and begin > 0 or bool(cache.links) and (fused or like.device.type == "cpu")
-        self.as_chain = cache.over_chain is not attend_by_torch or bool(cache.links) and not self.in_parts
+        by_kernel = kernels is not None and cache.operator is kernels.attend_chain
+        self.over_chain = attend_by_kernel if by_kernel else attend_by_torch
+        self.as_chain = by_kernel or bool(cache.links) and not self.in_parts
         masked = begin > 0 and not self.in_parts and not self.as_chain
         self.mask = torch.ones(length, self.end, dtype=torch.bool, device=like.device).tril(begin) if masked else None
 
@@ -294,7 +311,7 @@ class Prefill:
         cache.v[layer][:, :, self.begin : self.end] = v
         records = self.in_parts and differentiated(q, k, v)  # a fused kernel's log-sum-exp has no gradient
         if self.as_chain or records or cache.links and mod is not None:
-            return cache.over_chain(cache, layer, q, input_pos, mod)
+            return self.over_chain(cache, layer, q, input_pos, mod)
         if mod is None and self.in_parts:
             return self.attend_in_parts(layer, q, k, v, input_pos)
         first = 0 if mod is None or mod.window is None else max(0, self.begin - mod.window + 1)

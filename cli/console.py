@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from cache import chain_operator
 from engine.engine import Engine
 from engine.plan import Plan, human, peak_memory, release_freed_memory
 from engine.request import Request
@@ -282,12 +283,18 @@ def print_samples(ranked: Sequence[Ranked], options: argparse.Namespace, prompt:
     sys.stdout.flush()
 
 
+def decode_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Name the attention kernel of a decode step, for the report."""
+    by_triton = device.type == "cuda" and chain_operator(device, dtype, head_dim) is not None
+    return "Triton" if by_triton else attention_kernel(device, dtype, head_dim)
+
+
 def describe(engine: Engine, request: Request, plan: Plan, quantised: str | None) -> dict[str, object]:
     """Return the part of the report known before the run. quantised: the mode; None for unquantised weights."""
     return {
         "attention": request.attention,
         "attention_path": PATHS[request.attention],
-        "attention_kernel": attention_kernel(engine.device, engine.dtype, engine.args.head_dim),
+        "attention_kernel": decode_kernel(engine.device, engine.dtype, engine.args.head_dim),
         "compiled": plan.compiled,
         "compile_reason": plan.compile_reason,
         "packed_weights": plan.packed,
