@@ -34,7 +34,7 @@ from torch.nn import Parameter
 from bifurcated_attention import differentiated
 from layers.joined import Joinable, JoinedLinear
 from layers.kernels import STREAMED_ROWS, check_gradients, multiplies
-from layers.moe import GroupedLinear
+from layers.moe import ExpertLinear, GroupedLinear, MixtureOfExperts, can_group
 
 # Elements below which packing gains nothing (2 cores): the op call itself costs some 5 us.
 MIN_PACK_ELEMENTS = 1 << 17
@@ -91,7 +91,11 @@ def replace_module(parent: nn.Module, name: str, made: nn.Module) -> None:
 
 def kernels(model: nn.Module) -> dict[str, int]:
     """Count linear layers by the way that they are held."""
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear | HeldLinear | GroupedLinear))
+    linears = (
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | HeldLinear | GroupedLinear | TritonExperts)
+    )
     return dict(Counter(map(kernel_of, linears)))
 
 
@@ -367,6 +371,53 @@ class WidenedLinear(QuantisedLinear):
         return torch.ops.bifurcated.quantised_linear(x, self.values, self.scales, zeros, self.bias)
 
 
+class TritonLinear(QuantisedLinear):
+    """Linear layer using the op of triton_linear.py, as WidenedLinear does on a CPU, for up to TRITON_ROWS rows. More
+    rows, as a prompt has, are multiplied by the dequantised weight."""
+
+    kernel = "widened in Triton"
+    values: Tensor
+
+    def multiply(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.shape[0] > TRITON_ROWS:  # compiled: another graph
+            return self.expanded(x)
+        zeros = getattr(self, "zeros", None)
+        product = torch.ops.bifurcated.widened_linear(flat, self.values, self.scales, zeros, self.bias, None)
+        return product.view(*x.shape[:-1], self.values.shape[0])
+
+
+def storage(linear: nn.Module) -> tuple[str, ...]:
+    """Return the names of the tensors that hold a layer's weight, plain or quantised."""
+    return linear.names if isinstance(linear, QuantisedLinear) else ("weight",)
+
+
+class TritonExperts(nn.Module):
+    """ExpertLinear with all weights, plain or quantised alike, stacked and multiplied by the op of triton_linear.py:
+    one kernel, without a host sync. The op has no gradients: if autograd needs them, a loop runs instead."""
+
+    kernel = "grouped in Triton"
+
+    def __init__(self, experts: ExpertLinear) -> None:
+        super().__init__()
+        self.names = storage(experts[0])
+        self.held: Callable[..., Quantised] | None = getattr(experts[0], "held", None)
+        for name in self.names:
+            self.register_buffer(name, torch.stack([getattr(linear, name).detach() for linear in experts]))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        tensors = [getattr(self, name) for name in self.names]
+        if differentiated(x):
+            parts = x.tensor_split(ends[:-1].tolist())
+            experts = zip(parts, zip(*tensors, strict=True), strict=True)
+            return torch.cat([F.linear(part, self.expand(each, x.dtype)) for part, each in experts])
+        return torch.ops.bifurcated.widened_linear(x, *tensors, *[None] * (4 - len(tensors)), ends)
+
+    def expand(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Dequantise one expert's weight to [out,in] in dtype."""
+        return tensors[0] if self.held is None else self.held(*tensors).expand(dtype)
+
+
 class TinygemmLinear(QuantisedLinear):
     """Linear layer using PyTorch's CUDA op for int4 weights, for up to TINYGEMM_ROWS rows. The op reads a copy of the
     weight in its own layout; more rows, as a prompt has, are multiplied by the dequantised weight."""
@@ -394,13 +445,16 @@ class TinygemmLinear(QuantisedLinear):
 
 # Layers that hold a weight in int8 or int4, by kernel name. All others hold the network's dtype.
 QUANTISED_LINEARS: dict[str, Callable[..., nn.Module]] = {
-    linear.kernel: linear for linear in (QuantisedLinear, WidenedLinear, TinygemmLinear)
+    linear.kernel: linear for linear in (QuantisedLinear, WidenedLinear, TritonLinear, TinygemmLinear)
 }
 
 TINYGEMM_GROUPS = (32, 64, 128, 256)
 
 # Most rows for which tinygemm beats a product with the dequantised weight: an estimate, not measured.
 TINYGEMM_ROWS = 32
+
+# Most rows for which the op of triton_linear.py beats a product with the dequantised weight: estimated, not measured.
+TRITON_ROWS = 64
 
 # Most rows of a decode step for which the op of kernels.py beats all others, by whether the CPU has bfloat16
 # instructions. With them it has not been measured: 16 is an estimate.
@@ -411,20 +465,25 @@ MIN_STEPS_TO_PACK = 20
 
 
 def choose_way(
-    weight: Quantised | nn.Linear, device: torch.device, dtype: torch.dtype, rows: int = 1, pack: bool = False
+    weight: Quantised | nn.Linear,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int = 1,
+    expert: bool = False,
+    pack: bool = False,
 ) -> str:
     """Choose the fastest way to hold a weight and to multiply by it in decode steps of `rows` rows, correct for any.
 
-    "widened", "tinygemm" and "dequantised at each product" hold int8 or int4. All others hold `dtype`: "plain" or
-    "dequantised" are multiplied by PyTorch, either with ", streamed" by our GEMV if there are one or two rows, with
-    ", packed" by oneDNN. weight: a quantised one, or a layer that holds `dtype`. pack: as pays_to_pack.
+    The ways in QUANTISED_LINEARS hold int8 or int4. All others hold `dtype`: "plain" or "dequantised" are multiplied by
+    PyTorch, either with ", streamed" by our GEMV if there are one or two rows, with ", packed" by oneDNN. weight: a
+    quantised one, or a layer that holds `dtype`. expert: whether it is of a mixture. pack: as pays_to_pack.
     """
     if isinstance(weight, nn.Linear):
         form, (outputs, inputs), is_trained = form_of(weight), weight.weight.shape, weight.weight.requires_grad
     else:
         form, (outputs, inputs), is_trained = "dequantised", weight.shape, False
         if device.type != "cpu":
-            return choose_quantised(weight, device, dtype, rows)
+            return choose_quantised(weight, device, dtype, rows, expert)
         if rows <= WIDEN_ROWS[multiplies_bfloat16()] and multiplies(dtype, inputs, weight.groupsize):
             return "widened"
     if outputs * inputs < MIN_PACK_ELEMENTS:
@@ -434,14 +493,33 @@ def choose_way(
     return f"{form}, streamed" if streams(device, dtype, inputs) and not is_trained else form
 
 
-def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> str:
+def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int, expert: bool) -> str:
     """Choose as choose_way for a quantised weight on CUDA, which stays quantised for any number of rows: its size may
-    be why the model fits. A compiled product of one row with int8 fuses the widening."""
+    be why the model fits. A compiled product of one row with int8 fuses the widening. Experts that Triton groups need
+    no copy in another layout."""
     outputs, inputs = weight.shape
     fits = weight.kind == "int4" and weight.groupsize in TINYGEMM_GROUPS and inputs % 32 == outputs % 8 == 0
-    if fits and rows <= TINYGEMM_ROWS and has_tinygemm(device, dtype):
-        return "tinygemm"
-    return "dequantised at each product"
+    by_tinygemm = fits and has_tinygemm(device, dtype)
+    one_row = rows == 1 and not expert and (by_tinygemm or weight.kind == "int8")
+    if not one_row and has_triton(device, dtype) and suits_triton(weight):
+        return TritonLinear.kernel
+    return TinygemmLinear.kernel if by_tinygemm and rows <= TINYGEMM_ROWS else QuantisedLinear.kernel
+
+
+def has_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether triton_linear.py multiplies by weights on this device, and Triton is installed."""
+    if device.type != "cuda":
+        return False
+    try:
+        from layers import triton_linear  # imports Triton, which only CUDA needs
+    except ImportError:
+        return False
+    return triton_linear.takes(device, dtype)
+
+
+def suits_triton(weight: object) -> bool:
+    """Whether triton_linear.py multiplies by a weight of this shape."""
+    return not isinstance(weight, Int4Weight) or weight.groupsize % 32 == 0
 
 
 def streams(device: torch.device, dtype: torch.dtype, inputs: int) -> bool:
@@ -470,21 +548,26 @@ def has_tinygemm(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int) -> int:
+def bytes_read(weight: Quantised, device: torch.device, dtype: torch.dtype, rows: int, expert: bool = False) -> int:
     """Return the bytes that a decode step reads of make_linear's layer."""
-    if choose_way(weight, device, dtype, rows) in QUANTISED_LINEARS:
+    if choose_way(weight, device, dtype, rows, expert) in QUANTISED_LINEARS:
         return sum(tensor.nbytes for tensor in tensors_of(weight).values())
     return math.prod(weight.shape) * dtype.itemsize
 
 
 def make_linear(
-    weight: Quantised, bias: Tensor | None, device: torch.device, dtype: torch.dtype, rows: int
+    weight: Quantised,
+    bias: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    expert: bool = False,
 ) -> nn.Module:
     """Make the layer of a quantised weight. x [N,S,in] -> [N,S,out]
 
-    device: where the weight and the bias already are.
+    device: where the weight and the bias already are. rows, expert: as choose_way.
     """
-    way = choose_way(weight, device, dtype, rows)
+    way = choose_way(weight, device, dtype, rows, expert)
     if way in QUANTISED_LINEARS:
         return QUANTISED_LINEARS[way](weight, bias, dtype)
     return held(DequantisedLinear(weight, bias, dtype), way)
@@ -546,3 +629,29 @@ def hold_linears(model: nn.Module, pack: bool = False, tied_output: bool = False
     swap_linears(model, make, shared=not pack)
     if tied_output:
         replace_module(model, "output", PackedLinear(model.output))  # type: ignore[arg-type]
+
+
+def choose_grouped(experts: ExpertLinear, dtype: torch.dtype) -> Callable[[ExpertLinear], nn.Module] | None:
+    """Choose the layer that multiplies by all experts at once; None: the loop over them stays. dtype: of the input."""
+    weights = [linear.weight for linear in experts]
+    if all(isinstance(weight, Tensor) and can_group(weight) for weight in weights):
+        return GroupedLinear
+    first, *others = ([getattr(linear, name) for name in storage(linear)] for linear in experts)
+    alike = all([t.shape for t in each] == [t.shape for t in first] for each in others)
+    plain = all(linear.bias is None for linear in experts) and first[0].dtype in (dtype, torch.int8, torch.uint8)
+    return (
+        TritonExperts if alike and plain and has_triton(first[0].device, dtype) and suits_triton(weights[0]) else None
+    )
+
+
+def group_experts(model: nn.Module, choose: Callable[..., Callable | None] = choose_grouped) -> None:
+    """Replace every ExpertLinear that can be multiplied by at once; one at a time, so that the weights of at most one
+    are held twice. choose: as choose_grouped."""
+    for parent in [module for module in model.modules() if isinstance(module, MixtureOfExperts)]:
+        for name in ("w1", "w3", "w2"):
+            experts = getattr(parent, name)
+            made = choose(experts, parent.router.weight.dtype) if isinstance(experts, ExpertLinear) else None
+            if made is not None:
+                setattr(parent, name, made(experts))
+                del experts
+                torch.cuda.empty_cache()  # single experts' blocks are too small to reuse for the next stack

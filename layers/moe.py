@@ -128,21 +128,6 @@ def can_group(weight: Tensor) -> bool:
     return fast and weight.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape)
 
 
-def group_experts(model: nn.Module, can: Callable[[Tensor], bool] = can_group) -> None:
-    """Replace every ExpertLinear with plain weights that the device can group by a GroupedLinear; one at a time, so
-    that the weights of at most one are held twice."""
-    parents = [module for module in model.modules() if not isinstance(module, ExpertLinear | nn.Linear)]
-    for parent in parents:
-        for name in list(parent._modules):
-            child = parent._modules[name]
-            if isinstance(child, ExpertLinear) and all(
-                isinstance(each, nn.Linear) and can(each.weight) for each in child
-            ):
-                setattr(parent, name, GroupedLinear(child))
-                del child
-                torch.cuda.empty_cache()  # single experts' blocks are too small to reuse for the next stack
-
-
 def can_capture_graph(model: nn.Module) -> bool:
     """Return whether a step can be captured as a CUDA graph: the loop over experts syncs with the host."""
     return not any(isinstance(module, ExpertLinear) for module in model.modules())

@@ -31,12 +31,12 @@ from layers.linear import (
     TinygemmLinear,
     bytes_read,
     choose_way,
+    group_experts,
     join_linears,
     make_linear,
     replace_module,
     tensors_of,
 )
-from layers.moe import group_experts
 from loading.families import (
     args_from_config,
     from_tinyllamas,
@@ -348,9 +348,9 @@ def load_model(
         key, (parent, _, child) = f"{name}.bias", name.rpartition(".")
         bias = shard.part(key, state[key], args).to(device, dtype) if key in state else None
         whole = type(empty)(*(state[f"{name}.{part}"] for part in tensors_of(empty)))
-        weight, seen = held_part(whole, name, args, rows, shard)
+        weight, seen, expert = held_part(whole, name, args, rows, shard)
         weight = type(weight)(*(tensor.to(device) for tensor in tensors_of(weight).values()))
-        made = make_linear(weight, bias, torch.device(device), dtype, seen).eval()
+        made = make_linear(weight, bias, torch.device(device), dtype, seen, expert).eval()
         replace_module(model.get_submodule(parent), child, made)
     group_experts(model)
     model.place_constants()
@@ -368,11 +368,14 @@ def load_joined(
     return model
 
 
-def held_part(weight: Quantised, name: str, args: ModelArgs, rows: int, shard: Shard) -> tuple[Quantised, int]:
-    """Return this rank's part of a layer's weight, and the rows that it multiplies in a step of `rows` rows."""
+def held_part(weight: Quantised, name: str, args: ModelArgs, rows: int, shard: Shard) -> tuple[Quantised, int, bool]:
+    """Return this rank's part of a layer's weight, the rows that it multiplies in a step of `rows` rows, and whether it
+    is an expert's."""
     cut = shard.cut(name, args)
-    seen = rows if args.mixture is None else args.mixture.rows_of(name, rows)
-    return weight if cut is None else weight.narrow(*cut), seen
+    part = weight if cut is None else weight.narrow(*cut)
+    if args.mixture is None:
+        return part, rows, False
+    return part, args.mixture.rows_of(name, rows), args.mixture.has(name)
 
 
 def weight_sizes(
@@ -385,8 +388,8 @@ def weight_sizes(
     model, args = empty_model(checkpoint.args), checkpoint.args
     sizes = {name: shard.part(name, t, args).numel() * dtype.itemsize for name, t in model.named_parameters()}
     for layer, weight in quantised_weights(model, checkpoint.recipe).items():
-        part, seen = held_part(weight, layer, args, rows, shard)
-        held = part, torch.device(device), dtype, seen
+        part, seen, expert = held_part(weight, layer, args, rows, shard)
+        held = part, torch.device(device), dtype, seen, expert
         sizes[f"{layer}.weight"] = bytes_read(*held)
         if choose_way(*held) == TinygemmLinear.kernel:
             sizes[f"{layer}.packed"] = bytes_read(*held)

@@ -196,6 +196,7 @@ def test_a_quantised_product_is_the_dequantised_one(kind, linear, dtype, instruc
 
 def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
     """Oracle: the measurements in docs/benchmarks.md, as a table."""
+    monkeypatch.setattr(packed, "has_triton", lambda *_: False)
 
     def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
         return choose_way(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
@@ -218,17 +219,26 @@ CUDA = torch.device("cuda")
 
 
 def test_on_a_gpu_weights_are_chosen_by_rows(monkeypatch):
-    """As a table: tinygemm up to 32 rows where it fits; beyond, each product dequantises: the weight stays small."""
+    """As tables. Without Triton: tinygemm up to 32 rows where it fits; beyond, each product dequantises, and the weight
+    stays small. With it: tinygemm for one row, Triton for more and for experts; one row of int8 is the compiler's."""
     monkeypatch.setattr(packed, "has_tinygemm", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(packed, "has_triton", lambda *_: False)
 
-    def chosen(kind, outputs, inputs, rows, groupsize=32, dtype=torch.bfloat16):
-        return choose_way(random_weight(kind, outputs, inputs, groupsize), CUDA, dtype, rows)
+    def chosen(kind, outputs, inputs, rows, groupsize=32, dtype=torch.bfloat16, expert=False):
+        return choose_way(random_weight(kind, outputs, inputs, groupsize), CUDA, dtype, rows, expert)
 
     each = "dequantised at each product"
     assert [chosen("int4", 48, 96, rows) for rows in (1, 32, 33, 1024)] == ["tinygemm"] * 2 + [each] * 2
     assert [chosen("int8", 48, 96, rows) for rows in (1, 32, 33)] == [each] * 3
     assert chosen("int4", 44, 96, 1) == chosen("int4", 48, 96, 1, dtype=torch.float16) == each  # tinygemm does not fit
     assert chosen("int4", 48, 96, 1, 24) == each
+    monkeypatch.setattr(packed, "has_triton", lambda *_: True)
+    triton, many = "widened in Triton", (2, 33, 64, 1024)
+    assert [chosen("int4", 48, 96, rows) for rows in (1, *many)] == ["tinygemm"] + [triton] * 4
+    assert [chosen("int8", 47, 95, rows) for rows in (1, *many)] == [each] + [triton] * 4
+    assert chosen("int4", 44, 96, 1) == chosen("int4", 48, 96, 1, dtype=torch.float16) == triton
+    assert [chosen(kind, 48, 96, 1, expert=True) for kind in ("int8", "int4")] == [triton] * 2
+    assert chosen("int4", 48, 96, 8, 24) == each
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from engine.request import Workload
 from engine.runner import decode
 from layers import linear as packed
 from layers.gptq import gptq, quantise_int4
-from layers.linear import can_pack, dequantise, hold_linears, kernels, swap_linears
+from layers.linear import can_pack, dequantise, group_experts, hold_linears, kernels, swap_linears
 from layers.moe import (
     ExpertLinear,
     GroupedLinear,
@@ -43,7 +43,6 @@ from layers.moe import (
     by_expert,
     can_capture_graph,
     can_group,
-    group_experts,
 )
 from loading.checkpoint import load_model, read_checkpoint, read_weights, save_model, weight_sizes
 from model import empty_model, make_feed_forward
@@ -201,7 +200,7 @@ def test_grouped_weights_multiply_as_the_loop_does(dtype, monkeypatch):
     monkeypatch.setattr(
         torch, "stack", lambda each: alive.append(sum(ref() is not None for ref in weights)) or stack(each)
     )
-    group_experts(made, lambda weight: 41 not in weight.shape)
+    group_experts(made, lambda experts, _: None if 41 in experts[0].weight.shape else GroupedLinear)
     assert alive == [15, 10, 5]
     assert kernels(made) == {"grouped": 3, "plain": 15} and isinstance(made[0].w1, GroupedLinear)
     torch.testing.assert_close(made[0](x), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02)
@@ -213,7 +212,7 @@ def test_a_grouped_step_never_waits_for_the_host():
     args = replace(GQA, dim=32, head_dim=16, hidden_dim=40, mixture=MoEConfig(5, 2, 40, True, shared=16))
     model = empty_model(args).to(torch.bfloat16).requires_grad_(False)
     tokens = torch.zeros(3, 2, dtype=torch.long, device="meta")
-    group_experts(model, lambda weight: True)
+    group_experts(model, lambda *_: GroupedLinear)
     with Recorder() as recorder:
         logits = model(tokens, tokens, NoCache())
     assert logits.shape == (3, 2, 97) and recorder.devices == {"meta"} and recorder.count("_grouped_mm") == 3 * 3
