@@ -116,7 +116,7 @@ def test_memory_that_is_handed_out_again_is_recorded_anew(model):
 def test_ranks_record_together_whatever_their_allocators_do(model):
     """A cache is replaced by one of the same shapes, on one rank in the same memory and on the other elsewhere: both
     record anew. While it stays, also by views made anew, both replay."""
-    step, memory = step_of(model, Sampling(0.9)), [bytearray(1 << 16) for _ in range(2 * GQA.n_layer * 2)]
+    step, memory = step_of(model, Sampling(0.9)), [bytearray(1 << 16) for _ in range(2 * (2 * GQA.n_layer + 1))]
 
     def cache_over(buffers: list[bytearray]) -> KVCache:
         cache, parts = KVCache.empty(GQA.kv_shape, 3, 0, torch.empty(0), 4), iter(buffers)
@@ -124,6 +124,7 @@ def test_ranks_record_together_whatever_their_allocators_do(model):
             views[:] = [
                 torch.frombuffer(next(parts), dtype=torch.float32)[: each.numel()].view_as(each) for each in views
             ]
+        cache.start = torch.frombuffer(next(parts), dtype=torch.long)[:3]
         cache.resize(4)
         return cache
 
