@@ -119,6 +119,14 @@ def test_sorted_rows_by_their_experts(kind, dtype):
             assert_near(mine, theirs, exact[number])
 
 
+def test_a_block_writes_the_rows_of_its_expert_alone():
+    """The first of two experts has three rows; those of the second, in the same tile, are another program's."""
+    x, y, ends = rows_of(20, 75, FP32), torch.full((20, 37), torch.nan), torch.tensor([3, 20], dtype=torch.int32)
+    given = x, torch.ones(2, 37, 75), None, None, None, ends, y, 20, 37, 75, 2, 0
+    triton_linear.multiply_rows[(1, 1)](*given, *triton_linear.Tile(16, 64, 32, 1, 4, 2)[:4])
+    assert y[:3].isfinite().all() and y[3:].isnan().all()
+
+
 def test_the_operator_is_one_node_of_a_compiled_graph():
     """For any number of rows. Oracles: PyTorch's own check of operators; the eager call."""
     experts, _ = experts_of("int4", 3, FP32)

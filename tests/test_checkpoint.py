@@ -477,7 +477,7 @@ def test_a_recipe_that_does_not_fit_is_named(quantised, changes, match):
     refused(quantised, match)
 
 
-def test_planned_bytes_of_a_checkpoint_are_those_of_its_tensors(quantised):
+def test_planned_bytes_of_a_checkpoint_are_those_of_its_tensors(quantised, monkeypatch):
     """Oracle: the parameters of the loaded network. Quantised layers of these sizes are dequantised; those that are
     not, in test_packed.py."""
     for folder in (quantised, TINY):
@@ -485,6 +485,7 @@ def test_planned_bytes_of_a_checkpoint_are_those_of_its_tensors(quantised):
         for dtype in (torch.float32, torch.bfloat16):
             loaded = {name: p.nbytes for name, p in load_model(checkpoint, "cpu", dtype).named_parameters()}
             assert weight_sizes(checkpoint, "cpu", dtype) == loaded
+    monkeypatch.setattr("layers.linear.has_triton", lambda *_: True)  # asks a GPU
     meta = weight_sizes(read_checkpoint(quantised), "cuda", torch.float32)
     assert meta["output.weight"] == 97 * 30 + 2 * 97
     assert meta["layers.1.attention.wk.weight"] == 20 * 15 + 2 * 2 * 20 * 3
