@@ -109,8 +109,8 @@ def test_windows_of_prompts_are_drawn_as_one(prompts, tmp_path, monkeypatch, mos
 
 def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
     """From the file to what the scheduler gets, with a window of 50 prompts: at most 64 bytes for each further one."""
-    monkeypatch.setattr(windowed, "WINDOW", 50)
-    monkeypatch.setattr(windowed, "BLOCK", 1 << 12)
+    for name, value in {"WINDOW": 50, "BLOCK": 1 << 12, "SPOOL": 1 << 12}.items():
+        monkeypatch.setattr(windowed, name, value)
     tokenizer = load_tokenizer(TINY)
     plain, peaks = ChatEncoder(tokenizer, 2048, None, None), []
     options = build_parser().parse_args(["--prompts", str(tmp_path / "p.jsonl")])
