@@ -25,7 +25,7 @@ class JoinedLinear(nn.Module):
 
 
 class Joinable(nn.Module):
-    """Base of modules some of whose layers, `names`, multiply the same input."""
+    """Base for modules that can join the layers `names`, which take the same input, into one product."""
 
     names: ClassVar[tuple[str, ...]]
 

@@ -507,18 +507,19 @@ def choose_quantised(weight: Quantised, device: torch.device, dtype: torch.dtype
 
 
 def has_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether triton_linear.py multiplies by weights on this device, and Triton is installed."""
+    """Return whether triton_linear.py multiplies by weights on this device, and Triton is installed."""
     if device.type != "cuda":
         return False
     try:
-        from layers import triton_linear  # imports Triton, which only CUDA needs
+        # They import Triton, which only CUDA needs; the second registers the operator.
+        from layers import triton_attention, triton_linear  # noqa: F401
     except ImportError:
         return False
-    return triton_linear.takes(device, dtype)
+    return triton_attention.takes(device, dtype)
 
 
 def suits_triton(weight: object) -> bool:
-    """Whether triton_linear.py multiplies by a weight of this shape."""
+    """Return whether triton_linear.py multiplies by a weight of this shape."""
     return not isinstance(weight, Int4Weight) or weight.groupsize % 32 == 0
 
 
@@ -639,9 +640,8 @@ def choose_grouped(experts: ExpertLinear, dtype: torch.dtype) -> Callable[[Exper
     first, *others = ([getattr(linear, name) for name in storage(linear)] for linear in experts)
     alike = all([t.shape for t in each] == [t.shape for t in first] for each in others)
     plain = all(linear.bias is None for linear in experts) and first[0].dtype in (dtype, torch.int8, torch.uint8)
-    return (
-        TritonExperts if alike and plain and has_triton(first[0].device, dtype) and suits_triton(weights[0]) else None
-    )
+    fits = alike and plain and suits_triton(weights[0]) and has_triton(first[0].device, dtype)
+    return TritonExperts if fits else None
 
 
 def group_experts(model: nn.Module, choose: Callable[..., Callable | None] = choose_grouped) -> None:

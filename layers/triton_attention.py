@@ -107,11 +107,10 @@ def visible_slots(at, valid, slots, WINDOW: tl.constexpr, CAUSAL: tl.constexpr):
 def merge(peak, total, out, outs, lses, query, every, splits, valid, inside, D: tl.constexpr):
     """Add the splits of a block's queries to what attend_keys returned -> the sum of the weights and the weighted sum
     of the values. query [BM]: index in a split; every: their number in one."""
-    d = tl.arange(0, out.shape[1])
     for i in tl.range(0, splits, loop_unroll_factor=2):
         lse = tl.load(lses + i * every + query, mask=valid, other=float("-inf"))
         there = inside & (lse > float("-inf"))[:, None]  # others are not written
-        part = tl.load(outs + (i * every + query)[:, None] * D + d, mask=there, other=0.0)
+        part = tl.load(outs + (i * every + query)[:, None] * D + tl.arange(0, out.shape[1]), mask=there, other=0.0)
         before, peak = peak, tl.maximum(peak, lse)
         floor = tl.where(peak == float("-inf"), 0.0, peak)
         old, weight = tl.exp2(before - floor), tl.exp2(lse - floor)
@@ -203,8 +202,8 @@ def split_count(slots: int, programs: int, multiprocessors: int) -> int:
     return max(1, min(2 * multiprocessors // programs, slots // 128, 64))
 
 
-def takes(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the operator supports such queries on this device: CUDA, from compute capability 8.0 on."""
+def takes(device: torch.device, dtype: torch.dtype, head_dim: int = 1) -> bool:
+    """Return whether Triton's kernels support such tensors on this device: CUDA, from compute capability 8.0 on."""
     fits = dtype in (torch.float32, torch.bfloat16, torch.float16) and head_dim <= LARGEST_HEAD_DIM
     return device.type == "cuda" and fits and torch.cuda.get_device_properties(device).major >= 8
 

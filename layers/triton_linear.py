@@ -104,12 +104,6 @@ def tile(rows: int, itemsize: int, code_bytes: int, group: int) -> Tile:
     return Tile(BM, BN, BK, unroll, 8 if BM == 64 else 4, min(5, (72 << 10) // loaded))
 
 
-def takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the operator supports such inputs on this device: CUDA, from compute capability 8.0 on."""
-    fits = dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return device.type == "cuda" and fits and torch.cuda.get_device_properties(device).major >= 8
-
-
 def widened_linear(
     x: Tensor, values: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, ends: Tensor | None
 ) -> Tensor:

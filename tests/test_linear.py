@@ -195,8 +195,9 @@ def test_a_quantised_product_is_the_dequantised_one(kind, linear, dtype, instruc
 
 
 def test_kernels_are_chosen_by_rows_dtype_and_shape(monkeypatch):
-    """Oracle: the measurements in docs/benchmarks.md, as a table."""
+    """Oracle: the measurements in docs/benchmarks.md, as a table; first of a CPU without bfloat16 instructions."""
     monkeypatch.setattr(packed, "has_triton", lambda *_: False)
+    monkeypatch.setattr(packed, "multiplies_bfloat16", lambda: False)
 
     def chosen(kind, outputs, inputs, dtype, rows, groupsize=32):
         return choose_way(random_weight(kind, outputs, inputs, groupsize), CPU, dtype, rows)
@@ -291,7 +292,10 @@ def test_a_copy_in_tinygemms_layout_is_held_and_not_read_besides(tinygemm, monke
     """Oracle: the buffers of a model with one such layer."""
     model = random_model(replace(GQA, dim=64), torch.bfloat16)
     plain, made = weigh(model), random_weight("int4", 64, 64)
-    make = lambda name, _: TinygemmLinear(made, None, torch.bfloat16) if name.endswith("0.attention.wo") else None  # noqa: E731
+
+    def make(name: str, _: torch.nn.Linear) -> TinygemmLinear | None:
+        return TinygemmLinear(made, None, torch.bfloat16) if name.endswith("0.attention.wo") else None
+
     swap_linears(model, make)
     linear = model.layers[0].attention.wo
     held, old = sum(each.nbytes for each in linear.buffers()), 64 * 60 * 2

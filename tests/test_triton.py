@@ -1,17 +1,12 @@
 """The Triton kernel of a decode step, compiled for GPUs that are not there, and in Triton's interpreter; how it is
 chosen, and all else without it. Oracles: ptxas's own account of a compiled kernel; those of interpreted_triton.py."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FOLDERS, GQA, ROOT, TINY, random_model, slow
+from conftest import GQA, TINY, random_model, slow
 from torch import Tensor
 
 from bifurcated_attention import ScoreMod
@@ -20,43 +15,28 @@ from cli.console import decode_kernel
 from engine.layouts import Int8Context
 from layers.rope import alibi_slopes
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
+from test_linear import CUDA  # noqa: E402
+from triton_kernels import (  # noqa: E402
+    SHARED,
+    Launches,
+    as_gpu,
+    assert_passes_interpreted,
+    compile_launch,
+    run_without,
+)
 
 from layers import triton_attention  # noqa: E402
 from layers.triton_attention import split_count, tile  # noqa: E402
 
-CUDA = torch.device("cuda")
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes of shared memory that a program may have
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.int64: "i64"}
-
 
 def test_in_the_interpreter():
-    """In a process of its own, as Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "tests/interpreted_triton.py"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's too
-    done = subprocess.run(command, cwd=ROOT, env=kept | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
-
-
-class Recorder:
-    """In place of the kernel: its launches, each with the arguments by name."""
-
-    def __init__(self) -> None:
-        self.kernel, self.launches = triton_attention.attend_part, []
-
-    def __getitem__(self, grid: tuple[int, int]):
-        def launch(*args: object, num_warps: int) -> None:
-            named = dict(zip(self.kernel.arg_names, args, strict=True))
-            self.launches.append(named | {"grid": grid, "num_warps": num_warps})
-
-        return launch
+    assert_passes_interpreted("interpreted_triton.py")
 
 
 @pytest.fixture
-def recorder(monkeypatch) -> Recorder:
-    made = Recorder()
+def launches(monkeypatch) -> Launches:
+    made = Launches(triton_attention.attend_part)
     monkeypatch.setattr(triton_attention, "attend_part", made)
     monkeypatch.setattr(torch.ops.bifurcated, "attend_split", triton_attention.attend_split)
     return made
@@ -83,31 +63,6 @@ def decode(
     return cache, q, input_pos
 
 
-def compile_launch(launch: dict, arch: int, cubin: Path) -> tuple[int, int, int, str]:
-    """Compile a recorded launch -> registers, bytes of spills, shared memory, and its PTX."""
-    function = triton_attention.attend_part.kernel
-    constants, signature, attributes = {}, {}, {}
-    for at, parameter in enumerate(function.params):
-        value = launch[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name], attributes[at,] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or parameter.is_constexpr:
-            signature[parameter.name], constants[at,] = "constexpr", value
-        else:
-            signature[parameter.name] = "i32"
-            if not parameter.do_not_specialize and value % 16 == 0:
-                attributes[at,] = [["tt.divisibility", 16]]
-    made = triton.compile(ASTSource(function, signature, constants, attributes), target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch["num_warps"]})  # fmt: skip
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin.write_bytes(made.asm["cubin"])
-    done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
-    assert found is not None, done.stdout
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local, made.metadata.shared, made.asm["ptx"]
-
-
 ALL = ScoreMod(4096, alibi_slopes(64), 50.0)
 LAUNCHES: dict[str, tuple[tuple, int]] = {  # arguments of `decode`, and the most registers a thread may have
     "one row": ((torch.bfloat16, 1, 1, (1, 32, 128)), 168),
@@ -126,43 +81,43 @@ SELDOM = "heads of 256", "fp16, many rows", "fp32"  # to compile all takes 40 s
     "given,most",
     [pytest.param(*each, id=name, marks=[slow] * (name in SELDOM)) for name, each in LAUNCHES.items()],
 )
-def test_no_register_spills(given, most, arch, recorder, tmp_path):
+def test_no_register_spills(given, most, arch, launches, tmp_path):
     """Of each launch of a step. Two programs of 128 threads and 168 registers, or of 256 and 128, share a
     multiprocessor's 65,536."""
     decode(*given)
-    assert len(recorder.launches) == 2 and [each["MERGE"] for each in recorder.launches] == [False, True]
-    for launch in recorder.launches:
-        registers, spilled, shared, ptx = compile_launch(launch, arch, tmp_path / "cubin")
+    assert len(launches.made) == 2 and [each["MERGE"] for each in launches.made] == [False, True]
+    for launch in launches.made:
+        registers, spilled, shared, ptx = compile_launch(launch, launches.kernel, arch, tmp_path / "cubin")
         print(f"sm_{arch} {'merge' if launch['MERGE'] else 'split'}: {registers} registers, {shared} bytes shared")
         assert spilled == 0 and registers <= most and shared <= SHARED[arch]
         assert given[0] == torch.float32 or re.search(r"mma\.sync|wgmma\.mma_async", ptx)
 
 
 @pytest.mark.parametrize("changed", ["length", "positions", "start"])
-def test_a_launch_does_not_depend_on_lengths(changed, recorder):
+def test_a_launch_does_not_depend_on_lengths(changed, launches):
     """Only tensors that change in place do: a recorded graph stays valid."""
     cache, q, input_pos = decode(torch.float32, 3, 1, (2, 2, 16), pool=True)
-    before = recorder.launches[:]
+    before = launches.made[:]
     changes = {"length": cache.links[0].length, "positions": input_pos, "start": cache.start}
     changes[changed].sub_(3)
     triton_attention.attend_chain(cache, 0, q, input_pos, None)
     assert len(before) == 2
-    for first, second in zip(before, recorder.launches[2:], strict=True):
+    for first, second in zip(before, launches.made[2:], strict=True):
         for name in first.keys() - {"outs", "lses", "y"}:  # allocated by the call
             alike = first[name] is second[name] if isinstance(first[name], Tensor) else first[name] == second[name]
             assert alike or name in ("k", "v") and first[name].data_ptr() == second[name].data_ptr(), name
 
 
-def test_own_slots_are_split_where_rows_are_few(recorder):
+def test_own_slots_are_split_where_rows_are_few(launches):
     """A chain of one, as one row that decodes behind its own prompt: 16 multiprocessors, 4096 slots, one head."""
     cache = KVCache.empty((1, 1, 64), 1, 4096, torch.empty(0, dtype=torch.bfloat16))
     triton_attention.attend_chain(cache, 0, torch.zeros(1, 1, 1, 64).bfloat16(), torch.zeros(1, 1).long(), None)
-    assert [(each["grid"], each["slots"], each["MERGE"]) for each in recorder.launches] == [
+    assert [(each["grid"], each["slots"], each["MERGE"]) for each in launches.made] == [
         ((1, 32), 4096, False), ((1, 1), 0, True),
     ]  # fmt: skip
 
 
-def test_keys_that_do_not_fit_are_refused(recorder):
+def test_keys_that_do_not_fit_are_refused(launches):
     cache, q, input_pos = decode(torch.float32, 3, 1, (2, 2, 16))
     with pytest.raises(ValueError, match=r"keys \[1, 2, 4096, 16\] .* queries \[3, 4, 1, 8\]"):
         triton_attention.attend_chain(cache, 0, q[..., :8], input_pos, None)
@@ -190,10 +145,6 @@ def test_tiles_hold_what_they_should():
                 assert D <= BD < max(17, 2 * D)
                 assert BM < max(17, 2 * queries) and 2 * 2 * BN * BD * itemsize + BM * BD * itemsize < 99 << 10
                 assert warps in (4, 8)
-
-
-def as_gpu(monkeypatch, major: int) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
 
 
 def test_where_it_is_chosen(monkeypatch):
@@ -227,18 +178,11 @@ def test_prefill_is_not_its_business(monkeypatch, links):
 
 def test_all_else_works_without_the_file(tmp_path):
     """A copy of the sources without it: a GPU decodes by PyTorch, and the command runs."""
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "layers" / "triton_attention.py").unlink()
     code = f"""if True:
-        import sys, torch
-        sys.path.insert(0, ".")
+        import torch
         from cache import KVCache, chain_operator
         from engine import Engine, Request
         assert chain_operator(torch.device("cuda"), torch.bfloat16, 128) is None
         print(len(Engine.open({str(TINY)!r}, "cpu", compile=False).generate("Once", Request(3, 4, seed=1))))
     """
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "3\n", done.stderr[-2000:]
+    assert run_without("triton_attention.py", code, tmp_path) == "3\n"

@@ -1,18 +1,13 @@
 """Products in Triton, compiled for GPUs that are not there, and in Triton's interpreter; how they are chosen, and all
 else without them. Oracles: ptxas's own account of a compiled kernel; those of interpreted_triton_linear.py."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FOLDERS, GQA, ROOT, TINY, slow
+from conftest import GQA, TINY, slow
 from test_cuda import Recorder
 from test_linear import CUDA, random_weight
 from torch import Tensor
@@ -23,45 +18,27 @@ from layers.linear import TritonExperts, TritonLinear, choose_grouped, group_exp
 from layers.moe import ExpertLinear, MoEConfig, can_capture_graph
 from model import empty_model
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
+from triton_kernels import (  # noqa: E402
+    SHARED,
+    Launches,
+    as_gpu,
+    assert_passes_interpreted,
+    compile_launch,
+    run_without,
+)
 
 from layers import triton_linear  # noqa: E402
 from layers.triton_linear import tile  # noqa: E402
 
-SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes of shared memory that a program may have
-NAMES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8",
-    torch.int32: "i32",
-}  # fmt: skip
-
 
 def test_in_the_interpreter():
-    """In a process of its own, as Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "tests/interpreted_triton_linear.py"]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's too
-    done = subprocess.run(command, cwd=ROOT, env=kept | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
-
-
-class Launches:
-    """In place of the kernel: its launches, each with the arguments by name."""
-
-    def __init__(self) -> None:
-        self.kernel, self.made = triton_linear.multiply_rows, []
-
-    def __getitem__(self, grid: tuple[int, int]):
-        def launch(*args: object, num_warps: int, num_stages: int) -> None:
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            self.made.append(dict(zip(self.kernel.arg_names, args, strict=True)) | {"grid": grid, "options": options})
-
-        return launch
+    assert_passes_interpreted("interpreted_triton_linear.py")
 
 
 @pytest.fixture
 def launches(monkeypatch) -> Launches:
-    made = Launches()
+    made = Launches(triton_linear.multiply_rows)
     monkeypatch.setattr(triton_linear, "multiply_rows", made)
     return made
 
@@ -76,30 +53,6 @@ def multiply(kind: str, dtype: torch.dtype, R: int, E: int = 0, groupsize: int =
     values, x = torch.zeros(*lead, *shapes, dtype=dtypes.get(kind, dtype)), torch.zeros(R, inputs, dtype=dtype)
     ends = torch.full((E,), R, dtype=torch.int32) if E else None
     return triton_linear.widened_linear(x, values, scales, zeros, None if E else x[0, :96], ends)
-
-
-def compile_launch(launch: dict, function, arch: int, cubin: Path) -> tuple[int, int, int, str]:
-    """Compile a recorded launch -> registers, bytes of spills, shared memory, and its PTX."""
-    constants, signature, attributes = {}, {}, {}
-    for at, parameter in enumerate(function.params):
-        value = launch[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name], attributes[at,] = "*" + NAMES[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or parameter.is_constexpr:
-            signature[parameter.name], constants[at,] = "constexpr", value
-        else:
-            signature[parameter.name] = "i32"
-            if not parameter.do_not_specialize and value % 16 == 0:
-                attributes[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch["options"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    cubin.write_bytes(made.asm["cubin"])
-    done = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", done.stdout)
-    assert found is not None, done.stdout
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local, made.metadata.shared, made.asm["ptx"]
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -192,13 +145,12 @@ def test_what_does_not_fit_is_refused(launches):
 
 def test_where_it_is_chosen(monkeypatch):
     """On CUDA from compute capability 8.0, for three dtypes; without Triton not at all."""
-    as_gpu = lambda major: lambda _: SimpleNamespace(major=major)  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "get_device_properties", as_gpu(8))
+    as_gpu(monkeypatch, 8)
     assert [has_triton(CUDA, dtype) for dtype in (BF16, FP16, FP32, torch.float64)] == [True] * 3 + [False]
     assert not has_triton(torch.device("cpu"), BF16)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", as_gpu(7))
+    as_gpu(monkeypatch, 7)
     assert not has_triton(CUDA, BF16)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", as_gpu(9))
+    as_gpu(monkeypatch, 9)
     monkeypatch.delattr("layers.triton_linear")
     monkeypatch.setitem(sys.modules, "layers.triton_linear", None)
     assert not has_triton(CUDA, BF16)
@@ -247,19 +199,12 @@ def test_a_step_never_waits_for_the_host(kind, monkeypatch):
 
 def test_all_else_works_without_the_file(tmp_path):
     """A copy of the sources without it: a GPU dequantises at each product, experts loop, and the command runs."""
-    for folder in FOLDERS:
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    (tmp_path / "layers" / "triton_linear.py").unlink()
     code = f"""if True:
-        import sys, torch
-        sys.path.insert(0, ".")
+        import torch
         from engine import Engine, Request
         from layers.linear import Int8Weight, choose_way
         way = choose_way(Int8Weight.empty(64, 64), torch.device("cuda"), torch.bfloat16, 8)
         made = Engine.open({str(TINY)!r}, "cpu", compile=False).generate("Once", Request(3, 4, seed=1))
         print(way, len(made))
     """
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout == "dequantised at each product 3\n", done.stderr[-2000:]
+    assert run_without("triton_linear.py", code, tmp_path) == "dequantised at each product 3\n"
