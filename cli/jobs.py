@@ -177,10 +177,8 @@ class Job:
         for window in self.prompts.windows():
             queue = ranks.queue(f"prompts from {begun}", begun + len(window) < len(self.prompts))
             begun += len(window)
-            prompts, fields = (
-                [line.prompt for line in window],
-                {json.dumps(line.prompt.id): line.fields for line in window},
-            )
+            prompts = [line.prompt for line in window]
+            fields = {json.dumps(line.prompt.id): line.fields for line in window}
             for outcome in engine.generate_many(prompts, request, stats=stats, plan=plan, queue=queue):
                 yield outcome, fields[json.dumps(outcome.prompt.id)]
             del window, prompts, fields  # before the next is read
